@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,10 @@ Builder = Callable[[], Any]
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
     "max_position_embeddings": 512,
     "initializer_range": 0.1,
     "bos_token_id": None,
@@ -38,54 +42,42 @@ _LATENT: dict[str, Any] = {
 }
 
 
-def _model(config_name: str, model_name: str, **settings: Any) -> Any:
-    config = getattr(transformers, config_name)(**{**_COMMON, **settings})
-    return getattr(transformers, model_name)(config)
+def _layout(config_name: str, model_name: str, **settings: Any) -> Builder:
+    def build() -> Any:
+        config = getattr(transformers, config_name)(**{**_COMMON, **settings})
+        return getattr(transformers, model_name)(config)
+
+    return build
 
 
-def _qwen2_moe() -> Any:
-    return _model(
+LAYOUTS: dict[str, Builder] = {
+    "qwen2_moe": _layout(
         "Qwen2MoeConfig",
         "Qwen2MoeForCausalLM",
-        num_hidden_layers=2,
         num_key_value_heads=4,
         intermediate_size=96,
         moe_intermediate_size=32,
         shared_expert_intermediate_size=48,
         num_experts=6,
-        num_experts_per_tok=2,
-    )
-
-
-def _qwen3_moe() -> Any:
-    return _model(
+    ),
+    "qwen3_moe": _layout(
         "Qwen3MoeConfig",
         "Qwen3MoeForCausalLM",
         num_hidden_layers=3,
-        num_key_value_heads=2,
         head_dim=16,
         intermediate_size=96,
         moe_intermediate_size=32,
         num_experts=8,
-        num_experts_per_tok=2,
         mlp_only_layers=[1],
-    )
-
-
-def _olmoe() -> Any:
-    return _model(
+    ),
+    "olmoe": _layout(
         "OlmoeConfig",
         "OlmoeForCausalLM",
-        num_hidden_layers=2,
         num_key_value_heads=4,
         intermediate_size=32,
         num_experts=8,
-        num_experts_per_tok=2,
-    )
-
-
-def _deepseek_v2() -> Any:
-    return _model(
+    ),
+    "deepseek_v2": _layout(
         "DeepseekV2Config",
         "DeepseekV2ForCausalLM",
         num_hidden_layers=3,
@@ -95,13 +87,9 @@ def _deepseek_v2() -> Any:
         first_k_dense_replace=1,
         n_routed_experts=4,
         n_shared_experts=2,
-        num_experts_per_tok=2,
         **_LATENT,
-    )
-
-
-def _deepseek_v3() -> Any:
-    return _model(
+    ),
+    "deepseek_v3": _layout(
         "DeepseekV3Config",
         "DeepseekV3ForCausalLM",
         num_hidden_layers=3,
@@ -111,74 +99,45 @@ def _deepseek_v3() -> Any:
         first_k_dense_replace=1,
         n_routed_experts=8,
         n_shared_experts=1,
-        num_experts_per_tok=2,
         n_group=2,
         topk_group=1,
         **_LATENT,
-    )
-
-
-def _glm4_moe() -> Any:
-    return _model(
+    ),
+    "glm4_moe": _layout(
         "Glm4MoeConfig",
         "Glm4MoeForCausalLM",
         num_hidden_layers=3,
-        num_key_value_heads=2,
         head_dim=16,
         intermediate_size=96,
         moe_intermediate_size=48,
         first_k_dense_replace=1,
         n_routed_experts=4,
         n_shared_experts=1,
-        num_experts_per_tok=2,
-    )
-
-
-def _mixtral() -> Any:
-    return _model(
+    ),
+    "mixtral": _layout(
         "MixtralConfig",
         "MixtralForCausalLM",
-        num_hidden_layers=2,
-        num_key_value_heads=2,
         intermediate_size=48,
         num_local_experts=4,
-        num_experts_per_tok=2,
-    )
-
-
-def _phimoe() -> Any:
-    return _model(
+    ),
+    "phimoe": _layout(
         "PhimoeConfig",
         "PhimoeForCausalLM",
-        num_hidden_layers=2,
-        num_key_value_heads=2,
         intermediate_size=48,
         num_local_experts=4,
-        num_experts_per_tok=2,
-    )
-
-
-def _minimax() -> Any:
-    return _model(
+    ),
+    "minimax": _layout(
         "MiniMaxConfig",
         "MiniMaxForCausalLM",
-        num_hidden_layers=2,
-        num_key_value_heads=2,
         head_dim=16,
         intermediate_size=48,
         num_local_experts=4,
-        num_experts_per_tok=2,
         block_size=32,
         layer_types=["linear_attention", "full_attention"],
-    )
-
-
-def _qwen3_5_moe() -> Any:
-    return _model(
+    ),
+    "qwen3_5_moe": _layout(
         "Qwen3_5MoeTextConfig",
         "Qwen3_5MoeForCausalLM",
-        num_hidden_layers=2,
-        num_key_value_heads=2,
         head_dim=16,
         linear_key_head_dim=16,
         linear_value_head_dim=16,
@@ -187,51 +146,25 @@ def _qwen3_5_moe() -> Any:
         moe_intermediate_size=48,
         shared_expert_intermediate_size=32,
         num_experts=4,
-        num_experts_per_tok=2,
         layer_types=["linear_attention", "full_attention"],
-    )
-
-
-def _granitemoe() -> Any:
-    return _model(
+    ),
+    "granitemoe": _layout(
         "GraniteMoeConfig",
         "GraniteMoeForCausalLM",
-        num_hidden_layers=2,
-        num_key_value_heads=2,
         intermediate_size=48,
         num_local_experts=4,
-        num_experts_per_tok=2,
-    )
-
-
-def _llama4_text() -> Any:
-    return _model(
+    ),
+    "llama4_text": _layout(
         "Llama4TextConfig",
         "Llama4ForCausalLM",
         num_hidden_layers=3,
-        num_key_value_heads=2,
         head_dim=16,
         intermediate_size=48,
         intermediate_size_mlp=96,
         num_local_experts=4,
         num_experts_per_tok=1,
         moe_layers=[0, 2],
-    )
-
-
-LAYOUTS: dict[str, Builder] = {
-    "qwen2_moe": _qwen2_moe,
-    "qwen3_moe": _qwen3_moe,
-    "olmoe": _olmoe,
-    "deepseek_v2": _deepseek_v2,
-    "deepseek_v3": _deepseek_v3,
-    "glm4_moe": _glm4_moe,
-    "mixtral": _mixtral,
-    "phimoe": _phimoe,
-    "minimax": _minimax,
-    "qwen3_5_moe": _qwen3_5_moe,
-    "granitemoe": _granitemoe,
-    "llama4_text": _llama4_text,
+    ),
 }
 
 # transformers would split the experts of these on saving, but their published files hold them fused, as [E, 2p, d].
@@ -296,5 +229,5 @@ def _chunks(names: list[str], count: int) -> Iterator[list[str]]:
     if count > len(names):
         raise ValueError(f"{len(names)} tensors cannot fill {count} shards")
     edges = [len(names) * i // count for i in range(count + 1)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         yield names[start:stop]

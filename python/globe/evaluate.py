@@ -1,0 +1,416 @@
+"""Measure a checkpoint as a language model: perplexity, and how far it moved from the model it was made of."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from globe.errors import GlobeError, UsageError
+
+FACTORED_MARK = "globe.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+_LOGIT_BYTES = 256 << 20
+_MOST_WINDOWS = 8
+_KL_ROWS = 256
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation found.
+
+    Attributes
+    ----------
+    perplexity : float
+        Exponential of the mean negative log likelihood of a token.
+    tokens : int
+        Number of tokens predicted.
+    window : int
+        Tokens in one window; the first of them is context only.
+    text : str
+        Which text was read.
+    kl : float or None
+        Mean KL(reference‖model) of a token, in nats.
+    top1_agreement : float or None
+        Fraction of positions at which both models' most likely token is the same.
+    reference_perplexity : float or None
+        The reference model's perplexity on the same tokens.
+    seconds : float
+        Time taken, loading excluded.
+    """
+
+    perplexity: float
+    tokens: int
+    window: int
+    text: str
+    kl: float | None
+    top1_agreement: float | None
+    reference_perplexity: float | None
+    seconds: float
+
+
+def evaluation_text(half: str) -> str:
+    """Return one half of a technical English text that every Python installation carries.
+
+    The text is the language reference in ``pydoc_data.topics``; it changes a little between Python releases, so
+    figures are comparable only under the same one.
+
+    Parameters
+    ----------
+    half : str
+        ``"calibration"`` or ``"evaluation"``: the first or the second half, by characters.
+
+    Returns
+    -------
+    str
+    """
+    from pydoc_data.topics import topics
+
+    if half not in ("calibration", "evaluation"):
+        raise UsageError(f'half must be "calibration" or "evaluation", not {half!r}')
+    text = "\n\n".join(topics[key] for key in sorted(topics))
+    middle = len(text) // 2
+    return text[:middle] if half == "calibration" else text[middle:]
+
+
+def load_model(directory: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """Load the model and the tokenizer of a dense or a factored checkpoint directory.
+
+    A factored directory is first written out densely beside it (or in the system's temporary directory where that
+    place is read-only); the dense copy is deleted once loaded.
+
+    Parameters
+    ----------
+    directory : str or Path
+        Checkpoint directory; nothing is downloaded.
+    device : str
+        A torch device.
+    dtype : torch.dtype, optional
+        Type to compute in. By default float32 on a CPU, where 16-bit logits are noisy, and elsewhere the type the
+        checkpoint is stored in.
+
+    Returns
+    -------
+    tuple
+        The model, in inference mode, and its tokenizer.
+    """
+    directory = Path(directory)
+    place = _device(device)
+    transformers = _transformers()
+    if not directory.is_dir():
+        raise GlobeError(f"{directory}: no such directory")
+    if not (directory / "config.json").is_file():
+        raise GlobeError(f"{directory}: no config.json; give a checkpoint directory as saved by transformers")
+    tokenizer = _load_tokenizer(transformers, directory)
+    wanted: Any = dtype or (torch.float32 if place.type == "cpu" else "auto")
+    with _dense(directory) as dense, _quiet(transformers):
+        try:
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                dense, local_files_only=True, dtype=wanted, output_loading_info=True
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise GlobeError(f"{directory}: transformers cannot load it: {_first_line(error)}") from error
+        missing = sorted(found["missing_keys"])
+        if missing:
+            raise GlobeError(
+                f"{directory}: {len(missing)} tensors are missing from its weight files, first {missing[0]}"
+            )
+        return model.to(place).eval(), tokenizer
+
+
+def evaluate_models(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    *,
+    window: int = 512,
+    max_tokens: int | None = None,
+    reference: Any = None,
+    label: str = "given text",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure a model's perplexity on a text, and its distance from a reference model.
+
+    The text is cut into windows that do not overlap; each predicts its tokens from the second on. A last, partial
+    window is dropped, unless it is the only one.
+
+    Parameters
+    ----------
+    model, tokenizer : Any
+        A causal language model of transformers and its tokenizer.
+    text : str
+        Text to read.
+    window : int
+        Tokens in a window.
+    max_tokens : int, optional
+        Read no more than this many tokens.
+    reference : Any, optional
+        Model to compare with, over the same vocabulary.
+    label : str
+        Name of the text, for the result.
+    progress : callable, optional
+        Called with the windows done and their total.
+
+    Returns
+    -------
+    Evaluation
+    """
+    windows = _windows(tokenizer, text, window, max_tokens)
+    started = time.perf_counter()
+    batch = _batch(model, windows.shape[1])
+    loss = reference_loss = divergence = 0.0
+    agreed = done = 0
+    with torch.no_grad():
+        for ids in windows.split(batch):
+            logits = _logits(model, ids)
+            targets = ids[:, 1:].reshape(-1).to(logits.device)
+            loss += _loss(logits, targets)
+            if reference is not None:
+                expected = _logits(reference, ids).to(logits.device)
+                if expected.shape != logits.shape:
+                    raise GlobeError(
+                        f"the models differ in vocabulary: {logits.shape[1]} tokens against {expected.shape[1]}"
+                    )
+                reference_loss += _loss(expected, targets)
+                divergence += _divergence(expected, logits)
+                agreed += int((expected.argmax(1) == logits.argmax(1)).sum())
+            done += len(ids)
+            if progress is not None:
+                progress(done, len(windows))
+    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    if not math.isfinite(loss + reference_loss):
+        raise GlobeError("the model's logits are not finite; its weights or its compute type are damaged")
+    return Evaluation(
+        perplexity=_perplexity(loss, tokens),
+        tokens=tokens,
+        window=windows.shape[1],
+        text=label,
+        kl=None if reference is None else divergence / tokens,
+        top1_agreement=None if reference is None else agreed / tokens,
+        reference_perplexity=None if reference is None else _perplexity(reference_loss, tokens),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def evaluate(
+    directory: str | Path,
+    *,
+    against: str | Path | None = None,
+    text: str | Path | None = None,
+    window: int = 512,
+    max_tokens: int | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Evaluate a checkpoint directory, dense or factored.
+
+    Parameters
+    ----------
+    directory : str or Path
+        Checkpoint directory with a tokenizer.
+    against : str or Path, optional
+        Directory of the model to compare with; both are held in memory together.
+    text : str or Path, optional
+        A `Path` is a UTF-8 file to read, a `str` the text itself; by default the evaluation half of
+        `evaluation_text`.
+    window, max_tokens, progress
+        As for `evaluate_models`.
+    device : str
+        A torch device.
+
+    Returns
+    -------
+    Evaluation
+    """
+    content, label = _text(text)
+    _check_window(window, max_tokens)
+    model, tokenizer = load_model(directory, device)
+    reference = None
+    if against is not None:
+        reference, its_tokenizer = load_model(against, device)
+        _check_same_tokenizer(Path(directory), tokenizer, Path(against), its_tokenizer)
+    return evaluate_models(
+        model,
+        tokenizer,
+        content,
+        window=window,
+        max_tokens=max_tokens,
+        reference=reference,
+        label=label,
+        progress=progress,
+    )
+
+
+def generate_sentence(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 24) -> str:
+    """Return a prompt and the model's greedy continuation of it.
+
+    Parameters
+    ----------
+    model, tokenizer : Any
+        A causal language model of transformers and its tokenizer.
+    prompt : str
+        Text to continue.
+    max_new_tokens : int
+        Most tokens to add.
+
+    Returns
+    -------
+    str
+    """
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    ids = inputs["input_ids"].to(model.device)
+    if ids.shape[1] == 0:
+        raise UsageError("the prompt is empty")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.no_grad():
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+        )
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise GlobeError('evaluation needs transformers: pip install "globe-moe[hf]"') from error
+    return transformers
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"{name!r} is not a torch device (cpu, cuda, cuda:1, mps)") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {name}: this torch finds no CUDA device")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError(f"device {name}: this torch finds no MPS device")
+    return device
+
+
+def _load_tokenizer(transformers: Any, directory: Path) -> Any:
+    if not any((directory / file).is_file() for file in TOKENIZER_FILES):
+        raise GlobeError(f"{directory}: no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy it from the source")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise GlobeError(f"{directory}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _dense(directory: Path) -> Iterator[Path]:
+    if not (directory / FACTORED_MARK).is_file():
+        yield directory
+        return
+    from globe.export import export
+
+    parent = directory.resolve().parent
+    place = parent if os.access(parent, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix=".globe-eval-", dir=place) as temporary:
+        dense = Path(temporary) / "dense"
+        export(directory, dense)
+        yield dense
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _text(text: str | Path | None) -> tuple[str, str]:
+    if text is None:
+        label = f"pydoc_data.topics of Python {platform.python_version()}, evaluation half"
+        return evaluation_text("evaluation"), label
+    if isinstance(text, str):
+        return text, "given text"
+    try:
+        return text.read_text(encoding="utf-8"), str(text)
+    except OSError as error:
+        raise UsageError(f"{text}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise GlobeError(f"{text}: not UTF-8 text (byte {error.start})") from error
+
+
+def _check_window(window: int, max_tokens: int | None) -> None:
+    if window < 2:
+        raise UsageError(f"window must be at least 2 tokens, not {window}")
+    if max_tokens is not None and max_tokens < 2:
+        raise UsageError(f"max tokens must be at least 2, not {max_tokens}")
+
+
+def _check_same_tokenizer(directory: Path, tokenizer: Any, against: Path, its_tokenizer: Any) -> None:
+    if len(tokenizer) != len(its_tokenizer):
+        raise GlobeError(
+            f"{directory} has a tokenizer of {len(tokenizer)} tokens, {against} one of {len(its_tokenizer)}; "
+            "compare models with the same tokenizer"
+        )
+    if tokenizer.get_vocab() != its_tokenizer.get_vocab():
+        raise GlobeError(f"{directory} and {against} have tokenizers with different tokens")
+
+
+def _windows(tokenizer: Any, text: str, window: int, max_tokens: int | None) -> torch.Tensor:
+    _check_window(window, max_tokens)
+    if not text.strip():
+        raise GlobeError("the text is empty")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
+    if len(ids) < 2:
+        raise GlobeError(f"the text has {len(ids)} token(s); at least 2 are needed")
+    window = min(window, len(ids))
+    count = len(ids) // window
+    return torch.tensor(ids[: count * window]).view(count, window)
+
+
+def _batch(model: Any, window: int) -> int:
+    vocabulary = getattr(model.config, "vocab_size", None) or model.get_input_embeddings().weight.shape[0]
+    return max(1, min(_MOST_WINDOWS, _LOGIT_BYTES // (4 * window * vocabulary)))
+
+
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
+    return logits[:, :-1].reshape(-1, logits.shape[-1]).float()
+
+
+def _loss(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    return functional.cross_entropy(logits, targets, reduction="none").cpu().double().sum().item()
+
+
+def _divergence(expected: torch.Tensor, logits: torch.Tensor) -> float:
+    total = 0.0
+    for p, q in zip(expected.split(_KL_ROWS), logits.split(_KL_ROWS), strict=True):
+        rows = functional.kl_div(q.log_softmax(1), p.log_softmax(1), reduction="none", log_target=True)
+        total += rows.sum(1).cpu().double().sum().item()
+    return total
+
+
+def _perplexity(loss: float, tokens: int) -> float:
+    mean = loss / tokens
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
