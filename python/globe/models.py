@@ -1,0 +1,122 @@
+"""Load a checkpoint directory, dense or factored, as a model of transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from globe.errors import GlobeError, UsageError
+
+FACTORED_MARK = "globe.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def load_model(directory: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """Load the model and the tokenizer of a dense or a factored checkpoint directory.
+
+    A factored directory is first written out densely beside it (or in the system's temporary directory where that
+    place is read-only); the dense copy is deleted once loaded.
+
+    Parameters
+    ----------
+    directory : str or Path
+        Checkpoint directory; nothing is downloaded.
+    device : str
+        A torch device.
+    dtype : torch.dtype, optional
+        Type to compute in. By default float32 on a CPU, where 16-bit logits are noisy, and elsewhere the type the
+        checkpoint is stored in.
+
+    Returns
+    -------
+    tuple
+        The model, in inference mode, and its tokenizer.
+    """
+    directory = Path(directory)
+    place = _device(device)
+    transformers = _transformers()
+    if not directory.is_dir():
+        raise GlobeError(f"{directory}: no such directory")
+    if not (directory / "config.json").is_file():
+        raise GlobeError(f"{directory}: no config.json; give a checkpoint directory as saved by transformers")
+    tokenizer = _load_tokenizer(transformers, directory)
+    wanted: Any = dtype or (torch.float32 if place.type == "cpu" else "auto")
+    with _dense(directory) as dense, _quiet(transformers):
+        try:
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                dense, local_files_only=True, dtype=wanted, output_loading_info=True
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise GlobeError(f"{directory}: transformers cannot load it: {_first_line(error)}") from error
+        missing = sorted(found["missing_keys"])
+        if missing:
+            raise GlobeError(
+                f"{directory}: {len(missing)} tensors are missing from its weight files, first {missing[0]}"
+            )
+        return model.to(place).eval(), tokenizer
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise GlobeError('evaluation needs transformers: pip install "globe-moe[hf]"') from error
+    return transformers
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"{name!r} is not a torch device (cpu, cuda, cuda:1, mps)") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {name}: this torch finds no CUDA device")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError(f"device {name}: this torch finds no MPS device")
+    return device
+
+
+def _load_tokenizer(transformers: Any, directory: Path) -> Any:
+    if not any((directory / file).is_file() for file in TOKENIZER_FILES):
+        raise GlobeError(f"{directory}: no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy it from the source")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise GlobeError(f"{directory}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _dense(directory: Path) -> Iterator[Path]:
+    if not (directory / FACTORED_MARK).is_file():
+        yield directory
+        return
+    from globe.export import export
+
+    parent = directory.resolve().parent
+    place = parent if os.access(parent, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix=".globe-eval-", dir=place) as temporary:
+        dense = Path(temporary) / "dense"
+        export(directory, dense)
+        yield dense
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
