@@ -1,0 +1,6 @@
+// The whole public C++ API of GloBE.
+#pragma once
+
+#include "globe/compose.hpp"
+#include "globe/parallel.hpp"
+#include "globe/view.hpp"

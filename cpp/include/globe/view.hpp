@@ -1,0 +1,41 @@
+// Non-owning views of row-major data. Nothing here allocates or copies.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace globe {
+
+// Storage of matrix entries. float16 and bfloat16 are handled as their bits in a uint16.
+enum class DType { float32, float16, bfloat16 };
+
+constexpr std::size_t size_of(DType dtype) {
+    return dtype == DType::float32 ? 4 : 2;
+}
+
+// rows x cols entries, row after row without gaps.
+struct ConstMatrixView {
+    const void* data;
+    std::int64_t rows;
+    std::int64_t cols;
+    DType dtype;
+};
+
+struct MatrixView {
+    void* data;
+    std::int64_t rows;
+    std::int64_t cols;
+    DType dtype;
+};
+
+// Compressed sparse rows: row i holds entries indptr[i] .. indptr[i + 1].
+struct CsrView {
+    const std::int64_t* indptr;   // rows + 1 offsets, indptr[0] = 0
+    const std::int32_t* indices;  // nnz column numbers in [0, cols)
+    const float* values;          // nnz values
+    std::int64_t rows;
+    std::int64_t cols;
+    std::int64_t nnz;
+};
+
+}  // namespace globe

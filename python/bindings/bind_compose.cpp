@@ -1,0 +1,23 @@
+#include "arrays.hpp"
+#include "globe/compose.hpp"
+
+namespace globe::bindings {
+
+void bind_compose(py::module_& module) {
+    module.def(
+        "compose",
+        [](const Vector<std::int64_t>& indptr, const Vector<std::int32_t>& indices,
+           const Vector<float>& values, const py::array& bank, const std::string& bank_dtype, py::array& out,
+           const std::string& out_dtype, float epsilon, int threads) {
+            const auto bank_view = const_matrix("bank", bank, parse_dtype("bank", bank_dtype));
+            const auto out_view = matrix("out", out, parse_dtype("out", out_dtype));
+            const auto codes = csr(indptr, indices, values, bank_view.rows);
+            const py::gil_scoped_release release;
+            compose(codes, bank_view, out_view, epsilon, threads);
+        },
+        py::arg("indptr").noconvert(), py::arg("indices").noconvert(), py::arg("values").noconvert(),
+        py::arg("bank"), py::arg("bank_dtype"), py::arg("out"), py::arg("out_dtype"), py::arg("epsilon"),
+        py::arg("threads"), "out[i, :] = sum of codes[i, j] * bank[j, :]; 16-bit dtypes as uint16 bits.");
+}
+
+}  // namespace globe::bindings

@@ -1,0 +1,14 @@
+import numpy as np
+from numpy.typing import NDArray
+
+def compose(
+    indptr: NDArray[np.int64],
+    indices: NDArray[np.int32],
+    values: NDArray[np.float32],
+    bank: NDArray[np.float32] | NDArray[np.uint16],
+    bank_dtype: str,
+    out: NDArray[np.float32] | NDArray[np.uint16],
+    out_dtype: str,
+    epsilon: float,
+    threads: int,
+) -> None: ...
