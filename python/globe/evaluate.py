@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ import torch
 from torch.nn import functional
 
 from globe.errors import GlobeError, UsageError
-from globe.models import load_model
+from globe.models import generate_sentence, load_model
+from globe.texts import evaluation_text, read_text
 
 __all__ = ["Evaluation", "evaluate", "evaluate_models", "evaluation_text", "generate_sentence", "load_model"]
 
@@ -57,30 +57,6 @@ class Evaluation:
     top1_agreement: float | None
     reference_perplexity: float | None
     seconds: float
-
-
-def evaluation_text(half: str) -> str:
-    """Return one half of a technical English text that every Python installation carries.
-
-    The text is the language reference in ``pydoc_data.topics``; it changes a little between Python releases, so
-    figures are comparable only under the same one.
-
-    Parameters
-    ----------
-    half : str
-        ``"calibration"`` or ``"evaluation"``: the first or the second half, by characters.
-
-    Returns
-    -------
-    str
-    """
-    from pydoc_data.topics import topics
-
-    if half not in ("calibration", "evaluation"):
-        raise UsageError(f'half must be "calibration" or "evaluation", not {half!r}')
-    text = "\n\n".join(topics[key] for key in sorted(topics))
-    middle = len(text) // 2
-    return text[:middle] if half == "calibration" else text[middle:]
 
 
 def evaluate_models(
@@ -126,7 +102,7 @@ def evaluate_models(
     loss = reference_loss = divergence = 0.0
     agreed = done = 0
     with torch.no_grad():
-        for ids in windows.split(batch):
+        for ids in torch.split(windows, batch):
             logits = _logits(model, ids)
             targets = ids[:, 1:].reshape(-1).to(logits.device)
             loss += _loss(logits, targets)
@@ -187,7 +163,7 @@ def evaluate(
     -------
     Evaluation
     """
-    content, label = _text(text)
+    content, label = read_text(text)
     _check_window(window, max_tokens)
     model, tokenizer = load_model(directory, device)
     reference = None
@@ -204,52 +180,6 @@ def evaluate(
         label=label,
         progress=progress,
     )
-
-
-def generate_sentence(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 24) -> str:
-    """Return a prompt and the model's greedy continuation of it.
-
-    Parameters
-    ----------
-    model, tokenizer : Any
-        A causal language model of transformers and its tokenizer.
-    prompt : str
-        Text to continue.
-    max_new_tokens : int
-        Most tokens to add.
-
-    Returns
-    -------
-    str
-    """
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-    ids = inputs["input_ids"].to(model.device)
-    if ids.shape[1] == 0:
-        raise UsageError("the prompt is empty")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with torch.no_grad():
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad,
-        )
-    return str(tokenizer.decode(output[0], skip_special_tokens=True))
-
-
-def _text(text: str | Path | None) -> tuple[str, str]:
-    if text is None:
-        label = f"pydoc_data.topics of Python {platform.python_version()}, evaluation half"
-        return evaluation_text("evaluation"), label
-    if isinstance(text, str):
-        return text, "given text"
-    try:
-        return text.read_text(encoding="utf-8"), str(text)
-    except OSError as error:
-        raise UsageError(f"{text}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise GlobeError(f"{text}: not UTF-8 text (byte {error.start})") from error
 
 
 def _check_window(window: int, max_tokens: int | None) -> None:
@@ -282,7 +212,7 @@ def _windows(tokenizer: Any, text: str, window: int, max_tokens: int | None) -> 
 
 
 def _batch(model: Any, window: int) -> int:
-    vocabulary = getattr(model.config, "vocab_size", None) or model.get_input_embeddings().weight.shape[0]
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
     return max(1, min(_MOST_WINDOWS, _LOGIT_BYTES // (4 * window * vocabulary)))
 
 
@@ -297,7 +227,7 @@ def _loss(logits: torch.Tensor, targets: torch.Tensor) -> float:
 
 def _divergence(expected: torch.Tensor, logits: torch.Tensor) -> float:
     total = 0.0
-    for p, q in zip(expected.split(_KL_ROWS), logits.split(_KL_ROWS), strict=True):
+    for p, q in zip(torch.split(expected, _KL_ROWS), torch.split(logits, _KL_ROWS), strict=True):
         rows = functional.kl_div(q.log_softmax(1), p.log_softmax(1), reduction="none", log_target=True)
         total += rows.sum(1).cpu().double().sum().item()
     return total

@@ -62,6 +62,38 @@ def load_model(directory: str | Path, device: str = "cpu", dtype: torch.dtype | 
         return model.to(place).eval(), tokenizer
 
 
+def generate_sentence(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 24) -> str:
+    """Return a prompt and the model's greedy continuation of it.
+
+    Parameters
+    ----------
+    model, tokenizer : Any
+        A causal language model of transformers and its tokenizer.
+    prompt : str
+        Text to continue.
+    max_new_tokens : int
+        Most tokens to add.
+
+    Returns
+    -------
+    str
+    """
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    ids = inputs["input_ids"].to(model.device)
+    if ids.shape[1] == 0:
+        raise UsageError("the prompt is empty")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.no_grad():
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+        )
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
 def _transformers() -> Any:
     try:
         import transformers
