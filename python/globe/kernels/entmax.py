@@ -69,7 +69,8 @@ def entmax(logits: NDArray[Any], alpha: float = 1.5, *, temperature: float = 1.0
     if epsilon > 0.0:
         p[p < np.minimum(epsilon, p.max(axis=-1, keepdims=True))] = 0.0
         p /= p.sum(axis=-1, keepdims=True)
-    return p.astype(dtype, copy=False)
+    result: NDArray[Any] = p.astype(dtype, copy=False)
+    return result
 
 
 def entmax_backward(

@@ -35,8 +35,7 @@ def gram(vectors: NDArray[Any], *, weights: ArrayLike | None = None, block: int 
     ValueError
         If an argument has a wrong shape, dtype or value, with the argument named.
     """
-    if not isinstance(vectors, np.ndarray):
-        vectors = np.asarray(vectors)
+    vectors = np.asanyarray(vectors)  # a memory map stays one
     if vectors.ndim != 2:
         raise ValueError(f"vectors: found shape {vectors.shape}; expected (n, k); flatten each vector into a row")
     if vectors.dtype not in _DTYPES:
@@ -51,9 +50,9 @@ def gram(vectors: NDArray[Any], *, weights: ArrayLike | None = None, block: int 
 
     total = np.zeros((n, n))
     for start in range(0, k, block):
-        part = vectors[:, start : start + block].astype(working)
+        part: NDArray[Any] = vectors[:, start : start + block].astype(working)
         if roots is not None:
-            part *= roots[start : start + block].astype(working)
+            part = part * roots[start : start + block].astype(working)
         total += part @ part.T  # NumPy calls SYRK for a product with its own transpose
     upper = np.triu_indices(n, 1)
     total.T[upper] = total[upper]

@@ -126,6 +126,8 @@ class _Solver:
         factor = self._factor(everything)
         if factor is None:
             return targets
+        if self.simplex:
+            targets = targets - targets.mean(axis=1, keepdims=True)
         solutions, _ = lapack.dpotrs(factor, targets.T, lower=1)
         if self.simplex:
             ones, _ = lapack.dpotrs(factor, np.ones(len(self.gram)), lower=1)
@@ -140,6 +142,8 @@ class _Solver:
         if solved is not None:
             x, aside = np.zeros_like(c), np.zeros_like(guess)
             x[passive] = np.maximum(solved, 0.0)
+            if self.simplex:
+                x /= x.sum()
         else:
             x, aside, more = self._active_set(c, passive, scale, self.limit - used)
             used += more
@@ -258,12 +262,14 @@ class _Solver:
         if not self.simplex:
             solution, _ = lapack.dpotrs(factor, c[index], lower=1)
             return solution, 0.0
+        # The multiplier absorbs any constant in c; taking it out first avoids cancellation.
+        centre = float(c[index].mean())
         sides = np.ones((len(index), 2), order="F")
-        sides[:, 0] = c[index]
+        sides[:, 0] = c[index] - centre
         solutions, _ = lapack.dpotrs(factor, sides, lower=1)
         free, ones = solutions[:, 0], solutions[:, 1]
         shift = float((1.0 - free.sum()) / ones.sum())
-        return free + shift * ones, shift
+        return free + shift * ones, shift - centre
 
     def _factor(self, index: NDArray[np.int64]) -> Floats | None:
         block = self.gram[index[:, None], index]

@@ -1,0 +1,62 @@
+"""Imports point one way: command line, stages, kernels, native core."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "python" / "globe"
+KERNELS = sorted((PACKAGE / "kernels").glob("*.py"))
+
+
+def imported_modules(path):
+    """Yield every absolute module name a file imports, `from a import b` as both a and a.b."""
+    package = path.relative_to(PACKAGE.parent).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
+            base = base if node.level else node.module
+            yield base
+            for alias in node.names:
+                yield f"{base}.{alias.name}"
+
+
+def test_there_are_kernels_to_look_at():
+    assert len(KERNELS) >= 5
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+def test_kernels_know_no_torch_no_files_and_no_stages(path):
+    for name in imported_modules(path):
+        top = name.split(".")[0]
+        assert top not in {"torch", "safetensors", "transformers", "huggingface_hub", "click", "rich"}, name
+        if top == "globe" and name != "globe":
+            assert name.startswith(("globe.kernels", "globe._native")), name
+
+
+def test_only_the_command_line_imports_the_command_line():
+    for path in PACKAGE.rglob("*.py"):
+        if path.stem in {"cli", "__main__"}:
+            continue
+        assert not any(name.startswith("globe.cli") for name in imported_modules(path)), path
+
+
+def test_the_core_knows_no_python():
+    files = [path for path in (ROOT / "cpp").rglob("*") if path.suffix in {".hpp", ".cpp"}]
+    assert files
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        assert "pybind11" not in text and "Python.h" not in text and "numpy/" not in text, path
+
+
+@pytest.mark.parametrize("statement", ["import globe.kernels", "import globe"])
+def test_importing_is_light(statement):
+    code = f"{statement}\nimport sys\nprint(*[m for m in ('torch', 'transformers', 'safetensors') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
