@@ -1,0 +1,43 @@
+"""GloBE: mixture-of-experts compression with one global bank of atoms.
+
+Every routed expert matrix W_i (p × d) becomes A_i · Σ_j α_ij B_j: a left factor of its own, sparse
+non-negative codes, and a bank of atoms that all experts of all layers share.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "GlobeError": "globe.errors",
+    "UsageError": "globe.errors",
+    "Settings": "globe.settings",
+    "Result": "globe.compress",
+    "compress": "globe.compress",
+    "evaluate": "globe.evaluate",
+    "export": "globe.export",
+    "inspect": "globe.inspect",
+}
+
+if TYPE_CHECKING:
+    from globe.compress import Result as Result
+    from globe.compress import compress as compress
+    from globe.errors import GlobeError as GlobeError
+    from globe.errors import UsageError as UsageError
+    from globe.evaluate import evaluate as evaluate
+    from globe.export import export as export
+    from globe.inspect import inspect as inspect
+    from globe.settings import Settings as Settings
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'globe' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value  # a stage's module may bear its function's name: the function wins
+    return value

@@ -1,0 +1,125 @@
+"""Codes: non-negative, sparse, from a small Gram and correlations alone (specification, G and H.1)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from globe import kernels
+from globe.settings import Settings
+
+Array = NDArray[np.float64]
+
+TEMPERATURE_BOUNDS = (1e-3, 1e3)
+
+
+@dataclass(frozen=True)
+class Coding:
+    """Codes α (n, m) and, for entmax and sparsemax, the logits z (n, m) they come from (else None)."""
+
+    codes: Array
+    logits: Array | None
+
+
+def initial_codes(gram: Array, correlations: Array, kind: str) -> Array:
+    """NNLS codes of the proxies, argmin_{α ≥ 0} ‖x_i − Σ_j α_ij B_j‖², for `kind` simplex divided by their sum.
+
+    The left factor absorbs a factor of α_i, so the scale of the target is free, and the division is the
+    projection on the simplex for the scale of x_i that suits it best.
+    """
+    codes = _never_empty(kernels.nnls(gram, correlations).codes, correlations)
+    return codes / codes.sum(1, keepdims=True) if kind == "simplex" else codes
+
+
+def coding_step(gram: Array, correlations: Array, settings: Settings, temperature: float) -> Coding:
+    """Code targets on the bank: argmin over α_i of ‖T_i − Σ_j α_ij B_j‖² in the form `settings.codes`.
+
+    entmax and sparsemax: the NNLS codes, on the simplex, are turned into logits by inverting entmax on the
+    support (at T = 1 they come back unchanged); off the support an atom's logit is its negative slack, so a
+    higher temperature lets in first the atoms that would help most. α = entmax(z/T) chooses the support, the
+    values on it are refitted, and the logits are re-derived.
+
+    Parameters
+    ----------
+    gram : array, shape (m, m)
+        ⟨B_j, B_k⟩.
+    correlations : array, shape (n, m)
+        ⟨T_i, B_j⟩.
+    settings : Settings
+        `codes`, `entmax_alpha`, `epsilon`, `l1`.
+    temperature : float
+        T of entmax and sparsemax.
+    """
+    if settings.codes == "nnls":
+        penalty = settings.l1 * np.abs(correlations).max(1, keepdims=True)
+        codes = _never_empty(kernels.nnls(gram, correlations - penalty).codes, correlations)
+        return Coding(prune(codes, settings.epsilon), None)
+    if settings.codes == "simplex":
+        codes = prune(kernels.nnls(gram, correlations, simplex=True).codes, settings.epsilon)
+        return Coding(codes / codes.sum(1, keepdims=True), None)
+    alpha = entmax_alpha(settings)
+    dense = _never_empty(kernels.nnls(gram, correlations).codes, correlations)
+    scale = dense.sum(1, keepdims=True)
+    slack = (correlations - dense @ gram) / (scale * np.diag(gram).mean())
+    on_support = kernels.entmax_inverse(dense / scale, alpha)
+    logits = np.where(dense > 0, on_support, np.minimum(slack, 0.0))
+    chosen = kernels.entmax(logits, alpha, temperature=temperature, epsilon=settings.epsilon) > 0
+    codes = prune(_refit(gram, correlations, chosen), settings.epsilon)
+    return with_logits(codes, alpha, temperature)
+
+
+def with_logits(codes: Array, alpha: float, temperature: float) -> Coding:
+    """Codes renormalised on the simplex, and the logits z with entmax(z/T) equal to them.
+
+    Off the support the logit is 0, entmax's threshold.
+    """
+    codes = codes / codes.sum(1, keepdims=True)
+    return Coding(codes, kernels.entmax_inverse(codes, alpha, temperature=temperature))
+
+
+def entmax_alpha(settings: Settings) -> float:
+    """α of the settings' map: sparsemax is entmax with α = 2."""
+    return 2.0 if settings.codes == "sparsemax" else settings.entmax_alpha
+
+
+def prune(codes: Array, epsilon: float) -> Array:
+    """Drop the codes below ε times the sum of their expert's (specification, I); the largest is kept."""
+    kept = (codes >= epsilon * codes.sum(1, keepdims=True)) | (codes == codes.max(1, keepdims=True))
+    return np.where(kept, codes, 0.0)
+
+
+def supports(codes: Array) -> NDArray[np.int64]:
+    """|supp(α_i)| of every expert."""
+    return np.count_nonzero(codes, axis=1)
+
+
+def update_temperature(temperature: float, median_support: float, target: float, rate: float) -> float:
+    """T ← T exp(−η (median |supp| / s_tgt − 1)), within TEMPERATURE_BOUNDS.
+
+    The specification (H.4) prints a plus sign, which runs away: α = entmax(z/T) has the larger support the
+    larger T is, so a support above its target must lower T.
+    """
+    low, high = TEMPERATURE_BOUNDS
+    return min(high, max(low, temperature * math.exp(-rate * (median_support / target - 1))))
+
+
+def _refit(gram: Array, correlations: Array, chosen: NDArray[np.bool_]) -> Array:
+    codes = np.zeros_like(correlations)
+    for number, mask in enumerate(chosen):
+        support = np.flatnonzero(mask)
+        fitted = kernels.nnls(gram[np.ix_(support, support)], correlations[None, number, support])
+        codes[number, support] = fitted.codes[0]
+    return _never_empty(codes, correlations)
+
+
+def _never_empty(codes: Array, correlations: Array) -> Array:
+    """Give an expert whose correlations are all negative its most (anti-)correlated atom: A_i absorbs the sign."""
+    codes = np.array(codes, dtype=np.float64)
+    empty = np.flatnonzero(codes.max(1) <= 0)
+    best = np.abs(correlations[empty]).argmax(1)
+    strength = np.abs(correlations[empty, best])
+    codes[empty, best] = np.where(strength > 0, strength, 1.0)
+    return codes

@@ -1,0 +1,106 @@
+"""The one place that knows devices: large products in fp32 there, small factorisations in fp64 on the CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from globe.errors import UsageError
+from globe.kernels import compose
+
+# Apple's matmul returned wrong numbers from an inner dimension of 32,767 on (pytorch#195163).
+_MPS_INNER = 16_384
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device of a `--device` value; auto is CUDA, then MPS, then the CPU.
+
+    Raises
+    ------
+    UsageError
+        If the device is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(device for device, available in there.items() if available))
+    if not there[name]:
+        raise UsageError(f"device {name} is not available here; use --device auto or cpu")
+    return torch.device(name)
+
+
+def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right on their device, the inner dimension in chunks on MPS."""
+    inner = left.shape[-1]
+    if left.device.type != "mps" or inner <= _MPS_INNER:
+        return left @ right
+    parts = zip(left.split(_MPS_INNER, -1), right.split(_MPS_INNER, -2), strict=True)
+    total = None
+    for a, b in parts:
+        total = a @ b if total is None else total + a @ b
+    assert total is not None
+    return total
+
+
+def mixtures(codes: NDArray[np.float64], bank: torch.Tensor, epsilon: float = 0.0) -> torch.Tensor:
+    """B̃_i = Σ_j α_ij B_j for a batch of experts, shape (n, r, d), fp32 on the bank's device."""
+    if bank.device.type == "cpu":
+        composed = compose(codes.astype(np.float32), bank.numpy(), epsilon=epsilon, threads=torch.get_num_threads())
+        return torch.from_numpy(composed)
+    weights = torch.from_numpy(codes.astype(np.float32)).to(bank.device)
+    weights = torch.where(weights.abs() < epsilon, torch.zeros_like(weights), weights)
+    return (weights @ bank.flatten(1)).view(len(codes), *bank.shape[1:])
+
+
+def bank_gram(bank: torch.Tensor) -> NDArray[np.float64]:
+    """⟨B_j, B_k⟩ for all atoms, fp32 inside a block of columns and fp64 across blocks."""
+    flat = bank.flatten(1)
+    total = np.zeros((len(bank), len(bank)))
+    for block in flat.split(_MPS_INNER, 1):
+        total += (block @ block.T).cpu().numpy().astype(np.float64)
+    return (total + total.T) / 2
+
+
+def correlations(targets: torch.Tensor, bank: torch.Tensor) -> NDArray[np.float64]:
+    """⟨T_i, B_j⟩ for a batch of targets, shape (n, m), fp32 inside a block of columns and fp64 across."""
+    total = np.zeros((len(targets), len(bank)))
+    pairs = zip(targets.flatten(1).split(_MPS_INNER, 1), bank.flatten(1).split(_MPS_INNER, 1), strict=True)
+    for left, right in pairs:
+        total += (left @ right.T).cpu().numpy().astype(np.float64)
+    return total
+
+
+def spd_inverse(matrices: torch.Tensor, ridge: float, rcond: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverses of symmetric positive definite matrices through fp64 Cholesky on the CPU.
+
+    Where a factor fails, or its diagonal says that 1/cond is below `rcond`, `ridge` times the mean diagonal
+    is added first.
+
+    Parameters
+    ----------
+    matrices : torch.Tensor, shape (n, r, r)
+    ridge, rcond : float
+
+    Returns
+    -------
+    inverses : torch.Tensor, shape (n, r, r), fp32 on the matrices' device
+    ridged : torch.Tensor of bool, shape (n,)
+        Which needed the ridge.
+    """
+    work = matrices.cpu().double()
+    work = (work + work.mT) / 2
+    factors, info = torch.linalg.cholesky_ex(work)
+    diagonal = factors.diagonal(dim1=1, dim2=2)
+    ridged = (info > 0) | ~((diagonal.amin(1) / diagonal.amax(1)) ** 2 > rcond)
+    if ridged.any():
+        bad = work[ridged]
+        mean = bad.diagonal(dim1=1, dim2=2).mean(1)
+        shift = torch.where(mean > 0, max(ridge, 1e-12) * mean, torch.ones_like(mean))
+        bad = bad + shift[:, None, None] * torch.eye(work.shape[1], dtype=torch.float64)
+        retried, info = torch.linalg.cholesky_ex(bad)
+        if (info > 0).any():  # fp32 noise below the ridge: lift the spectrum by that noise
+            noise = work.shape[1] * torch.finfo(torch.float32).eps * mean
+            retried = torch.linalg.cholesky(bad + noise[:, None, None] * torch.eye(work.shape[1], dtype=torch.float64))
+        factors[ridged] = retried
+    inverses = torch.cholesky_inverse(factors)
+    return inverses.float().to(matrices.device), ridged

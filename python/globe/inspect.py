@@ -1,0 +1,86 @@
+"""What a checkpoint holds, and what a choice of rank and bank size would save: from headers only."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from globe.checkpoint import FAMILIES, Checkpoint
+from globe.errors import UsageError
+from globe.ratios import Shape, ratios
+from globe.settings import Settings
+
+_RANKS = (1.0, 0.75, 0.5, 0.25)
+_BANK_RATIOS = (0.125, 1 / 6, 0.25)
+
+
+def inspect(directory: Path | str, settings: Settings | None = None) -> dict[str, Any]:
+    """Describe a checkpoint and its choices of rank and bank size.
+
+    Parameters
+    ----------
+    directory : Path or str
+        A dense checkpoint directory.
+    settings : Settings, optional
+        Whose target support the codes are counted with.
+
+    Returns
+    -------
+    dict
+        `architecture`, `layout`, `families` (N, layers, p, d, dtype, bytes, floor r/d at the default rank),
+        `bytes` on three axes, and `choices`: rank, bank size and the ratio on three axes.
+
+    Raises
+    ------
+    GlobeError
+        If the directory is not a checkpoint of a known layout.
+    """
+    settings = settings or Settings()
+    checkpoint = Checkpoint(Path(directory))
+    families = {name: checkpoint.family(name) for name in FAMILIES}
+    first = next(iter(families.values()))
+    choices = []
+    for fraction in _RANKS:
+        rank = max(1, round(fraction * min(first.p, first.d)))
+        sizes = {max(1, round(share * len(first))) for share in _BANK_RATIOS}
+        try:
+            sizes.add(settings.resolve_bank(len(first)))
+        except UsageError:
+            pass
+        for bank in sorted(sizes):
+            shape = Shape(rank, bank, min(bank, settings.support) * len(first))
+            saved = ratios(checkpoint, families, dict.fromkeys(families, shape))
+            choices.append({"rank": rank, "bank": bank, "floor": rank / first.d, "ratio": asdict(saved)})
+    expert_bytes = sum(
+        info.nbytes
+        for name, info in checkpoint.tensors.items()
+        if any(checkpoint.layout.matcher(kind).fullmatch(name) for kind in (*FAMILIES, "down"))
+    )
+    described = {
+        name: {
+            "experts": len(family),
+            "layers": family.layers,
+            "p": family.p,
+            "d": family.d,
+            "dtype": family.experts[0].info.dtype,
+            "bytes": len(family) * family.p * family.d * (4 if family.experts[0].info.dtype == "F32" else 2),
+            "floor": settings.resolve_rank(family.p, family.d) / family.d,
+        }
+        for name, family in families.items()
+    }
+    return {
+        "model": str(directory),
+        "architecture": (checkpoint.config.get("architectures") or [None])[0],
+        "model_type": checkpoint.config["model_type"],
+        "layout": checkpoint.layout.name,
+        "layers": checkpoint.config.get("num_hidden_layers"),
+        "shards": len(checkpoint.shards),
+        "families": described,
+        "bytes": {
+            "touched": sum(int(family["bytes"]) for family in described.values()),
+            "experts": expert_bytes,
+            "checkpoint": sum(info.nbytes for info in checkpoint.tensors.values()),
+        },
+        "choices": choices,
+    }

@@ -1,0 +1,113 @@
+"""Rows: which are held out for validation, and which make an expert's proxy (specification, A.1 and A.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from globe.checkpoint import Family
+from globe.errors import GlobeError
+from globe.settings import Settings
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The split of every expert's p rows, the same for all experts of a family.
+
+    `train` and `validation` divide the rows; `proxy` are the r training rows of which proxies are made.
+    """
+
+    train: NDArray[np.int64]
+    validation: NDArray[np.int64]
+    proxy: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What the first pass sees: the row energies Σ_i ‖W_i[k,:]‖² (p,) over the ranked experts, and ‖W_i‖² (N,)."""
+
+    row_energy: NDArray[np.float64]
+    energy: NDArray[np.float64]
+
+
+def scan(family: Family, settings: Settings, advance: Advance) -> Scan:
+    """Read every expert once: check that all values are finite, and sum the energies.
+
+    Raises
+    ------
+    GlobeError
+        If an expert holds NaN or Inf; the tensor and row are named.
+    """
+    step = max(1, len(family) // settings.energy_experts)
+    ranked = np.zeros(family.p)
+    energy = np.zeros(len(family))
+    for number in range(len(family)):
+        rows = family.read(number).float().pow(2).sum(1, dtype=torch.float64).numpy()
+        if not np.isfinite(rows).all():
+            expert, row = family.experts[number], int(np.flatnonzero(~np.isfinite(rows))[0])
+            raise GlobeError(
+                f"tensor {expert.tensor} (expert {expert.expert} of layer {expert.layer}) holds NaN or Inf in row "
+                f"{row} of family {family.name}; expected finite weights: fetch the checkpoint again"
+            )
+        energy[number] = rows.sum()
+        if number % step == 0:
+            ranked += rows
+        advance(1)
+    if not energy.any():
+        raise GlobeError(f"family {family.name}: all experts are zero; there is nothing to factorise")
+    return Scan(ranked, energy)
+
+
+def split_rows(p: int, rank: int, row_energy: NDArray[np.float64], settings: Settings) -> Rows:
+    """Hold rows out and select the proxy's rows among the rest.
+
+    Parameters
+    ----------
+    p, rank : int
+        Rows of an expert matrix, and of a proxy.
+    row_energy : array, shape (p,)
+        Energies that the `energy` selector ranks.
+    settings : Settings
+        `selector`, `seed` and `validation_share`.
+    """
+    share = settings.validation_share
+    held = min(max(1, round(p * share)) if share > 0 else 0, p - rank)
+    validation = np.floor((np.arange(held) + 0.5) * p / held).astype(np.int64) if held else np.empty(0, np.int64)
+    train = np.setdiff1d(np.arange(p), validation)
+    if settings.selector == "energy":
+        proxy = train[np.argsort(-row_energy[train], kind="stable")[:rank]]
+    elif settings.selector == "uniform":
+        proxy = train[np.arange(rank) * len(train) // rank]
+    else:
+        proxy = np.random.default_rng(settings.seed).choice(train, rank, replace=False)
+    return Rows(train, validation, np.sort(proxy))
+
+
+def proxy_blocks(
+    family: Family, rows: NDArray[np.int64], device: torch.device, budget: int, advance: Advance
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The proxies B_i⁰ = S W_i of all experts, a block of rows at a time.
+
+    Yields
+    ------
+    slice
+        The rows of the proxies in hand.
+    torch.Tensor, shape (N, block · d), fp32
+        Those rows of all proxies, `budget` bytes at most (one row at least).
+    """
+    block = max(1, budget // (4 * len(family) * family.d))
+    for first in range(0, len(rows), block):
+        chosen = rows[first : first + block]
+        start, stop = int(chosen[0]), int(chosen[-1]) + 1
+        local = torch.from_numpy(chosen - start)
+        stacked = torch.empty(len(family), len(chosen), family.d)
+        for number in range(len(family)):
+            stacked[number] = family.read(number, (start, stop))[local].float()
+        yield slice(first, first + len(chosen)), stacked.flatten(1).to(device)
+        advance(len(chosen))

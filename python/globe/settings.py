@@ -1,0 +1,243 @@
+"""The settings of a compression: every key, its default, its meaning and its bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from globe.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a checkpoint is compressed. Each field is a key of the YAML file given to `--config`.
+
+    Parameters
+    ----------
+    rank : float or int
+        Rank r of the mixtures: a fraction of min(p, d) if below 1 or a float, a count of rows if an int.
+    bank_ratio : float, optional
+        Bank size m as a fraction of the family's N.
+    bank_size : int, optional
+        Bank size m. With neither: 128 where N ≥ 512, 64 where N ≥ 256, else N / 4 (specification, M).
+    families : tuple of str
+        Which of gate and up to compress.
+    method : {"ts-pca"}
+        The seeds (specification, A).
+    selector : {"energy", "uniform", "random"}
+        Which rows of every expert make its proxy (specification, A.1).
+    energy_experts : int
+        The energy selector ranks rows on at most this many evenly spaced experts.
+    solver : {"alternate"}
+        The training loop (specification, H).
+    mod : {"exact", "aligned", "fixed"}
+        Dictionary step: the true normal equations, MOD on T_i = A_i⁺ W_i, or MOD on the proxies.
+    outer_loops : int
+        Loops of codes, dictionary, left factors. 0: seeds, NNLS codes and left factors only.
+    init_codes : {"nnls", "simplex"}
+        Codes at the start: NNLS, or NNLS scaled to sum one.
+    codes : {"entmax", "sparsemax", "nnls", "simplex"}
+        Codes in the loop.
+    entmax_alpha : float
+        α of entmax, in (1, 2].
+    support : int
+        Target median support s_tgt of entmax and sparsemax codes.
+    temperature : float
+        Temperature T at the start.
+    temperature_rate : float
+        η of the temperature control.
+    temperature_every : int
+        K: the control acts every K loops.
+    epsilon : float
+        ε-prune: codes below ε times the expert's sum of codes are dropped before composing.
+    l1 : float
+        L1 penalty of `nnls` codes, relative to the expert's largest correlation.
+    mod_ridge : float
+        λ of the dictionary step, relative to the mean diagonal of its normal matrix.
+    cg_steps : int
+        Preconditioned CG steps of the exact dictionary step.
+    over_relaxation : float
+        Fraction of its own step by which the exact dictionary step overshoots; off once the error rises.
+    ridge : float
+        Ridge of ill-conditioned left factors, relative to the mean diagonal of B̃ B̃ᵀ.
+    ridge_rcond : float
+        A left factor is ill-conditioned when the Cholesky estimate of 1/cond(B̃ B̃ᵀ) is below this.
+    validation_share : float
+        Share of the rows of every expert held out of targets and dictionary (one row in 32). As many as the
+        rank leaves free: none where r = p, and then the plateau is judged on all rows.
+    tolerance : float
+        Plateau: relative improvement of the validation error below this ...
+    support_tolerance : float
+        ... while the median support moves by at most this ...
+    patience : int
+        ... for this many loops in a row ends the loop early.
+    device : {"auto", "cpu", "mps", "cuda"}
+        Where the large GEMMs run.
+    seed : int
+        Seed of the random row selector.
+    threads : int, optional
+        CPU threads; all cores if not given.
+    calibrate : {"none"}
+        Activation statistics; none is weight-only.
+    """
+
+    rank: float | int = 0.75
+    bank_ratio: float | None = None
+    bank_size: int | None = None
+    families: tuple[str, ...] = ("gate", "up")
+    method: Literal["ts-pca"] = "ts-pca"
+    selector: Literal["energy", "uniform", "random"] = "energy"
+    energy_experts: int = 256
+    solver: Literal["alternate"] = "alternate"
+    mod: Literal["exact", "aligned", "fixed"] = "exact"
+    outer_loops: int = 6
+    init_codes: Literal["nnls", "simplex"] = "nnls"
+    codes: Literal["entmax", "sparsemax", "nnls", "simplex"] = "entmax"
+    entmax_alpha: float = 1.5
+    support: int = 12
+    temperature: float = 1.0
+    temperature_rate: float = 0.5
+    temperature_every: int = 1
+    epsilon: float = 1e-3
+    l1: float = 0.0
+    mod_ridge: float = 1e-4
+    cg_steps: int = 8
+    over_relaxation: float = 0.8
+    ridge: float = 1e-6
+    ridge_rcond: float = 1e-7
+    validation_share: float = 1 / 32
+    tolerance: float = 1e-4
+    support_tolerance: float = 1.0
+    patience: int = 3
+    device: Literal["auto", "cpu", "mps", "cuda"] = "auto"
+    seed: int = 0
+    threads: int | None = None
+    calibrate: Literal["none"] = "none"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "families", tuple(self.families))
+        hints = typing.get_type_hints(Settings)
+        for field in dataclasses.fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            if typing.get_origin(hint) is Literal:
+                _require(value in typing.get_args(hint), field.name, value, f"one of {', '.join(typing.get_args(hint))}")
+            elif field.name != "families":
+                _require(_is_number(value, hint), field.name, value, "a number" if hint is not int else "an integer")
+        for name in self.families:
+            _require(name in ("gate", "up"), "families", name, "gate, up or both")
+        _require(len(set(self.families)) == len(self.families) > 0, "families", self.families, "each family once")
+        for name, low, high in _BOUNDS:
+            value = getattr(self, name)
+            _require(value is None or low <= value <= high, name, value, f"a value from {low} to {high}")
+        _require(self.rank > 0, "rank", self.rank, "a fraction in (0, 1] or a count of at least 1")
+        _require(1 < self.entmax_alpha <= 2, "entmax_alpha", self.entmax_alpha, "a value in (1, 2]")
+        if self.bank_ratio is not None and self.bank_size is not None:
+            raise UsageError("bank_ratio and bank_size are both given; give one of them")
+        if self.l1 > 0 and self.codes != "nnls":
+            raise UsageError(
+                f"l1 is {self.l1} with codes {self.codes}: on the simplex the L1 norm is constant; use codes nnls"
+            )
+
+    def resolve_rank(self, p: int, d: int) -> int:
+        """The rank r for p × d matrices; a fraction is of min(p, d)."""
+        limit = min(p, d)
+        rank = round(self.rank * limit) if isinstance(self.rank, float) and self.rank <= 1 else int(self.rank)
+        if rank != self.rank and not (isinstance(self.rank, float) and self.rank <= 1):
+            raise UsageError(f"rank is {self.rank}; expected a fraction in (0, 1] or a whole number of rows")
+        if not 1 <= rank <= limit:
+            raise UsageError(f"rank is {self.rank}, which is {rank} rows; expected 1 to min(p, d) = {limit}")
+        return rank
+
+    def resolve_bank(self, experts: int) -> int:
+        """The bank size m for a family of N experts."""
+        if self.bank_size is not None:
+            size = self.bank_size
+        elif self.bank_ratio is not None:
+            size = max(1, round(self.bank_ratio * experts))
+        else:
+            size = 128 if experts >= 512 else 64 if experts >= 256 else max(1, experts // 4)
+        if not 1 <= size <= experts:
+            raise UsageError(f"bank size is {size}; expected 1 to the family's {experts} experts")
+        return size
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as plain values, ready for YAML and JSON."""
+        return {**dataclasses.asdict(self), "families": list(self.families)}
+
+
+_BOUNDS: tuple[tuple[str, float, float], ...] = (
+    ("bank_ratio", 0, 1),
+    ("bank_size", 1, 1 << 20),
+    ("energy_experts", 1, 1 << 30),
+    ("outer_loops", 0, 100_000),
+    ("support", 1, 1 << 20),
+    ("temperature", 1e-3, 1e3),
+    ("temperature_rate", 0, 10),
+    ("temperature_every", 1, 100_000),
+    ("epsilon", 0, 0.5),
+    ("l1", 0, 1),
+    ("mod_ridge", 0, 1),
+    ("cg_steps", 1, 10_000),
+    ("over_relaxation", 0, 1),
+    ("ridge", 0, 1),
+    ("ridge_rcond", 0, 1),
+    ("validation_share", 0, 0.5),
+    ("tolerance", 0, 1),
+    ("support_tolerance", 0, 1 << 20),
+    ("patience", 1, 100_000),
+    ("seed", 0, 2**63 - 1),
+    ("threads", 1, 4096),
+)
+
+
+def read_settings(path: Path | None, overrides: dict[str, Any]) -> Settings:
+    """Settings from a YAML file (or the defaults), with `overrides` on top.
+
+    Raises
+    ------
+    UsageError
+        If the file cannot be read, or a key or value is not a setting's.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UsageError(f"config {path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+        if not isinstance(loaded, dict | None):
+            raise UsageError(f"config {path}: expected keys and values, found {type(loaded).__name__}")
+        values = dict(loaded or {})
+    if overrides.get("bank_size") is not None:
+        values.pop("bank_ratio", None)
+    if overrides.get("bank_ratio") is not None:
+        values.pop("bank_size", None)
+    values.update(overrides)
+    known = {field.name for field in dataclasses.fields(Settings)}
+    for key in values:
+        if key not in known:
+            raise UsageError(f"config key {key!r} is not a setting; expected one of {', '.join(sorted(known))}")
+    if isinstance(values.get("families"), str):
+        values["families"] = values["families"].split(",")
+    try:
+        return Settings(**values)
+    except TypeError as error:
+        raise UsageError(f"config {path}: {error}") from None
+
+
+def _is_number(value: object, hint: object) -> bool:
+    allowed = typing.get_args(hint) or (hint,)
+    if value is None:
+        return type(None) in allowed
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        return False
+    return isinstance(value, int) or float in allowed
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise UsageError(f"{name} is {value!r}; expected {expected}")

@@ -1,0 +1,228 @@
+"""Reading and writing safetensors files piecewise.
+
+The safetensors package maps whole files into memory, and every page read then counts as resident, and it
+writes a file only from tensors that are all in memory. Here a slice is read with `pread` and a file is
+written tensor by tensor, so the resident memory is that of the tensor in hand. The format is one page:
+https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from globe.errors import GlobeError
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: file, dtype name, shape, first byte in the file, bytes."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """A file's tensors in the order of their bytes, its metadata, and the raw header."""
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    raw: bytes
+
+
+def read_header(path: Path) -> FileHeader:
+    """Read and check the header of a safetensors file.
+
+    Raises
+    ------
+    GlobeError
+        If the file is missing, is not safetensors, or ends before its tensors do.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER + 1
+            raw = file.read(length) if length <= _MAX_HEADER else b""
+    except OSError as error:
+        raise GlobeError(f"{path}: cannot be read ({error.strerror}); fetch the checkpoint's missing shard") from None
+    if not raw or len(raw) != length:
+        raise GlobeError(f"{path}: not a whole safetensors file (header cut off at {size} bytes); fetch it again")
+    try:
+        entries: dict[str, Any] = json.loads(raw)
+        metadata = entries.pop("__metadata__", {})
+        tensors = {
+            name: TensorInfo(
+                path,
+                entry["dtype"],
+                tuple(int(n) for n in entry["shape"]),
+                8 + length + int(entry["data_offsets"][0]),
+                int(entry["data_offsets"][1]) - int(entry["data_offsets"][0]),
+            )
+            for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0])
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise GlobeError(f"{path}: the safetensors header is not valid; fetch the file again") from None
+    end = 8 + length
+    for name, info in tensors.items():
+        if info.start != end:
+            raise GlobeError(f"{path}: tensor {name} starts at byte {info.start}, expected {end}; fetch the file again")
+        end += info.nbytes
+        if info.dtype in TORCH_DTYPES and info.nbytes != math.prod(info.shape) * TORCH_DTYPES[info.dtype].itemsize:
+            raise GlobeError(
+                f"{path}: tensor {name} has {info.nbytes} bytes, which is not what {info.dtype} {list(info.shape)} takes"
+            )
+    if end != size:
+        raise GlobeError(f"{path}: {size} bytes found, the header promises {end}; the file is truncated, fetch it again")
+    return FileHeader(path, tensors, dict(metadata), raw)
+
+
+def read_bytes(info: TensorInfo, offset: int, nbytes: int) -> bytearray:
+    """Read `nbytes` of a tensor's data from its byte `offset`."""
+    data = bytearray(nbytes)
+    view, done = memoryview(data), 0
+    with info.file.open("rb", buffering=0) as file:
+        file.seek(info.start + offset)
+        while done < nbytes:
+            got = file.readinto(view[done:])
+            if not got:
+                raise GlobeError(f"{info.file}: ended early while reading; the file changed during the run")
+            done += got
+    return data
+
+
+def read_tensor(info: TensorInfo, rows: tuple[int, int] | None = None, index: int | None = None) -> torch.Tensor:
+    """Read a tensor, entry `index` of its first axis, or the `rows` (first, past the last) of what that leaves.
+
+    Returns
+    -------
+    torch.Tensor
+        In the file's own dtype, on the CPU.
+    """
+    dtype = TORCH_DTYPES.get(info.dtype)
+    if dtype is None:
+        raise GlobeError(f"{info.file}: dtype {info.dtype} is not supported; expected one of {', '.join(TORCH_DTYPES)}")
+    shape, offset = info.shape, 0
+    if index is not None:
+        shape = shape[1:]
+        offset = index * math.prod(shape) * dtype.itemsize
+    if rows is not None:
+        row = math.prod(shape[1:]) * dtype.itemsize
+        offset += rows[0] * row
+        shape = (rows[1] - rows[0], *shape[1:])
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(read_bytes(info, offset, nbytes), dtype=dtype).view(shape)
+
+
+class TensorWriter:
+    """Write one safetensors file tensor by tensor; it bears its final name only once whole.
+
+    Parameters
+    ----------
+    path : Path
+        The file's final name.
+    entries : mapping of str to (dtype name, shape)
+        All tensors, in the order in which they will be written.
+    metadata : mapping of str to str
+        The header's metadata.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        entries: Mapping[str, tuple[str, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = path
+        self._pending = [(name, _nbytes(*entry)) for name, entry in entries.items()]
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        offset = 0
+        for (name, nbytes), (dtype, shape) in zip(self._pending, entries.values(), strict=True):
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+            offset += nbytes
+        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        raw += b" " * (-len(raw) % 8)
+        self._temporary = path.with_name(f".{path.name}.partial")
+        self._file = self._temporary.open("wb")
+        self._file.write(struct.pack("<Q", len(raw)) + raw)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write the next tensor."""
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        self.write_chunks(name, [memoryview(data.numpy())])
+
+    def write_chunks(self, name: str, chunks: Iterable[bytes | bytearray | memoryview]) -> None:
+        """Write the next tensor from pieces of its bytes."""
+        expected, nbytes = self._pending.pop(0)
+        assert name == expected, f"{name} written where {expected} was announced"
+        written = 0
+        for chunk in chunks:
+            self._file.write(chunk)
+            written += len(chunk)
+        assert written == nbytes, f"{name}: {written} bytes written, {nbytes} announced"
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            assert not self._pending, f"{self._pending[0][0]} was announced and not written"
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._temporary, self.path)
+        else:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+
+
+def copy_chunks(info: TensorInfo, size: int = 1 << 24) -> Iterable[bytearray]:
+    """A tensor's bytes in pieces of at most `size`."""
+    for offset in range(0, info.nbytes, size):
+        yield read_bytes(info, offset, min(size, info.nbytes - offset))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file under a temporary name, then rename it."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,161 @@
+"""Writing the factored checkpoint, shard by shard, with left factors fitted to the atoms as stored."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from globe.checkpoint import Checkpoint, Family
+from globe.factored import (
+    BANK_FILE,
+    INDEX_FILE,
+    bank_name,
+    csr_parts,
+    left_name,
+    rest_name,
+    shard_name,
+)
+from globe.gemm import mixtures
+from globe.lefts import fit_lefts, squared_errors
+from globe.proxies import Advance
+from globe.settings import Settings
+from globe.sweep import State
+from globe.tensorfile import DTYPE_NAMES, TensorInfo, TensorWriter, copy_chunks, write_text
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A family with the state to be stored: atoms rounded to bf16, codes to fp32."""
+
+    family: Family
+    state: State
+
+
+@dataclass(frozen=True)
+class Written:
+    """Per family, squared error and energy (N,) of every expert as stored, and the ridged left factors."""
+
+    errors: dict[str, Array]
+    energies: dict[str, Array]
+    ridged: dict[str, int]
+
+
+def rounded(state: State) -> State:
+    """The state as it is stored: atoms in bf16, codes in fp32."""
+    codes = state.codes.astype(np.float32).astype(np.float64)
+    return State(state.bank.bfloat16().float(), codes, state.temperature)
+
+
+def write_weights(
+    checkpoint: Checkpoint, fits: dict[str, Fit], target: Path, settings: Settings, advance: Advance
+) -> Written:
+    """Write every shard, the bank's file and the index.
+
+    Each source shard becomes one factored shard, with the left factors in place of the expert tensors and
+    all other tensors byte for byte; a tensor at a time is in memory.
+    """
+    places: dict[str, list[tuple[str, int]]] = {}
+    for name, fit in fits.items():
+        for number, expert in enumerate(fit.family.experts):
+            places.setdefault(expert.tensor, []).append((name, number))
+    written = Written(
+        {name: np.zeros(len(fit.family)) for name, fit in fits.items()},
+        {name: np.zeros(len(fit.family)) for name, fit in fits.items()},
+        dict.fromkeys(fits, 0),
+    )
+    weight_map: dict[str, str] = {}
+    total = 0
+    for shard in checkpoint.shards:
+        entries: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for tensor, info in shard.tensors.items():
+            entries.update(_entries(checkpoint, fits, tensor, info, tensor in places))
+        file = shard_name(shard.path.name)
+        weight_map.update(dict.fromkeys(entries, file))
+        with TensorWriter(target / file, entries, shard.metadata) as writer:
+            for tensor, info in shard.tensors.items():
+                if tensor not in places:
+                    writer.write_chunks(tensor, copy_chunks(info))
+                    continue
+                _write_experts(writer, tensor, fits, places[tensor], written, settings, advance)
+                for family in _kept_halves(checkpoint, fits, tensor):
+                    kept = checkpoint.family(family)
+                    numbers = [i for i, expert in enumerate(kept.experts) if expert.tensor == tensor]
+                    writer.write(rest_name(tensor, family), torch.stack([kept.read(i) for i in numbers]))
+        total += (target / file).stat().st_size
+    weight_map.update(_write_bank(fits, target / BANK_FILE))
+    total += (target / BANK_FILE).stat().st_size
+    index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_text(target / INDEX_FILE, json.dumps(index, indent=1) + "\n")
+    return written
+
+
+def _kept_halves(checkpoint: Checkpoint, fits: dict[str, Fit], tensor: str) -> list[str]:
+    return [name for name in ("gate", "up") if name not in fits] if checkpoint.layout.fused else []
+
+
+def _entries(
+    checkpoint: Checkpoint, fits: dict[str, Fit], tensor: str, info: TensorInfo, touched: bool
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    if not touched:
+        return {tensor: (info.dtype, info.shape)}
+    fused = checkpoint.layout.fused is not None
+    entries: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, fit in fits.items():
+        if fused or checkpoint.layout.matcher(name).fullmatch(tensor):
+            shape = (fit.family.p, fit.state.bank.shape[1])
+            entries[left_name(tensor, name)] = ("BF16", (info.shape[0], *shape) if fused else shape)
+    for name in _kept_halves(checkpoint, fits, tensor):
+        entries[rest_name(tensor, name)] = (info.dtype, (info.shape[0], info.shape[1] // 2, info.shape[2]))
+    return entries
+
+
+def _write_experts(
+    writer: TensorWriter,
+    tensor: str,
+    fits: dict[str, Fit],
+    places: list[tuple[str, int]],
+    written: Written,
+    settings: Settings,
+    advance: Advance,
+) -> None:
+    for name, fit in fits.items():
+        numbers = [number for family, number in places if family == name]
+        if not numbers:
+            continue
+        lefts = []
+        for number in numbers:
+            weights = fit.family.read(number).float()[None].to(fit.state.bank.device)
+            mixed = mixtures(fit.state.codes[[number]], fit.state.bank)
+            solved = fit_lefts(weights, mixed, settings)
+            stored = solved.lefts.bfloat16()
+            written.errors[name][number] = float(squared_errors(weights, stored.float(), mixed).sum())
+            written.energies[name][number] = float(weights.pow(2).sum(dtype=torch.float32).double())
+            written.ridged[name] += int(solved.ridged.sum())
+            lefts.append(stored[0].cpu())
+            advance(1)
+        writer.write(left_name(tensor, name), torch.stack(lefts) if len(numbers) > 1 or _fused(fit, tensor) else lefts[0])
+
+
+def _fused(fit: Fit, tensor: str) -> bool:
+    return fit.family.experts[0].index is not None
+
+
+def _write_bank(fits: dict[str, Fit], path: Path) -> dict[str, str]:
+    tensors: dict[str, torch.Tensor] = {}
+    for name, fit in fits.items():
+        tensors[bank_name(name, "atoms")] = fit.state.bank.bfloat16().cpu()
+        for part, values in csr_parts(fit.state.codes).items():
+            tensors[bank_name(name, part)] = values
+    entries = {name: (DTYPE_NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
+    with TensorWriter(path, entries, {"format": "pt"}) as writer:
+        for name, value in tensors.items():
+            writer.write(name, value)
+    return dict.fromkeys(entries, path.name)
