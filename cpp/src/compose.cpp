@@ -85,11 +85,39 @@ struct Float16 {
     }
 };
 
+// One entry of a row of codes: where the tile of its atom starts in bytes, and its weight.
+struct Term {
+    const unsigned char* atom;
+    float scale;
+};
+
+// Four terms a pass, so that the sums are loaded and stored a quarter as often. They are added one after
+// the other, so that the result is that of four passes.
 template <class Type>
-GLOBE_INLINE void add_scaled(float* GLOBE_RESTRICT sums, const void* atom, std::int64_t offset, float scale,
-                             std::int64_t width) {
-    const auto* GLOBE_RESTRICT source = static_cast<const typename Type::storage*>(atom) + offset;
-    for (std::int64_t t = 0; t < width; ++t) sums[t] += scale * Type::load(source[t]);
+GLOBE_INLINE void add_terms(float* GLOBE_RESTRICT sums, const Term* terms, std::int64_t count,
+                            std::int64_t offset, std::int64_t width) {
+    using Storage = typename Type::storage;
+    const auto tile = [offset](const Term& term) {
+        return reinterpret_cast<const Storage*>(term.atom) + offset;
+    };
+    std::int64_t k = 0;
+    for (; k + 4 <= count; k += 4) {
+        const Storage* GLOBE_RESTRICT a = tile(terms[k]);
+        const Storage* GLOBE_RESTRICT b = tile(terms[k + 1]);
+        const Storage* GLOBE_RESTRICT c = tile(terms[k + 2]);
+        const Storage* GLOBE_RESTRICT d = tile(terms[k + 3]);
+        const float sa = terms[k].scale, sb = terms[k + 1].scale, sc = terms[k + 2].scale,
+                    sd = terms[k + 3].scale;
+        for (std::int64_t t = 0; t < width; ++t) {
+            sums[t] = (((sums[t] + sa * Type::load(a[t])) + sb * Type::load(b[t])) + sc * Type::load(c[t])) +
+                      sd * Type::load(d[t]);
+        }
+    }
+    for (; k < count; ++k) {
+        const Storage* GLOBE_RESTRICT a = tile(terms[k]);
+        const float scale = terms[k].scale;
+        for (std::int64_t t = 0; t < width; ++t) sums[t] += scale * Type::load(a[t]);
+    }
 }
 
 template <class Type>
@@ -99,20 +127,20 @@ GLOBE_INLINE void write(const float* GLOBE_RESTRICT sums, void* row, std::int64_
     for (std::int64_t t = 0; t < width; ++t) target[t] = Type::store(sums[t]);
 }
 
-using AddScaled = void (*)(float*, const void*, std::int64_t, float, std::int64_t);
+using AddTerms = void (*)(float*, const Term*, std::int64_t, std::int64_t, std::int64_t);
 using Write = void (*)(const float*, void*, std::int64_t, std::int64_t);
 
-GLOBE_CLONES void add_float32(float* sums, const void* atom, std::int64_t offset, float scale,
+GLOBE_CLONES void add_float32(float* sums, const Term* terms, std::int64_t count, std::int64_t offset,
                               std::int64_t width) {
-    add_scaled<Float32>(sums, atom, offset, scale, width);
+    add_terms<Float32>(sums, terms, count, offset, width);
 }
-GLOBE_CLONES void add_float16(float* sums, const void* atom, std::int64_t offset, float scale,
+GLOBE_CLONES void add_float16(float* sums, const Term* terms, std::int64_t count, std::int64_t offset,
                               std::int64_t width) {
-    add_scaled<Float16>(sums, atom, offset, scale, width);
+    add_terms<Float16>(sums, terms, count, offset, width);
 }
-GLOBE_CLONES void add_bfloat16(float* sums, const void* atom, std::int64_t offset, float scale,
+GLOBE_CLONES void add_bfloat16(float* sums, const Term* terms, std::int64_t count, std::int64_t offset,
                                std::int64_t width) {
-    add_scaled<BFloat16>(sums, atom, offset, scale, width);
+    add_terms<BFloat16>(sums, terms, count, offset, width);
 }
 GLOBE_CLONES void write_float32(const float* sums, void* row, std::int64_t offset, std::int64_t width) {
     write<Float32>(sums, row, offset, width);
@@ -124,7 +152,7 @@ GLOBE_CLONES void write_bfloat16(const float* sums, void* row, std::int64_t offs
     write<BFloat16>(sums, row, offset, width);
 }
 
-AddScaled select_add(DType dtype) {
+AddTerms select_add(DType dtype) {
     switch (dtype) {
         case DType::float32:
             return add_float32;
@@ -176,12 +204,25 @@ void validate(const CsrView& codes, const ConstMatrixView& bank, const MatrixVie
 void compose(const CsrView& codes, const ConstMatrixView& bank, const MatrixView& out, float epsilon,
              int threads) {
     validate(codes, bank, out, epsilon);
-    const AddScaled add = select_add(bank.dtype);
+    const AddTerms add = select_add(bank.dtype);
     const Write write_row = select_write(out.dtype);
     const auto* atoms = static_cast<const unsigned char*>(bank.data);
     auto* rows = static_cast<unsigned char*>(out.data);
     const auto atom_bytes = bank.cols * static_cast<std::int64_t>(size_of(bank.dtype));
     const auto row_bytes = out.cols * static_cast<std::int64_t>(size_of(out.dtype));
+
+    // The entries that count, found once for all tiles.
+    std::vector<Term> terms;
+    std::vector<std::int64_t> starts{0};
+    terms.reserve(static_cast<std::size_t>(codes.nnz));
+    starts.reserve(static_cast<std::size_t>(codes.rows) + 1);
+    for (std::int64_t i = 0; i < codes.rows; ++i) {
+        for (std::int64_t k = codes.indptr[i]; k < codes.indptr[i + 1]; ++k) {
+            if (std::fabs(codes.values[k]) < epsilon) continue;
+            terms.push_back({atoms + codes.indices[k] * atom_bytes, codes.values[k]});
+        }
+        starts.push_back(static_cast<std::int64_t>(terms.size()));
+    }
 
     const std::int64_t tiles = (bank.cols + tile_width - 1) / tile_width;
     parallel_for(tiles, threads, [&](std::int64_t tile) {
@@ -190,11 +231,9 @@ void compose(const CsrView& codes, const ConstMatrixView& bank, const MatrixView
         const std::int64_t width = std::min(tile_width, bank.cols - offset);
         for (std::int64_t i = 0; i < codes.rows; ++i) {
             std::fill(sums, sums + width, 0.0F);
-            for (std::int64_t k = codes.indptr[i]; k < codes.indptr[i + 1]; ++k) {
-                const float scale = codes.values[k];
-                if (std::fabs(scale) < epsilon) continue;
-                add(sums, atoms + codes.indices[k] * atom_bytes, offset, scale, width);
-            }
+            const std::int64_t start = starts[static_cast<std::size_t>(i)];
+            const std::int64_t stop = starts[static_cast<std::size_t>(i) + 1];
+            add(sums, terms.data() + start, stop - start, offset, width);
             write_row(sums, rows + i * row_bytes, offset, width);
         }
     });

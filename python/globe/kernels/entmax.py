@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_BISECTIONS = 60
+_STEPS = 60
 
 
 def entmax(logits: NDArray[Any], alpha: float = 1.5, *, temperature: float = 1.0, epsilon: float = 0.0) -> NDArray[Any]:
@@ -173,12 +173,25 @@ def _threshold_15(z: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _threshold_bisect(z: NDArray[np.float64], power: float) -> NDArray[np.float64]:
-    """Find τ with Σ max(z − τ, 0)^power = 1; z has maximum 0."""
+    """Find τ with Σ max(z − τ, 0)^power = 1; z has maximum 0.
+
+    Bisection on [−1, −d^(−1/power)], with a Newton step wherever that stays inside the bracket. Only
+    logits above −1 can have a share, so only the largest few are looked at.
+    """
+    size = int((z > -1.0).sum(axis=-1).max())
+    if size < z.shape[-1]:
+        z = np.partition(z, z.shape[-1] - size, axis=-1)[..., -size:]
     low = np.full((*z.shape[:-1], 1), -1.0)
-    high = np.full_like(low, -(float(z.shape[-1]) ** (-1.0 / power)))
-    for _ in range(_BISECTIONS):
-        middle = 0.5 * (low + high)
-        above = (np.maximum(z - middle, 0.0) ** power).sum(axis=-1, keepdims=True) >= 1.0
-        low = np.where(above, middle, low)
-        high = np.where(above, high, middle)
-    return low
+    high = np.full_like(low, -(float(size) ** (-1.0 / power)))
+    tau = low
+    for _ in range(_STEPS):
+        share = np.maximum(z - tau, 0.0)
+        slope = share ** (power - 1.0)
+        excess = (slope * share).sum(axis=-1, keepdims=True) - 1.0
+        low = np.where(excess >= 0.0, tau, low)
+        high = np.where(excess >= 0.0, high, tau)
+        if (np.abs(excess) <= 1e-13).all():
+            break
+        newton = tau + excess / (power * np.maximum(slope.sum(axis=-1, keepdims=True), 1e-300))
+        tau = np.where((newton > low) & (newton < high), newton, 0.5 * (low + high))
+    return tau
