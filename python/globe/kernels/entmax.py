@@ -190,8 +190,9 @@ def _threshold_bisect(z: NDArray[np.float64], power: float) -> NDArray[np.float6
         excess = (slope * share).sum(axis=-1, keepdims=True) - 1.0
         low = np.where(excess >= 0.0, tau, low)
         high = np.where(excess >= 0.0, high, tau)
-        if (np.abs(excess) <= 1e-13).all():
+        done = np.abs(excess) <= 1e-12
+        if done.all():
             break
         newton = tau + excess / (power * np.maximum(slope.sum(axis=-1, keepdims=True), 1e-300))
-        tau = np.where((newton > low) & (newton < high), newton, 0.5 * (low + high))
+        tau = np.where(done, tau, np.where((newton > low) & (newton < high), newton, 0.5 * (low + high)))
     return tau
