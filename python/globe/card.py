@@ -1,0 +1,41 @@
+"""The model card of a factored checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+
+def model_card(model: str, metrics: dict[str, Any]) -> str:
+    """README.md of a factored directory: what it is, how it was made, how well it fits."""
+    front = yaml.safe_dump({"base_model": model, "library_name": "globe-moe", "tags": ["globe", "compressed"]})
+    rows = "\n".join(
+        f"| {name} | {family['rank']} | {family['bank']} | {family['relative_error']:.4f} | "
+        f"{family['support_median']:g} |"
+        for name, family in metrics["families"].items()
+    )
+    ratio = metrics["ratio"]
+    settings = yaml.safe_dump(metrics["settings"], sort_keys=True)
+    return f"""---
+{front}---
+
+# {model}, experts factored by GloBE
+
+Every routed expert matrix W_i is stored as A_i · Σ_j α_ij B_j: its own left factor A_i, sparse non-negative
+codes α_i, and one bank of atoms B_j shared by all experts of all layers.
+
+| family | rank | atoms | relative error | median support |
+| --- | --- | --- | --- | --- |
+{rows}
+
+Stored weights over dense: {ratio["touched"]:.3f} of the touched matrices, {ratio["experts"]:.3f} of all expert
+weights, {ratio["checkpoint"]:.3f} of the checkpoint.
+
+`pip install globe-moe`, then `globe export . DENSE` gives the dense checkpoint that any engine loads.
+
+Settings (`globe compress MODEL OUT --config settings.yaml`):
+
+```yaml
+{settings}```
+"""

@@ -1,0 +1,102 @@
+"""The reconstructed dense checkpoint, from a factored directory alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from globe.checkpoint import INDEX_NAME
+from globe.factored import Bank, Factored, left_name, open_factored, rest_name, shard_name
+from globe.output import copy_companions, output_directory
+from globe.stages import Display, Stages
+from globe.tensorfile import TORCH_DTYPES, TensorWriter, copy_chunks, read_tensor, write_text
+
+
+def export(
+    source: Path | str, target: Path | str, *, overwrite: bool = False, progress: Display | None = None
+) -> dict[str, Any]:
+    """Write the dense checkpoint Ŵ_i = A_i Σ_j α_ij B_j with the source's own names, dtype and shards.
+
+    Parameters
+    ----------
+    source : Path or str
+        A factored directory.
+    target : Path or str
+        The dense directory; made here.
+    overwrite : bool
+        Replace a target that is not empty.
+    progress : Display, optional
+        Shows the stage.
+
+    Returns
+    -------
+    dict
+        `output`, `tensors`, `bytes` and `stages`.
+
+    Raises
+    ------
+    GlobeError
+        If `source` is not a whole factored directory, or `target` cannot be written.
+    """
+    source, target = Path(source), Path(target)
+    factored = open_factored(source)
+    record = factored.manifest["source"]
+    sizes = [entry["shape"] for shard in record["shards"] for entry in shard["tensors"].values()]
+    dtypes = [entry["dtype"] for shard in record["shards"] for entry in shard["tensors"].values()]
+    total = sum(math.prod(shape) * TORCH_DTYPES[dtype].itemsize for shape, dtype in zip(sizes, dtypes, strict=True))
+    stages = Stages(progress)
+    with output_directory(target, source, overwrite=overwrite, needed_bytes=total) as directory:
+        with stages.stage("export", len(sizes)) as advance:
+            banks = {name: factored.bank(name) for name in factored.manifest["families"]}
+            for shard in record["shards"]:
+                _export_shard(factored, banks, shard, directory, advance)
+        copy_companions(source, directory)
+        if record["index_metadata"] is not None:
+            weight_map = {name: shard["file"] for shard in record["shards"] for name in shard["tensors"]}
+            index = {"metadata": record["index_metadata"], "weight_map": dict(sorted(weight_map.items()))}
+            write_text(directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        config.pop("quantization_config", None)
+        write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
+    return {"output": str(target), "tensors": len(sizes), "bytes": total, "stages": stages.as_list()}
+
+
+def _export_shard(
+    factored: Factored, banks: dict[str, Bank], shard: dict[str, Any], directory: Path, advance: Callable[[int], None]
+) -> None:
+    stored = factored.shards[shard_name(shard["file"])].tensors
+    entries = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in shard["tensors"].items()}
+    with TensorWriter(directory / shard["file"], entries, shard["metadata"]) as writer:
+        for name, entry in shard["tensors"].items():
+            if name in stored:
+                writer.write_chunks(name, copy_chunks(stored[name]))
+            else:
+                writer.write(name, reconstruct(factored, banks, name, entry))
+            advance(1)
+
+
+def reconstruct(factored: Factored, banks: dict[str, Bank], name: str, entry: dict[str, Any]) -> torch.Tensor:
+    """One source tensor from its factors, in the source's dtype."""
+    stored = next(header.tensors for header in factored.shards.values() if _holds(header.tensors, name))
+    dtype = TORCH_DTYPES[entry["dtype"]]
+    parts = []
+    for family in ("gate", "up"):
+        left, rest = left_name(name, family), rest_name(name, family)
+        if left in stored:
+            numbers = factored.manifest["families"][family]["tensors"][name]
+            lefts = read_tensor(stored[left]).float()
+            lefts = lefts if lefts.ndim == 3 else lefts[None]
+            products = [a @ banks[family].mixture(i) for a, i in zip(lefts, numbers, strict=True)]
+            parts.append(torch.stack(products).to(dtype))
+        elif rest in stored:
+            parts.append(read_tensor(stored[rest]))
+    return torch.cat(parts, 1).view(entry["shape"])
+
+
+def _holds(tensors: dict[str, Any], name: str) -> bool:
+    return any(left_name(name, family) in tensors for family in ("gate", "up"))
