@@ -73,6 +73,11 @@ class Family:
         """The number of layers that hold routed experts."""
         return len({expert.layer for expert in self.experts})
 
+    @property
+    def bytes_per_weight(self) -> int:
+        """2 for bf16 and fp16, 4 for fp32."""
+        return 4 if self.experts[0].info.dtype == "F32" else 2
+
     def read(self, number: int, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """Read W_i (or its rows from the first to before the last), in the checkpoint's dtype."""
         expert = self.experts[number]

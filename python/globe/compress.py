@@ -116,12 +116,15 @@ def compress(
             },
         )
         source = {"path": str(model_dir), "layout": checkpoint.layout.name, "fingerprint": checkpoint.fingerprint()}
+        width = next(iter(families.values())).bytes_per_weight
         metrics = {
             "globe_version": __version__,
             "families": reports,
             "ratio": asdict(actual),
             "bytes": {
-                "source": sum(info.nbytes for info in checkpoint.tensors.values()),
+                "touched": sum(len(family) * family.p * family.d for family in families.values()) * width,
+                "experts": checkpoint.expert_elements() * width,
+                "checkpoint": sum(info.nbytes for info in checkpoint.tensors.values()),
                 "stored": sum(file.stat().st_size for file in target.glob("*.safetensors")),
             },
             "device": str(device),

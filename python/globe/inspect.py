@@ -64,7 +64,7 @@ def inspect(directory: Path | str, settings: Settings | None = None) -> dict[str
             "p": family.p,
             "d": family.d,
             "dtype": family.experts[0].info.dtype,
-            "bytes": len(family) * family.p * family.d * (4 if family.experts[0].info.dtype == "F32" else 2),
+            "bytes": len(family) * family.p * family.d * family.bytes_per_weight,
             "floor": settings.resolve_rank(family.p, family.d) / family.d,
         }
         for name, family in families.items()

