@@ -150,9 +150,7 @@ class Checkpoint:
     def layout(self) -> Layout:
         """The layout whose names the tensors bear, confirmed by config.json."""
         model_type = self.config.get("model_type")
-        found = [
-            layout for layout in read_layouts() if any(map(layout.matcher(FAMILIES[0]).fullmatch, self.tensors))
-        ]
+        found = [layout for layout in read_layouts() if any(map(layout.matcher(FAMILIES[0]).fullmatch, self.tensors))]
         for layout in found:
             if model_type in layout.model_types:
                 return layout

@@ -93,7 +93,8 @@ def prune(codes: Array, epsilon: float) -> Array:
 
 def supports(codes: Array) -> NDArray[np.int64]:
     """|supp(α_i)| of every expert."""
-    return np.count_nonzero(codes, axis=1)
+    counts: NDArray[np.int64] = np.count_nonzero(codes, axis=1)
+    return counts
 
 
 def update_temperature(temperature: float, median_support: float, target: float, rate: float) -> float:

@@ -94,13 +94,19 @@ def demo_table(found: dict[str, Any]) -> Table:
     table.add_column("what")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
-    for axis, label in (("touched", "touched matrices"), ("experts", "all expert weights"), ("checkpoint", "checkpoint")):
+    for axis, label in (
+        ("touched", "touched matrices"),
+        ("experts", "all expert weights"),
+        ("checkpoint", "checkpoint"),
+    ):
         dense = found["bytes"][axis]
         table.add_row(f"bytes, {label}", f"{dense:,}", f"{round(dense * found['ratio'][axis]):,}")
     for name, error in found["relative_error"].items():
         table.add_row(f"relative error, {name}", "0", f"{error:.4f}")
     perplexity = found["perplexity"]
-    table.add_row(f"perplexity, {found['tokens']:,} tokens", f"{perplexity['before']:.2f}", f"{perplexity['after']:.2f}")
+    table.add_row(
+        f"perplexity, {found['tokens']:,} tokens", f"{perplexity['before']:.2f}", f"{perplexity['after']:.2f}"
+    )
     for stage in found["stages"]:
         table.add_row(f"seconds, {stage['name']}", "", f"{stage['seconds']:.1f}")
     peak = max(stage["peak_rss_bytes"] for stage in found["stages"])

@@ -32,13 +32,10 @@ def pick_device(name: str) -> torch.device:
 def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left @ right on their device, the inner dimension in chunks on MPS."""
     inner = left.shape[-1]
-    if left.device.type != "mps" or inner <= _MPS_INNER:
-        return left @ right
-    parts = zip(left.split(_MPS_INNER, -1), right.split(_MPS_INNER, -2), strict=True)
-    total = None
-    for a, b in parts:
-        total = a @ b if total is None else total + a @ b
-    assert total is not None
+    chunk = _MPS_INNER if left.device.type == "mps" else inner
+    total: torch.Tensor = left[..., :chunk] @ right[..., :chunk, :]
+    for first in range(chunk, inner, chunk):
+        total += left[..., first : first + chunk] @ right[..., first : first + chunk, :]
     return total
 
 
@@ -49,7 +46,8 @@ def mixtures(codes: NDArray[np.float64], bank: torch.Tensor, epsilon: float = 0.
         return torch.from_numpy(composed)
     weights = torch.from_numpy(codes.astype(np.float32)).to(bank.device)
     weights = torch.where(weights.abs() < epsilon, torch.zeros_like(weights), weights)
-    return (weights @ bank.flatten(1)).view(len(codes), *bank.shape[1:])
+    mixed: torch.Tensor = weights @ bank.flatten(1)
+    return mixed.view(len(codes), *bank.shape[1:])
 
 
 def bank_gram(bank: torch.Tensor) -> NDArray[np.float64]:

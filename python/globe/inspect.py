@@ -78,7 +78,7 @@ def inspect(directory: Path | str, settings: Settings | None = None) -> dict[str
         "shards": len(checkpoint.shards),
         "families": described,
         "bytes": {
-            "touched": sum(int(family["bytes"]) for family in described.values()),
+            "touched": sum(len(family) * family.p * family.d * family.bytes_per_weight for family in families.values()),
             "experts": expert_bytes,
             "checkpoint": sum(info.nbytes for info in checkpoint.tensors.values()),
         },

@@ -39,6 +39,4 @@ def ratios(checkpoint: Checkpoint, families: Mapping[str, Family], shapes: Mappi
     dense = sum(len(family) * family.p * family.d for family in families.values())
     stored = sum(stored_elements(families[name], shapes[name]) for name in families)
     experts, everything = checkpoint.expert_elements(), checkpoint.elements()
-    return Ratios(
-        stored / dense, (experts - dense + stored) / experts, (everything - dense + stored) / everything
-    )
+    return Ratios(stored / dense, (experts - dense + stored) / experts, (everything - dense + stored) / everything)

@@ -125,7 +125,9 @@ class Settings:
         for field in dataclasses.fields(self):
             value, hint = getattr(self, field.name), hints[field.name]
             if typing.get_origin(hint) is Literal:
-                _require(value in typing.get_args(hint), field.name, value, f"one of {', '.join(typing.get_args(hint))}")
+                _require(
+                    value in typing.get_args(hint), field.name, value, f"one of {', '.join(typing.get_args(hint))}"
+                )
             elif field.name != "families":
                 _require(_is_number(value, hint), field.name, value, "a number" if hint is not int else "an integer")
         for name in self.families:

@@ -71,9 +71,7 @@ def measure(family: Family, rows: Rows, state: State, settings: Settings, advanc
     return meter.result()
 
 
-def sweep(
-    family: Family, rows: Rows, state: State, settings: Settings, advance: Advance
-) -> tuple[Measure, Sums]:
+def sweep(family: Family, rows: Rows, state: State, settings: Settings, advance: Advance) -> tuple[Measure, Sums]:
     """Measure a state, code the targets that its left factors imply, and sum the dictionary step's right side.
 
     The targets are T_i = A_i⁺ W_i on the training rows (`exact`, `aligned`), or the normalised proxies

@@ -101,10 +101,10 @@ def read_header(path: Path) -> FileHeader:
         end += info.nbytes
         if info.dtype in TORCH_DTYPES and info.nbytes != math.prod(info.shape) * TORCH_DTYPES[info.dtype].itemsize:
             raise GlobeError(
-                f"{path}: tensor {name} has {info.nbytes} bytes, which is not what {info.dtype} {list(info.shape)} takes"
+                f"{path}: tensor {name} has {info.nbytes} bytes, not what {info.dtype} {list(info.shape)} takes"
             )
     if end != size:
-        raise GlobeError(f"{path}: {size} bytes found, the header promises {end}; the file is truncated, fetch it again")
+        raise GlobeError(f"{path}: {size} bytes found, the header promises {end}; it is truncated, fetch it again")
     return FileHeader(path, tensors, dict(metadata), raw)
 
 
@@ -182,7 +182,7 @@ class TensorWriter:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write the next tensor."""
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        self.write_chunks(name, [memoryview(data.numpy())])
+        self.write_chunks(name, [data.numpy().data])
 
     def write_chunks(self, name: str, chunks: Iterable[bytes | bytearray | memoryview]) -> None:
         """Write the next tensor from pieces of its bytes."""

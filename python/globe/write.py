@@ -141,11 +141,8 @@ def _write_experts(
             written.ridged[name] += int(solved.ridged.sum())
             lefts.append(stored[0].cpu())
             advance(1)
-        writer.write(left_name(tensor, name), torch.stack(lefts) if len(numbers) > 1 or _fused(fit, tensor) else lefts[0])
-
-
-def _fused(fit: Fit, tensor: str) -> bool:
-    return fit.family.experts[0].index is not None
+        fused = fit.family.experts[0].index is not None
+        writer.write(left_name(tensor, name), torch.stack(lefts) if fused else lefts[0])
 
 
 def _write_bank(fits: dict[str, Fit], path: Path) -> dict[str, str]:
