@@ -31,6 +31,9 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
@@ -67,7 +70,7 @@ def read_header(path: Path) -> FileHeader:
     Raises
     ------
     GlobeError
-        If the file is missing, is not safetensors, or ends before its tensors do.
+        If the file is missing, is not safetensors, holds an unknown dtype, or ends before its tensors do.
     """
     try:
         size = path.stat().st_size
@@ -81,31 +84,36 @@ def read_header(path: Path) -> FileHeader:
         raise GlobeError(f"{path}: not a whole safetensors file (header cut off at {size} bytes); fetch it again")
     try:
         entries: dict[str, Any] = json.loads(raw)
-        metadata = entries.pop("__metadata__", {})
+        metadata = {str(key): str(value) for key, value in entries.pop("__metadata__", {}).items()}
         tensors = {
-            name: TensorInfo(
-                path,
-                entry["dtype"],
-                tuple(int(n) for n in entry["shape"]),
-                8 + length + int(entry["data_offsets"][0]),
-                int(entry["data_offsets"][1]) - int(entry["data_offsets"][0]),
-            )
-            for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0])
+            name: _entry(path, 8 + length, name, entry)
+            for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
         }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise GlobeError(f"{path}: the safetensors header is not valid; fetch the file again") from None
     end = 8 + length
     for name, info in tensors.items():
         if info.start != end:
             raise GlobeError(f"{path}: tensor {name} starts at byte {info.start}, expected {end}; fetch the file again")
         end += info.nbytes
-        if info.dtype in TORCH_DTYPES and info.nbytes != math.prod(info.shape) * TORCH_DTYPES[info.dtype].itemsize:
+        if info.dtype not in TORCH_DTYPES:
+            raise GlobeError(f"{path}: tensor {name} has dtype {info.dtype}; expected one of {', '.join(TORCH_DTYPES)}")
+        if info.nbytes != math.prod(info.shape) * TORCH_DTYPES[info.dtype].itemsize:
             raise GlobeError(
                 f"{path}: tensor {name} has {info.nbytes} bytes, not what {info.dtype} {list(info.shape)} takes"
             )
     if end != size:
         raise GlobeError(f"{path}: {size} bytes found, the header promises {end}; it is truncated, fetch it again")
-    return FileHeader(path, tensors, dict(metadata), raw)
+    return FileHeader(path, tensors, metadata, raw)
+
+
+def _entry(path: Path, origin: int, name: str, entry: dict[str, Any]) -> TensorInfo:
+    """One tensor of a header, whose types JSON does not vouch for."""
+    name.encode()  # a lone surrogate could not be written again
+    (first, last), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+    if not isinstance(dtype, str) or any(type(n) is not int or n < 0 for n in (first, last, *shape)) or last < first:
+        raise ValueError(name)
+    return TensorInfo(path, dtype, tuple(shape), origin + first, last - first)
 
 
 def read_bytes(info: TensorInfo, offset: int, nbytes: int) -> bytearray:
@@ -130,9 +138,7 @@ def read_tensor(info: TensorInfo, rows: tuple[int, int] | None = None, index: in
     torch.Tensor
         In the file's own dtype, on the CPU.
     """
-    dtype = TORCH_DTYPES.get(info.dtype)
-    if dtype is None:
-        raise GlobeError(f"{info.file}: dtype {info.dtype} is not supported; expected one of {', '.join(TORCH_DTYPES)}")
+    dtype = TORCH_DTYPES[info.dtype]
     shape, offset = info.shape, 0
     if index is not None:
         shape = shape[1:]
