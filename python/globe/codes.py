@@ -18,10 +18,15 @@ TEMPERATURE_BOUNDS = (1e-3, 1e3)
 
 @dataclass(frozen=True)
 class Coding:
-    """Codes α (n, m) and, for entmax and sparsemax, the logits z (n, m) they come from (else None)."""
+    """Codes α (n, m).
+
+    `logits` are the z (n, m) with entmax(z/T) = α for entmax and sparsemax, else None. `irregular` counts the
+    experts whose least squares problem was singular (atoms were set aside) or did not converge.
+    """
 
     codes: Array
     logits: Array | None
+    irregular: int
 
 
 def initial_codes(gram: Array, correlations: Array, kind: str) -> Array:
@@ -55,29 +60,25 @@ def coding_step(gram: Array, correlations: Array, settings: Settings, temperatur
     """
     if settings.codes == "nnls":
         penalty = settings.l1 * np.abs(correlations).max(1, keepdims=True)
-        codes = _never_empty(kernels.nnls(gram, correlations - penalty).codes, correlations)
-        return Coding(prune(codes, settings.epsilon), None)
+        solved = kernels.nnls(gram, correlations - penalty)
+        codes = _never_empty(solved.codes, correlations)
+        return Coding(prune(codes, settings.epsilon), None, int(np.count_nonzero(solved.status)))
     if settings.codes == "simplex":
-        codes = prune(kernels.nnls(gram, correlations, simplex=True).codes, settings.epsilon)
-        return Coding(codes / codes.sum(1, keepdims=True), None)
+        solved = kernels.nnls(gram, correlations, simplex=True)
+        codes = prune(solved.codes, settings.epsilon)
+        return Coding(codes / codes.sum(1, keepdims=True), None, int(np.count_nonzero(solved.status)))
     alpha = entmax_alpha(settings)
-    dense = _never_empty(kernels.nnls(gram, correlations).codes, correlations)
+    solved = kernels.nnls(gram, correlations)
+    dense = _never_empty(solved.codes, correlations)
     scale = dense.sum(1, keepdims=True)
     slack = (correlations - dense @ gram) / (scale * np.diag(gram).mean())
     on_support = kernels.entmax_inverse(dense / scale, alpha)
     logits = np.where(dense > 0, on_support, np.minimum(slack, 0.0))
     chosen = kernels.entmax(logits, alpha, temperature=temperature, epsilon=settings.epsilon) > 0
     codes = prune(_refit(gram, correlations, chosen), settings.epsilon)
-    return with_logits(codes, alpha, temperature)
-
-
-def with_logits(codes: Array, alpha: float, temperature: float) -> Coding:
-    """Codes renormalised on the simplex, and the logits z with entmax(z/T) equal to them.
-
-    Off the support the logit is 0, entmax's threshold.
-    """
     codes = codes / codes.sum(1, keepdims=True)
-    return Coding(codes, kernels.entmax_inverse(codes, alpha, temperature=temperature))
+    logits = kernels.entmax_inverse(codes, alpha, temperature=temperature)
+    return Coding(codes, logits, int(np.count_nonzero(solved.status)))
 
 
 def entmax_alpha(settings: Settings) -> float:

@@ -22,7 +22,7 @@ _BATCH_BYTES = 48 << 20
 
 @dataclass(frozen=True)
 class State:
-    """A bank (m, r, d) of unit atoms, codes (N, m), and the temperature they were made at."""
+    """A bank (m, r, d) of unit atoms, codes (N, m), and the temperature of the next coding."""
 
     bank: torch.Tensor
     codes: Array
@@ -46,9 +46,13 @@ class Measure:
 
 @dataclass(frozen=True)
 class Sums:
-    """What the dictionary step needs: new codes, the right side (m, r, d), and A_iᵀA_i (exact only)."""
+    """What the dictionary step needs: new codes, the right side (m, r, d), and A_iᵀA_i (exact only).
+
+    `irregular` counts the experts whose coding problem was singular or did not converge.
+    """
 
     codes: Array
+    irregular: int
     right_side: torch.Tensor
     left_grams: torch.Tensor | None
 
@@ -80,7 +84,7 @@ def sweep(family: Family, rows: Rows, state: State, settings: Settings, advance:
     device = state.bank.device
     meter, gram = _Meter(family, rows), bank_gram(state.bank)
     train, proxy = (torch.from_numpy(index).to(device) for index in (rows.train, rows.proxy))
-    codes = np.zeros_like(state.codes)
+    codes, irregular = np.zeros_like(state.codes), 0
     right_side = torch.zeros_like(state.bank)
     rank = state.bank.shape[1]
     exact = settings.mod == "exact"
@@ -103,11 +107,13 @@ def sweep(family: Family, rows: Rows, state: State, settings: Settings, advance:
                 left_grams[span] = normal
             else:
                 summand = targets
-        codes[span] = coding_step(gram, correlations(targets, state.bank), settings, state.temperature).codes
+        coding = coding_step(gram, correlations(targets, state.bank), settings, state.temperature)
+        codes[span] = coding.codes
+        irregular += coding.irregular
         shares = torch.from_numpy(codes[span].T.astype(np.float32)).to(device)
         right_side += (shares @ summand.flatten(1)).view_as(right_side)
         advance(len(weights))
-    return meter.result(), Sums(codes, right_side, left_grams)
+    return meter.result(), Sums(codes, irregular, right_side, left_grams)
 
 
 class _Meter:

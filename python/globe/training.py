@@ -30,6 +30,7 @@ class Record:
     support_median: float
     temperature: float
     over_relaxation: float
+    irregular_codes: int
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def train(
     best: tuple[State, Measure] | None = None
     initial: Measure | None = None
     history: list[Record] = []
-    relaxation, plateau, stopped = settings.over_relaxation, 0, "outer_loops"
+    relaxation, plateau, irregular, stopped = settings.over_relaxation, 0, 0, "outer_loops"
     previous: Measure | None = None
     started = time.perf_counter()
     for loop in range(settings.outer_loops + 1):
@@ -86,7 +87,8 @@ def train(
                     validation,
                     median,
                     state.temperature,
-                    relaxation if loop > 1 else 0.0,
+                    relaxation if loop > 1 and settings.mod == "exact" else 0.0,
+                    irregular,
                     seconds,
                 )
             )
@@ -106,7 +108,9 @@ def train(
         if plateau >= settings.patience:
             stopped = "plateau"
             break
-        previous = now
+        if sums.irregular:
+            log(f"{family.name}: loop {loop + 1}: {sums.irregular} coding problems were singular or did not converge")
+        previous, irregular = now, sums.irregular
         state = _dictionary_step(state, sums, settings, relaxation if loop else 0.0)
         if settings.codes in ("entmax", "sparsemax") and loop % settings.temperature_every == 0:
             median = float(np.median(supports(state.codes)))

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from globe import __version__
 from globe.checkpoint import Checkpoint, Family
 from globe.factored import (
     BANK_FILE,
+    FORMAT_VERSION,
     INDEX_FILE,
     bank_name,
     csr_parts,
@@ -24,6 +26,7 @@ from globe.factored import (
 from globe.gemm import mixtures
 from globe.lefts import fit_lefts, squared_errors
 from globe.proxies import Advance
+from globe.ratios import Shape
 from globe.settings import Settings
 from globe.sweep import State
 from globe.tensorfile import DTYPE_NAMES, TensorInfo, TensorWriter, copy_chunks, write_text
@@ -156,3 +159,42 @@ def _write_bank(fits: dict[str, Fit], path: Path) -> dict[str, str]:
         for name, value in tensors.items():
             writer.write(name, value)
     return dict.fromkeys(entries, path.name)
+
+
+def manifest(
+    checkpoint: Checkpoint,
+    families: dict[str, Family],
+    shapes: dict[str, Shape],
+    settings: Settings,
+    source: dict[str, Any],
+) -> dict[str, Any]:
+    """globe.json: all that export needs, so that the source need not exist any more."""
+    described = {}
+    for name, family in families.items():
+        tensors: dict[str, list[int]] = {}
+        for number, expert in enumerate(family.experts):
+            tensors.setdefault(expert.tensor, []).append(number)
+        described[name] = {
+            "experts": len(family),
+            "p": family.p,
+            "d": family.d,
+            "rank": shapes[name].rank,
+            "bank": shapes[name].bank,
+            "tensors": tensors,
+        }
+    shards = [
+        {
+            "file": shard.path.name,
+            "metadata": shard.metadata,
+            "tensors": {key: {"dtype": info.dtype, "shape": list(info.shape)} for key, info in shard.tensors.items()},
+        }
+        for shard in checkpoint.shards
+    ]
+    index_metadata = None if checkpoint.index is None else checkpoint.index.get("metadata", {})
+    return {
+        "format_version": FORMAT_VERSION,
+        "globe_version": __version__,
+        "settings": settings.as_dict(),
+        "families": described,
+        "source": {**source, "index_metadata": index_metadata, "shards": shards},
+    }

@@ -1,0 +1,78 @@
+"""What metrics.json says of a family: the figures of the specification's section K."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from globe import kernels
+from globe.checkpoint import Family
+from globe.codes import supports
+from globe.gemm import bank_gram, correlations
+from globe.proxies import Advance, Rows, proxy_blocks
+from globe.ratios import Shape
+from globe.seeds import Seeds
+from globe.training import Training
+from globe.write import Fit, Written
+
+Array = NDArray[np.float64]
+
+
+def training_report(shape: Shape, rows: Rows, seeds: Seeds, training: Training) -> dict[str, Any]:
+    """Seeds and loops: explained variance, errors at the start, and every loop."""
+    gram = bank_gram(seeds.bank)
+    codes = kernels.nnls(gram, seeds.correlations).codes
+    return {
+        "rank": shape.rank,
+        "bank": shape.bank,
+        "validation_rows": len(rows.validation),
+        "explained_variance": seeds.explained_variance,
+        "init": {
+            "relative_error": training.initial.relative_error,
+            "proxy_error": _coding_error(gram, seeds.correlations, codes),
+        },
+        "temperature": training.state.temperature,
+        "stopped": training.stopped,
+        "history": [record.as_dict() for record in training.history],
+    }
+
+
+def stored_report(name: str, fit: Fit, written: Written) -> dict[str, Any]:
+    """What is measured on the factors as stored."""
+    errors, energies = written.errors[name], written.energies[name]
+    gram = bank_gram(fit.state.bank)
+    norms = np.sqrt(np.diag(gram))
+    unit = gram / np.outer(norms, norms)
+    off = unit - np.diag(np.diag(unit))
+    sizes = supports(fit.state.codes)
+    return {
+        "relative_error": float(errors.sum() / energies.sum()),
+        "expert_errors": (errors / np.where(energies > 0, energies, 1.0)).tolist(),
+        "ridged_left_factors": written.ridged[name],
+        "support_median": float(np.median(sizes)),
+        "support_histogram": np.bincount(sizes, minlength=len(gram) + 1).tolist(),
+        "atom_popularity": np.count_nonzero(fit.state.codes, axis=0).tolist(),
+        "coherence": float(np.linalg.norm(unit - np.eye(len(gram)))),
+        "coherence_max": float(np.abs(off).max()),
+        "atom_norm_max_deviation": float(np.abs(norms - 1).max()),
+    }
+
+
+def _coding_error(gram: Array, correlation: Array, codes: Array) -> float:
+    """Relative error of codes on unit vectors, from the small Gram and correlations alone."""
+    error = 1 - 2 * (codes * correlation).sum(1) + np.einsum("ij,jk,ik->i", codes, gram, codes)
+    return float(error.mean())
+
+
+def proxy_error(family: Family, rows: Rows, bank: torch.Tensor, advance: Advance) -> float:
+    """Relative error of the NNLS codes of the normalised proxies on a bank."""
+    products, energy = np.zeros((len(family), len(bank))), np.zeros(len(family))
+    for span, block in proxy_blocks(family, rows.proxy, bank.device, 256 << 20, advance):
+        products += correlations(block, bank[:, span].contiguous())
+        energy += block.pow(2).sum(1).cpu().double().numpy()
+    products /= np.sqrt(np.where(energy > 0, energy, 1.0))[:, None]
+    gram = bank_gram(bank)
+    return _coding_error(gram, products, kernels.nnls(gram, products).codes)
