@@ -1,4 +1,7 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "globe/isa.hpp"
 
 namespace globe::bindings {
 void bind_compose(pybind11::module_& module);
@@ -6,5 +9,8 @@ void bind_compose(pybind11::module_& module);
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "Compiled kernels of GloBE. Use globe.kernels, which validates and documents.";
+    module.def("runnable_isas", &globe::runnable_isas, "Instruction sets that can run here, weakest first.");
+    module.def("active_isa", &globe::active_isa, "The instruction set in use.");
+    module.def("use_isa", &globe::use_isa, pybind11::arg("name"), "Switch to another instruction set.");
     globe::bindings::bind_compose(module);
 }

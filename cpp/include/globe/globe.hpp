@@ -2,5 +2,6 @@
 #pragma once
 
 #include "globe/compose.hpp"
+#include "globe/isa.hpp"
 #include "globe/parallel.hpp"
 #include "globe/view.hpp"

@@ -13,12 +13,13 @@ constexpr std::size_t size_of(DType dtype) {
     return dtype == DType::float32 ? 4 : 2;
 }
 
-// rows x cols entries, row after row without gaps.
+// rows x cols entries, row after row; stride entries from one row to the next (0: cols, no gaps).
 struct ConstMatrixView {
     const void* data;
     std::int64_t rows;
     std::int64_t cols;
     DType dtype;
+    std::int64_t stride = 0;
 };
 
 struct MatrixView {
@@ -26,7 +27,14 @@ struct MatrixView {
     std::int64_t rows;
     std::int64_t cols;
     DType dtype;
+    std::int64_t stride = 0;
 };
+
+// Bytes from one row to the next.
+template <class View>
+constexpr std::int64_t row_bytes(const View& view) {
+    return (view.stride != 0 ? view.stride : view.cols) * static_cast<std::int64_t>(size_of(view.dtype));
+}
 
 // Compressed sparse rows: row i holds entries indptr[i] .. indptr[i + 1].
 struct CsrView {
