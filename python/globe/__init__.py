@@ -19,12 +19,14 @@ _HOMES = {
     "compress": "globe.compress",
     "evaluate": "globe.evaluate",
     "export": "globe.export",
+    "get_cmake_dir": "globe.embedding",
     "inspect": "globe.inspect",
 }
 
 if TYPE_CHECKING:
     from globe.compress import Result as Result
     from globe.compress import compress as compress
+    from globe.embedding import get_cmake_dir as get_cmake_dir
     from globe.errors import GlobeError as GlobeError
     from globe.errors import UsageError as UsageError
     from globe.evaluate import evaluate as evaluate

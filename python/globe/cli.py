@@ -56,8 +56,24 @@ def _threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def _cmake_dir(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from globe.embedding import get_cmake_dir
+
+        click.echo(get_cmake_dir())
+        ctx.exit()
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="globe")
+@click.option(
+    "--cmake-dir",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_cmake_dir,
+    help="Print the directory of globeConfig.cmake.",
+)
 def cli() -> None:
     """Compress the routed experts of mixture-of-experts models with one global bank of atoms."""
 
@@ -171,7 +187,7 @@ def export(out: Path, dense: Path, overwrite: bool, as_json: bool, quiet: bool) 
 @click.option("--window", type=int, default=512, show_default=True, help="Tokens per window.")
 @click.option("--max-tokens", type=int, help="Use the first N tokens of the text.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "mps", "cuda"]), default="cpu", show_default=True)
-@click.option("--threads", type=int, help="CPU threads.  [default: all]")
+@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: all]")
 @_common
 def evaluate(
     directory: Path,
@@ -239,6 +255,8 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+    except OSError as error:
+        _refuse(GlobeError(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)))
 
 
 def _refuse(error: GlobeError) -> None:
