@@ -108,7 +108,7 @@ class Checkpoint:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise GlobeError(f"{directory}: no such directory; expected a checkpoint directory with config.json")
-        self.config = _read_json(self.directory / "config.json")
+        self.config = read_json(self.directory / "config.json")
         if (self.directory / "globe.json").exists():
             raise GlobeError(f"{directory}: this is a factored checkpoint already; pass the dense source instead")
         self.index, names = self._shard_names()
@@ -124,13 +124,16 @@ class Checkpoint:
     def _shard_names(self) -> tuple[dict[str, Any] | None, list[str]]:
         index_path = self.directory / INDEX_NAME
         if index_path.exists():
-            index = _read_json(index_path)
+            index = read_json(index_path)
             weight_map = index.get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise GlobeError(f"{index_path}: weight_map is missing or empty; fetch the index again")
+            for tensor, name in weight_map.items():
+                if not isinstance(name, str):
+                    raise GlobeError(f"{index_path}: tensor {tensor} is mapped to {name!r}; expected a file name")
             names = sorted(set(weight_map.values()))
             for name in names:
-                if Path(name).name != name:
+                if Path(name).name != name or "\0" in name:
                     raise GlobeError(f"{index_path}: shard {name!r} lies outside the directory; expected a file name")
                 if not (self.directory / name).exists():
                     raise GlobeError(f"{self.directory}: shard {name} named by {INDEX_NAME} is missing; fetch it")
@@ -161,10 +164,18 @@ class Checkpoint:
             f"{model_type!r}; supported are {', '.join(known)}"
         )
 
+    @property
+    def layers(self) -> int | None:
+        """The number of layers that config.json states; later ones predict further tokens."""
+        layers = self.config.get("num_hidden_layers")
+        if layers is not None and not isinstance(layers, int):
+            raise GlobeError(f"{self.directory}: config.json: num_hidden_layers is {layers!r}; expected an integer")
+        return layers
+
     def family(self, name: str) -> Family:
         """Collect one family's experts and check their shapes against each other and config.json."""
         layout, matcher = self.layout, self.layout.matcher(name)
-        layers = self.config.get("num_hidden_layers")
+        layers = self.layers
         experts: list[Expert] = []
         for tensor, info in self.tensors.items():
             match = matcher.fullmatch(tensor)
@@ -196,6 +207,8 @@ class Checkpoint:
                 f"tensor {odd.tensor} has shape {list(odd.info.shape)}, the other experts of family {name} have "
                 f"{list(expected)}; one bank needs equal shapes"
             )
+        if 0 in expected:
+            raise GlobeError(f"tensor {experts[0].tensor} has shape {list(expected)}; expected a matrix with weights")
         p, d = (expected[1] // 2, expected[2]) if layout.fused else expected
         per_layer = Counter(expert.layer for expert in experts)
         counts = {
@@ -219,7 +232,7 @@ class Checkpoint:
     def expert_elements(self) -> int:
         """The number of weights in all routed experts: gate, up and down."""
         matchers = {self.layout.matcher(family) for family in (*FAMILIES, "down")}
-        layers = self.config.get("num_hidden_layers")
+        layers = self.layers
         total = 0
         for name, info in self.tensors.items():
             for matcher in matchers:
@@ -258,13 +271,20 @@ def read_layouts() -> list[Layout]:
     ]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that must hold a JSON object.
+
+    Raises
+    ------
+    GlobeError
+        If it does not.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise GlobeError(f"{path}: cannot be read ({error.strerror}); expected a JSON file") from None
-    except ValueError as error:
-        raise GlobeError(f"{path}: not valid JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise GlobeError(f"{path}: not valid JSON ({error}); fetch the file again") from None
     if not isinstance(value, dict):
         raise GlobeError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value

@@ -19,8 +19,8 @@ from globe.factored import FORMAT_VERSION, MANIFEST
 from globe.gemm import bank_gram, pick_device
 from globe.metrics import proxy_error, stored_report, training_report
 from globe.output import copy_companions, output_directory
-from globe.proxies import scan, split_rows
-from globe.ratios import Ratios, Shape, ratios
+from globe.proxies import Scan, scan, split_rows
+from globe.ratios import Ratios, Shape, ratios, stored_elements
 from globe.seeds import ts_pca
 from globe.settings import Settings
 from globe.stages import Display, Stages
@@ -95,12 +95,16 @@ def compress(
         device = pick_device(settings.device)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-    needed = int(2 * planned.checkpoint * checkpoint.elements())
+    needed = _needed_bytes(checkpoint, families, shapes)
     with output_directory(Path(out_dir), Path(model_dir), overwrite=overwrite, needed_bytes=needed) as target:
+        scans: dict[str, Scan] = {}
+        for name, family in families.items():  # all families before the first is trained: a bad tensor ends it early
+            with stages.stage(f"{name}: scan", len(family)) as advance:
+                scans[name] = scan(family, settings, advance)
         fits: dict[str, Fit] = {}
         reports: dict[str, dict[str, Any]] = {}
         for name, family in families.items():
-            fits[name], reports[name] = _factor(family, shapes[name], settings, device, stages)
+            fits[name], reports[name] = _factor(family, shapes[name], scans[name], settings, device, stages)
         with stages.stage("write", sum(len(family) for family in families.values())) as advance:
             written = write_weights(checkpoint, fits, target, settings, advance)
         for name, report in reports.items():
@@ -146,12 +150,16 @@ def _expected_support(settings: Settings, experts: int) -> int:
     return min(bank, settings.support) if steered else bank // 2
 
 
+def _needed_bytes(checkpoint: Checkpoint, families: dict[str, Family], shapes: dict[str, Shape]) -> int:
+    everything = sum(info.nbytes for info in checkpoint.tensors.values())
+    touched = sum(len(family) * family.p * family.d * family.bytes_per_weight for family in families.values())
+    return everything - touched + 2 * sum(stored_elements(families[name], shapes[name]) for name in families)
+
+
 def _factor(
-    family: Family, shape: Shape, settings: Settings, device: torch.device, stages: Stages
+    family: Family, shape: Shape, scanned: Scan, settings: Settings, device: torch.device, stages: Stages
 ) -> tuple[Fit, dict[str, Any]]:
     name = family.name
-    with stages.stage(f"{name}: scan", len(family)) as advance:
-        scanned = scan(family, settings, advance)
     rows = split_rows(family.p, shape.rank, scanned.row_energy, settings)
     with stages.stage(f"{name}: seeds", 2 * shape.rank) as advance:
         seeds = ts_pca(family, rows, shape.bank, device, advance)

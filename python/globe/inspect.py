@@ -69,12 +69,13 @@ def inspect(directory: Path | str, settings: Settings | None = None) -> dict[str
         }
         for name, family in families.items()
     }
+    architectures = checkpoint.config.get("architectures")
     return {
         "model": str(directory),
-        "architecture": (checkpoint.config.get("architectures") or [None])[0],
+        "architecture": architectures[0] if isinstance(architectures, list) and architectures else None,
         "model_type": checkpoint.config["model_type"],
         "layout": checkpoint.layout.name,
-        "layers": checkpoint.config.get("num_hidden_layers"),
+        "layers": checkpoint.layers,
         "shards": len(checkpoint.shards),
         "families": described,
         "bytes": {

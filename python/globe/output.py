@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from globe.errors import GlobeError, UsageError
 
@@ -39,30 +41,35 @@ def output_directory(path: Path, source: Path, *, overwrite: bool, needed_bytes:
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise GlobeError(f"output {path}: another run is writing there; wait for it or name another") from None
+        except BlockingIOError:
+            raise _taken(path) from None
+        except OSError as error:
+            raise _unwritable(path, error) from None
+        if not _same_file(lock, path / _LOCK):  # its owner ended and removed it while it was opened here
+            raise _taken(path)
         owned = False
         try:
             present = sorted(entry.name for entry in path.iterdir() if entry.name != _LOCK)
             if present and not overwrite:
                 what = "a finished checkpoint" if "config.json" in present else "an unfinished run or other files"
                 raise UsageError(f"output {path} is not empty ({what}: {present[0]}, …); use --overwrite to replace it")
-            owned = True
-            _clear(path)
-            free = shutil.disk_usage(path).free
+            free = shutil.disk_usage(path).free + sum(file.stat().st_size for file in _written(path))
             if free < needed_bytes:
                 raise GlobeError(
                     f"output {path}: {free:,} bytes free, about {needed_bytes:,} needed; free some or name another disk"
                 )
+            _clear(path)
+            owned = True
             yield path
             (path / _LOCK).unlink(missing_ok=True)
         except BaseException as error:
-            if owned:
-                _clear(path)
-            (path / _LOCK).unlink(missing_ok=True)
-            if created and not any(path.iterdir()):
-                path.rmdir()
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
+            with suppress(OSError):
+                if owned:
+                    _clear(path)
+                (path / _LOCK).unlink(missing_ok=True)
+                if created and not any(path.iterdir()):
+                    path.rmdir()
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
                 raise _unwritable(path, error) from None
             raise
     finally:
@@ -81,10 +88,26 @@ def copy_companions(source: Path, target: Path) -> None:
             temporary.replace(target / entry.name)
 
 
+def _written(path: Path) -> list[Path]:
+    return [file for pattern in (*_WRITTEN, ".*.partial") for file in path.glob(pattern)]
+
+
 def _clear(path: Path) -> None:
-    for pattern in (*_WRITTEN, ".*.partial"):
-        for file in path.glob(pattern):
-            file.unlink()
+    for file in _written(path):
+        if file.is_dir():
+            raise GlobeError(f"output {path}: {file.name} is a directory; expected a file: remove it or name another")
+        file.unlink()
+
+
+def _same_file(lock: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _taken(path: Path) -> GlobeError:
+    return GlobeError(f"output {path}: another run is writing there; wait for it or name another")
 
 
 def _unwritable(path: Path, error: OSError) -> GlobeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,7 @@ class Settings:
     calibrate: Literal["none"] = "none"
 
     def __post_init__(self) -> None:
+        _require(isinstance(self.families, list | tuple), "families", self.families, "gate, up or both")
         object.__setattr__(self, "families", tuple(self.families))
         hints = typing.get_type_hints(Settings)
         for field in dataclasses.fields(self):
@@ -209,7 +211,7 @@ def read_settings(path: Path | None, overrides: dict[str, Any]) -> Settings:
     if path is not None:
         try:
             loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise UsageError(f"config {path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
         if not isinstance(loaded, dict | None):
             raise UsageError(f"config {path}: expected keys and values, found {type(loaded).__name__}")
@@ -235,7 +237,7 @@ def _is_number(value: object, hint: object) -> bool:
     allowed = typing.get_args(hint) or (hint,)
     if value is None:
         return type(None) in allowed
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == math.inf:
         return False
     return isinstance(value, int) or float in allowed
 

@@ -76,8 +76,8 @@ def read_header(path: Path) -> FileHeader:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER + 1
-            raw = file.read(length) if length <= _MAX_HEADER else b""
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+            raw = file.read(length) if length <= min(_MAX_HEADER, size - 8) else b""
     except OSError as error:
         raise GlobeError(f"{path}: cannot be read ({error.strerror}); fetch the checkpoint's missing shard") from None
     if not raw or len(raw) != length:
