@@ -105,14 +105,18 @@ class Pool {
     int running_ = 0;  // threads that joined or should join, and have not left
 };
 
-// Never destroyed: its threads wait for work until the process ends. A forked child gets a new one.
+// Never destroyed: its threads wait for work until the process ends. A forked child gets a new one; no lock
+// is taken here, because another thread of the parent could have held it.
 Pool& pool() {
-    static std::mutex mutex;
-    static Pool* current = nullptr;
+    static std::atomic<Pool*> current{nullptr};
     const long process = process_id();
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (current == nullptr || current->process() != process) current = new Pool(process);
-    return *current;
+    Pool* found = current.load(std::memory_order_acquire);
+    while (found == nullptr || found->process() != process) {
+        auto fresh = std::make_unique<Pool>(process);
+        if (current.compare_exchange_strong(found, fresh.get(), std::memory_order_acq_rel))
+            return *fresh.release();
+    }
+    return *found;
 }
 
 }  // namespace

@@ -2,22 +2,16 @@
 #include "globe/compose.hpp"
 
 #include <cmath>
-#include <cstdio>
 #include <limits>
 #include <random>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "check.hpp"
+
 namespace {
 
-int failures = 0;
-
-void check(bool condition, const std::string& what) {
-    if (condition) return;
-    std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-    ++failures;
-}
+using globe::tests::check;
 
 struct Codes {
     std::vector<std::int64_t> indptr{0};
@@ -102,24 +96,22 @@ void round_trips(globe::DType dtype, std::uint32_t exponent_mask) {
 
 void rejects(const std::string& argument, const Codes& codes, std::int64_t bank_rows, float epsilon) {
     std::vector<float> bank(static_cast<std::size_t>(bank_rows) * 3), out(64 * 3);
-    try {
+    globe::tests::check_refused(argument, [&] {
         globe::compose(
             codes.view(), {bank.data(), bank_rows, 3, globe::DType::float32},
             {out.data(), static_cast<std::int64_t>(codes.indptr.size()) - 1, 3, globe::DType::float32},
             epsilon, 1);
-        check(false, "no error for " + argument);
-    } catch (const std::invalid_argument& error) {
-        check(std::string(error.what()).rfind(argument + ":", 0) == 0,
-              std::string("message: ") + error.what());
-    }
+    });
 }
 
 }  // namespace
 
 int main() {
-    for (const std::int64_t width : {0, 1, 17, 1023, 1024, 1025, 5000}) matches_the_definition(width);
-    round_trips(globe::DType::bfloat16, 0x7F80U);
-    round_trips(globe::DType::float16, 0x7C00U);
+    globe::tests::on_every_isa([] {
+        for (const std::int64_t width : {0, 1, 17, 1023, 1024, 1025, 5000}) matches_the_definition(width);
+        round_trips(globe::DType::bfloat16, 0x7F80U);
+        round_trips(globe::DType::float16, 0x7C00U);
+    });
     Codes codes;
     codes.cols = 2;
     codes.indptr = {0, 1};
@@ -133,5 +125,5 @@ int main() {
     codes.indices = {0};
     codes.indptr = {0, 2, 1};
     rejects("codes", codes, 2, 0.0F);
-    return failures == 0 ? 0 : 1;
+    return globe::tests::result();
 }
