@@ -1,11 +1,15 @@
 """Imports point one way: command line, stages, kernels, native core."""
 
 import ast
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import globe
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "python" / "globe"
@@ -47,12 +51,35 @@ def test_only_the_command_line_imports_the_command_line():
         assert not any(name.startswith("globe.cli") for name in imported_modules(path)), path
 
 
-def test_the_core_knows_no_python():
+def test_the_core_includes_no_python():
     files = [path for path in (ROOT / "cpp").rglob("*") if path.suffix in {".hpp", ".cpp"}]
     assert files
     for path in files:
-        text = path.read_text(encoding="utf-8")
-        assert "pybind11" not in text and "Python.h" not in text and "numpy/" not in text, path
+        for header in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', path.read_text(encoding="utf-8"), re.MULTILINE):
+            assert not re.match(r"Python|pybind11|numpy|nanobind|boost/python", header), f"{path}: {header}"
+
+
+@pytest.fixture(scope="module")
+def object_files():
+    """List every object file of the installed library: its name, and [kind, symbol] pairs as nm shows them."""
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed")
+    library = Path(globe.get_cmake_dir()).parents[1] / "libglobe.a"
+    blocks = subprocess.run(["nm", library], capture_output=True, text=True, check=True).stdout.strip().split("\n\n")
+    return [(lines[0], [line.split()[-2:] for line in lines[1:]]) for lines in map(str.splitlines, blocks)]
+
+
+def test_the_library_needs_no_python(object_files):
+    assert not [name for _, symbols in object_files for _, name in symbols if re.match(r"_*Py[A-Z_]", name)]
+
+
+def test_variants_share_nothing_but_their_table(object_files):
+    """A weak symbol would let the linker put one variant's instructions into another (cpp/src/variant.hpp)."""
+    variants = [symbols for file, symbols in object_files if "variant" in file]
+    assert len(variants) >= 2
+    for symbols in variants:
+        shared = [name for kind, name in symbols if kind in "uvw" or (kind.isupper() and kind != "U")]
+        assert len(shared) == 1 and shared[0].endswith("5tableE"), shared
 
 
 @pytest.mark.parametrize("statement", ["import globe.kernels", "import globe"])
