@@ -7,7 +7,9 @@
 
 #include "variant.hpp"
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(GLOBE_HAVE_AVX2)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -43,6 +45,13 @@ extern const Variant table;
 
 namespace {
 
+#if defined(GLOBE_HAVE_AVX2)
+bool has_avx2() {
+    unsigned a = 0, b = 0, c = 0, d = 0;  // Clang's __builtin_cpu_supports knows no "f16c"
+    const bool f16c = __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+    return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+#endif
 #if defined(GLOBE_HAVE_NEON_BF16)
 bool has_neon_bf16() {
 #if defined(__linux__)
@@ -61,7 +70,7 @@ bool has_neon_bf16() {
 std::vector<const Variant*> runnable() {
     std::vector<const Variant*> found{&baseline::table};
 #if defined(GLOBE_HAVE_AVX2)
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx2 = has_avx2();
     if (avx2) found.push_back(&avx2::table);
 #endif
 #if defined(GLOBE_HAVE_AVX512)
