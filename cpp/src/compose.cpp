@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -17,6 +18,9 @@ using detail::Term;
 // Bytes of the bank that a tile takes: they stay in a core's second-level cache while every row reads them.
 constexpr std::int64_t tile_bytes = 512 * 1024;
 constexpr std::int64_t shortest_tile = 512, longest_tile = 8192;
+
+// Outputs of this size and more do not fit in the caches anyway and are written past them.
+constexpr std::int64_t streamed_bytes = 8 << 20;
 
 // A fixed number of column ranges, so that sums over ranges do not depend on the number of threads.
 constexpr std::int64_t column_ranges = 64;
@@ -42,6 +46,14 @@ void validate(const CsrView& codes, const ConstMatrixView& bank) {
                 "codes: found column " + std::to_string(codes.indices[k]) + "; expected 0 to " +
                     std::to_string(codes.cols - 1));
     }
+}
+
+// Memory of the calling thread, kept for the next call, aligned to a cache line.
+unsigned char* scratch(std::int64_t bytes) {
+    thread_local std::vector<unsigned char> kept;
+    if (static_cast<std::int64_t>(kept.size()) < bytes + 64)
+        kept.resize(static_cast<std::size_t>(bytes + 64));
+    return kept.data() + (64 - reinterpret_cast<std::uintptr_t>(kept.data()) % 64) % 64;
 }
 
 std::int64_t tile_width(const ConstMatrixView& bank) {
@@ -76,33 +88,61 @@ void compose(const CsrView& codes, const ConstMatrixView& bank, const MatrixView
         out.rows == codes.rows && out.cols == bank.cols,
         "out: found shape " + shape_of(out.rows, out.cols) + "; expected " + shape_of(codes.rows, bank.cols));
 
-    // The entries that count, found once for all tiles.
+    // The entries that count, and the atoms they use, found once for all tiles. Every thread copies its tile
+    // of those atoms to one place: rows of a bank lie a power of two apart more often than not, and would
+    // evict one another from the caches.
+    const std::int64_t wide = tile_width(bank);
+    const std::int64_t pitch = wide * static_cast<std::int64_t>(size_of(bank.dtype)) + 64;
+    std::vector<std::int64_t> slots(static_cast<std::size_t>(bank.rows), -1), used;
     std::vector<Term> terms;
     std::vector<std::int64_t> starts{0};
     terms.reserve(static_cast<std::size_t>(codes.nnz));
     starts.reserve(static_cast<std::size_t>(codes.rows) + 1);
-    const auto* atoms = static_cast<const unsigned char*>(bank.data);
     for (std::int64_t i = 0; i < codes.rows; ++i) {
         for (std::int64_t k = codes.indptr[i]; k < codes.indptr[i + 1]; ++k) {
             if (std::fabs(codes.values[k]) < epsilon) continue;
-            terms.push_back({atoms + codes.indices[k] * row_bytes(bank), codes.values[k]});
+            auto& slot = slots[static_cast<std::size_t>(codes.indices[k])];
+            if (slot < 0) {
+                slot = static_cast<std::int64_t>(used.size());
+                used.push_back(codes.indices[k] * row_bytes(bank));
+            }
+            terms.push_back({slot * pitch, codes.values[k]});
         }
         starts.push_back(static_cast<std::int64_t>(terms.size()));
     }
 
-    const auto row = detail::variant().compose[detail::index_of(bank.dtype)][detail::index_of(out.dtype)];
+    const auto compose_tile =
+        detail::variant().compose[detail::index_of(bank.dtype)][detail::index_of(out.dtype)];
+    const auto* atoms = static_cast<const unsigned char*>(bank.data);
     auto* target = static_cast<unsigned char*>(out.data);
-    const auto entry_bytes = static_cast<std::int64_t>(size_of(out.dtype));
-    const std::int64_t wide = tile_width(bank);
+    const auto in_bytes = static_cast<std::int64_t>(size_of(bank.dtype));
+    const auto out_bytes = static_cast<std::int64_t>(size_of(out.dtype));
+    const auto atoms_used = std::max<std::int64_t>(1, static_cast<std::int64_t>(used.size()));
+    const bool stream = out.rows * row_bytes(out) >= streamed_bytes && row_bytes(out) % 64 == 0 &&
+                        reinterpret_cast<std::uintptr_t>(target) % 64 == 0;
+    const std::int64_t lines_a_step =
+        1 + atoms_used * 128 * in_bytes / 64 / std::max<std::int64_t>(1, out.rows);  // a step is 128 columns
+
+    // Each task is a run of tiles, so that a thread asks ahead for what it will read itself.
     const std::int64_t tiles = (bank.cols + wide - 1) / wide;
-    parallel_for(tiles, threads, [&](std::int64_t tile) {
-        const std::int64_t offset = tile * wide;
-        const std::int64_t width = std::min(wide, bank.cols - offset);
-        for (std::int64_t i = 0; i < codes.rows; ++i) {
-            const std::int64_t start = starts[static_cast<std::size_t>(i)];
-            const std::int64_t stop = starts[static_cast<std::size_t>(i) + 1];
-            row(terms.data() + start, stop - start, offset, width,
-                target + i * row_bytes(out) + offset * entry_bytes);
+    const std::int64_t runs = std::min<std::int64_t>(tiles, 4 * resolve_threads(threads));
+    parallel_for(runs, threads, [&](std::int64_t run) {
+        unsigned char* packed = scratch(atoms_used * pitch);
+        for (std::int64_t number = run * tiles / runs; number < (run + 1) * tiles / runs; ++number) {
+            const std::int64_t offset = number * wide;
+            const std::int64_t width = std::min(wide, bank.cols - offset);
+            for (std::size_t slot = 0; slot < used.size(); ++slot) {
+                std::memcpy(packed + static_cast<std::int64_t>(slot) * pitch,
+                            atoms + used[slot] + offset * in_bytes,
+                            static_cast<std::size_t>(width * in_bytes));
+            }
+            const std::int64_t next = offset + width;
+            const std::int64_t next_bytes = std::min(wide, bank.cols - next) * in_bytes;
+            detail::Ahead ahead{atoms + next * in_bytes, used.data(),
+                                next_bytes > 0 ? static_cast<std::int64_t>(used.size()) : 0, next_bytes,
+                                lines_a_step};
+            compose_tile({packed, terms.data(), starts.data(), codes.rows, width},
+                         target + offset * out_bytes, row_bytes(out), stream, ahead);
         }
     });
 }

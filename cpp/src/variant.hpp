@@ -11,23 +11,61 @@
 
 namespace globe::detail {
 
-// One entry of a row of codes: where its atom starts, and its weight.
+// One entry of a row of codes: where its atom starts in a packed tile, in bytes, and its weight.
 struct Term {
-    const unsigned char* atom;
+    std::int64_t offset;
     float weight;
 };
 
-// out[0:width] = sum of weight * atom[begin : begin + width], rounded once.
-using ComposeRow = void (*)(const Term* terms, std::int64_t count, std::int64_t begin, std::int64_t width,
-                            void* out);
+// Lines of memory that will be read soon, asked for a few at a time: those of rows base + starts[row],
+// `bytes` long each. Hardware prefetchers stop at a page's end, so they are of little help here.
+struct Ahead {
+    const unsigned char* base;
+    const std::int64_t* starts;
+    std::int64_t rows, bytes;
+    std::int64_t step;             // lines to ask for per call
+    std::int64_t row = 0, at = 0;  // the next line
+};
+
+// A packed tile of the bank, and the rows of codes that are composed from it: row i has terms
+// starts[i] .. starts[i + 1].
+struct Tile {
+    const unsigned char* atoms;
+    const Term* terms;
+    const std::int64_t* starts;
+    std::int64_t rows, width;
+};
+
+// out + i * stride (in bytes) = row i: sum of weight * atom[0:width], rounded once. With `stream`, all rows
+// of out start at multiples of 64 and are written past the caches.
+using Compose = void (*)(const Tile& tile, unsigned char* out, std::int64_t stride, bool stream,
+                         Ahead& ahead);
 
 // sum of a[t] * b[t] for t in [0, width).
 using Dot = double (*)(const void* a, const void* b, std::int64_t width);
 
+// A symmetric matrix of size x size, with shift added to every entry.
+struct NnlsGram {
+    const double* data;
+    std::int64_t size;
+    double shift;
+};
+
+// See simd/nnls.hpp.
+struct NnlsLoops {
+    std::int64_t (*extend)(const NnlsGram& gram, const std::int64_t* atoms, std::int64_t count,
+                           std::int64_t kept, double* factor);
+    void (*forward)(const double* factor, std::int64_t count, std::int64_t kept, double* y);
+    void (*backward)(const double* factor, std::int64_t count, const double* y, double* x);
+    void (*gradient)(const NnlsGram& gram, const std::int64_t* atoms, std::int64_t count, const double* x,
+                     const double* c, double constant, double* w);
+};
+
 struct Variant {
     const char* name;
-    ComposeRow compose[3][3];  // by dtype of the bank, by dtype of the output
-    Dot dot[3][3];             // by dtype of a, by dtype of b
+    Compose compose[3][3];  // by dtype of the bank, by dtype of the output
+    Dot dot[3][3];          // by dtype of a, by dtype of b
+    NnlsLoops nnls;
 };
 
 // The table in use.

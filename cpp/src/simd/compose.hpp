@@ -7,6 +7,7 @@
 namespace globe::detail::GLOBE_VARIANT {
 namespace {
 
+// Writes a pair of sums to `to`, whose entries are in order.
 template <class In, class Out>
 GLOBE_INLINE void put(typename Out::Storage* to, const Pair& sums) {
     if constexpr (In::split == Out::split) {
@@ -14,22 +15,20 @@ GLOBE_INLINE void put(typename Out::Storage* to, const Pair& sums) {
     } else if constexpr (In::split) {
         Out::store_pair(to, interleave(sums));
     } else {
-        typename Out::Storage both[2 * lanes];
         for (int i = 0; i < lanes; ++i) {
-            Out::store_one(both + i, sums.first[i]);
-            Out::store_one(both + lanes + i, sums.second[i]);
+            Out::store_one(to + i, sums.first[i]);
+            Out::store_one(to + lanes + i, sums.second[i]);
         }
-        __builtin_memcpy(to, both, sizeof both);
     }
 }
 
 // Keeps `pairs` pairs of sums in registers while all terms are added.
 template <class In, class Out, int pairs>
-GLOBE_INLINE void compose_block(const Term* terms, std::int64_t count, std::int64_t column,
-                                typename Out::Storage* out) {
+GLOBE_INLINE void compose_block(const unsigned char* tile, const Term* terms, std::int64_t count,
+                                typename Out::Storage* out, bool stream) {
     Pair sums[pairs] = {};
     for (std::int64_t k = 0; k < count; ++k) {
-        const auto* atom = reinterpret_cast<const typename In::Storage*>(terms[k].atom) + column;
+        const auto* atom = reinterpret_cast<const typename In::Storage*>(tile + terms[k].offset);
         const F32 weight = splat(terms[k].weight);
         for (int v = 0; v < pairs; ++v) {
             const Pair x = In::load_pair(atom + v * 2 * lanes);
@@ -37,25 +36,57 @@ GLOBE_INLINE void compose_block(const Term* terms, std::int64_t count, std::int6
             sums[v].second += weight * x.second;
         }
     }
-    for (int v = 0; v < pairs; ++v) put<In, Out>(out + v * 2 * lanes, sums[v]);
+    if (stream) {
+        alignas(64) typename Out::Storage rounded[pairs * 2 * lanes];
+        for (int v = 0; v < pairs; ++v) put<In, Out>(rounded + v * 2 * lanes, sums[v]);
+        stream_out(out, rounded, sizeof rounded);
+    } else {
+        for (int v = 0; v < pairs; ++v) put<In, Out>(out + v * 2 * lanes, sums[v]);
+    }
+}
+
+GLOBE_INLINE void ask_for(Ahead& ahead) {
+    for (std::int64_t i = 0; i < ahead.step && ahead.row < ahead.rows; ++i) {
+        __builtin_prefetch(ahead.base + ahead.starts[ahead.row] + ahead.at, 0, 2);
+        ahead.at += 64;
+        if (ahead.at >= ahead.bytes) {
+            ahead.at = 0;
+            ++ahead.row;
+        }
+    }
 }
 
 template <class In, class Out>
-void compose_row(const Term* terms, std::int64_t count, std::int64_t begin, std::int64_t width,
-                 void* target) {
-    auto* out = static_cast<typename Out::Storage*>(target);
+GLOBE_INLINE void compose_row(const unsigned char* atoms, const Term* terms, std::int64_t count,
+                              std::int64_t width, typename Out::Storage* out, bool stream, Ahead& ahead) {
     constexpr int wide = 8 * lanes, narrow = 2 * lanes;
+    constexpr auto entry = static_cast<std::int64_t>(sizeof(typename In::Storage));
     std::int64_t t = 0;
-    for (; t + wide <= width; t += wide) compose_block<In, Out, 4>(terms, count, begin + t, out + t);
-    for (; t + narrow <= width; t += narrow) compose_block<In, Out, 1>(terms, count, begin + t, out + t);
+    for (; t + wide <= width; t += wide) {
+        ask_for(ahead);
+        compose_block<In, Out, 4>(atoms + t * entry, terms, count, out + t, stream);
+    }
+    for (; t + narrow <= width; t += narrow) {
+        compose_block<In, Out, 1>(atoms + t * entry, terms, count, out + t, stream);
+    }
     for (; t < width; ++t) {
         float sum = 0.0F;
         for (std::int64_t k = 0; k < count; ++k) {
             sum += terms[k].weight *
-                   In::load_one(reinterpret_cast<const typename In::Storage*>(terms[k].atom) + begin + t);
+                   In::load_one(reinterpret_cast<const typename In::Storage*>(atoms + terms[k].offset) + t);
         }
         Out::store_one(out + t, sum);
     }
+}
+
+template <class In, class Out>
+void compose(const Tile& tile, unsigned char* out, std::int64_t stride, bool stream, Ahead& ahead) {
+    for (std::int64_t i = 0; i < tile.rows; ++i) {
+        compose_row<In, Out>(tile.atoms, tile.terms + tile.starts[i], tile.starts[i + 1] - tile.starts[i],
+                             tile.width, reinterpret_cast<typename Out::Storage*>(out + i * stride), stream,
+                             ahead);
+    }
+    if (stream) stream_fence();
 }
 
 // Products are summed in float32 over runs of 512 entries and in float64 across them.

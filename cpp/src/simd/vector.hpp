@@ -2,6 +2,7 @@
 // Included by variant.cpp alone: everything has internal linkage.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #if defined(__x86_64__)
@@ -47,6 +48,34 @@ GLOBE_INLINE Vector load(const void* from) {
 template <class Vector>
 GLOBE_INLINE void store(void* to, const Vector& value) {
     __builtin_memcpy(to, &value, sizeof value);
+}
+
+// Copies a multiple of 16 bytes past the caches, where the machine can; both ends are aligned to 16.
+GLOBE_INLINE void stream_out(void* to, const void* from, std::size_t bytes) {
+#if defined(__AVX512F__)
+    if (bytes % 64 == 0) {
+        for (std::size_t i = 0; i < bytes; i += 64) {
+            _mm512_stream_si512(static_cast<__m512i*>(to) + i / 64,
+                                load<__m512i>(static_cast<const char*>(from) + i));
+        }
+        return;
+    }
+#endif
+#if defined(__x86_64__)
+    for (std::size_t i = 0; i < bytes; i += 16) {
+        _mm_stream_si128(static_cast<__m128i*>(to) + i / 16,
+                         load<__m128i>(static_cast<const char*>(from) + i));
+    }
+#else
+    __builtin_memcpy(to, from, bytes);
+#endif
+}
+
+// After the last stream_out, before another thread may look.
+GLOBE_INLINE void stream_fence() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
 }
 
 GLOBE_INLINE F32 splat(float value) {

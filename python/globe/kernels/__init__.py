@@ -1,11 +1,13 @@
 """Mathematics on arrays: no files, no torch, nothing that knows what an expert is."""
 
-from globe.kernels.compose import compose
+from globe.kernels.backends import available
+from globe.kernels.compose import compose, compose_bank_gradient, compose_code_gradient
 from globe.kernels.entmax import entmax, entmax_backward, entmax_inverse
 from globe.kernels.gram import gram
 from globe.kernels.nnls import NnlsResult, NnlsStatus, nnls
 
 __all__ = [
+    "available",
     "gram",
     "nnls",
     "NnlsResult",
@@ -14,4 +16,6 @@ __all__ = [
     "entmax_backward",
     "entmax_inverse",
     "compose",
+    "compose_bank_gradient",
+    "compose_code_gradient",
 ]

@@ -1,7 +1,8 @@
-"""Sparse mixtures of long vectors."""
+"""Sparse mixtures of long vectors, and the derivatives that training them needs."""
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -10,6 +11,7 @@ import scipy.sparse
 from numpy.typing import DTypeLike, NDArray
 
 from globe import _native
+from globe.kernels.backends import check_threads, choose
 
 _NAMES = {
     np.dtype(np.float32): "float32",
@@ -24,6 +26,8 @@ def compose(
     *,
     epsilon: float = 0.0,
     dtype: DTypeLike | None = None,
+    out: NDArray[Any] | None = None,
+    backend: str = "auto",
     threads: int | None = None,
 ) -> NDArray[Any]:
     """Mix the atoms of a bank: ``out[i] = Σ_j codes[i, j] · bank[j]``.
@@ -38,6 +42,10 @@ def compose(
         Threshold for weights, 0 or more.
     dtype : dtype, optional
         Dtype of the result: float32, float16 or ``ml_dtypes.bfloat16``; the bank's by default.
+    out : ndarray, shape (n, *bank.shape[1:]), optional
+        Where to write, C-contiguous, in `dtype`; spares the cost of fresh memory. Must not overlap the bank.
+    backend : {"auto", "native", "numba", "reference"}
+        Implementation; see :func:`globe.kernels.available`.
     threads : int, optional
         Threads to use; one per hardware thread by default.
 
@@ -52,58 +60,162 @@ def compose(
     ValueError
         If an argument has a wrong shape, dtype or value, with the argument named.
     """
-    bank = np.asarray(bank)
-    bank_name = _name("bank", bank.dtype)
-    if bank.ndim < 1:
-        raise ValueError("bank: found a scalar; expected an array of shape (m, ...); stack the atoms first")
-    if not bank.flags.c_contiguous:
-        raise ValueError("bank: found a strided array; expected C order; pass numpy.ascontiguousarray(bank)")
-    out_dtype = bank.dtype if dtype is None else np.dtype(dtype)
-    out_name = _name("dtype", out_dtype)
+    matrix = _codes(codes)
+    flat = _wide("bank", bank, matrix.shape[1], "one per column of codes")
+    shape = (matrix.shape[0], *bank.shape[1:])
+    kind = np.dtype(dtype) if dtype is not None else bank.dtype if out is None else out.dtype
+    if kind not in _NAMES:
+        raise ValueError(f"dtype: found {kind}; expected float32, float16 or ml_dtypes.bfloat16")
+    if out is None:
+        out = np.empty(shape, dtype=kind)
+    elif out.shape != shape or out.dtype != kind or not out.flags.c_contiguous or not out.flags.writeable:
+        raise ValueError(f"out: found {out.dtype} of shape {out.shape}; expected writeable, contiguous {kind} {shape}")
+    elif np.may_share_memory(out, bank):
+        raise ValueError("out: found memory shared with the bank; expected separate memory; pass a new array")
     epsilon = float(epsilon)
     if not 0.0 <= epsilon < np.inf:
         raise ValueError(f"epsilon: found {epsilon}; expected a finite number of at least 0")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads: found {threads}; expected at least 1, or None for one per hardware thread")
-
-    matrix = _csr(codes)
-    n, m = matrix.shape
-    if bank.shape[0] != m:
-        raise ValueError(
-            f"bank: found {bank.shape[0]} atoms; expected {m}, one per column of codes; check that both belong together"
-        )
-    width = int(np.prod(bank.shape[1:], dtype=np.int64))
-    out = np.empty((n, *bank.shape[1:]), dtype=out_dtype)
-    _native.compose(
-        np.ascontiguousarray(matrix.indptr, dtype=np.int64),
-        np.ascontiguousarray(matrix.indices, dtype=np.int32),
-        np.ascontiguousarray(matrix.data, dtype=np.float32),
-        _storage(bank).reshape(m, width),
-        bank_name,
-        _storage(out).reshape(n, width),
-        out_name,
-        epsilon,
-        threads or 0,
-    )
+    target = out.reshape(shape[0], flat.shape[1])
+    count = check_threads(threads)
+    chosen = choose(backend)
+    if chosen == "native":
+        arguments = (*_csr(matrix), _storage(flat), _NAMES[flat.dtype], _storage(target), _NAMES[target.dtype])
+        _native.compose(*arguments, epsilon, count)
+    else:
+        _implementation(chosen).compose(_prune(matrix, epsilon), flat, target, count)
     return out
 
 
-def _name(argument: str, dtype: np.dtype[Any]) -> str:
-    if dtype not in _NAMES:
-        raise ValueError(f"{argument}: found {dtype}; expected float32, float16 or ml_dtypes.bfloat16; convert first")
-    return _NAMES[dtype]
+def compose_bank_gradient(
+    codes: Any,
+    gradient: NDArray[Any],
+    *,
+    epsilon: float = 0.0,
+    dtype: DTypeLike | None = None,
+    backend: str = "auto",
+    threads: int | None = None,
+) -> NDArray[Any]:
+    """Pull a gradient back to the bank: ``out[j] = Σ_i codes[i, j] · gradient[i]``, the adjoint of `compose`.
+
+    Parameters
+    ----------
+    codes : as for :func:`compose`, shape (n, m)
+    gradient : ndarray, shape (n, ...)
+        Derivative of a scalar with respect to the mixtures; float32, float16 or ``ml_dtypes.bfloat16``.
+    epsilon, dtype, backend, threads
+        As for :func:`compose`.
+
+    Returns
+    -------
+    ndarray, shape (m, *gradient.shape[1:])
+
+    Raises
+    ------
+    ValueError
+        If an argument has a wrong shape, dtype or value, with the argument named.
+    """
+    matrix = _codes(codes)
+    _wide("gradient", gradient, matrix.shape[0], "one per row of codes")
+    transposed = matrix.T.tocsr()
+    return compose(transposed, gradient, epsilon=epsilon, dtype=dtype, backend=backend, threads=threads)
 
 
-def _storage(array: NDArray[Any]) -> NDArray[Any]:
-    return array if array.dtype == np.float32 else array.view(np.uint16)
+def compose_code_gradient(
+    codes: Any, gradient: NDArray[Any], bank: NDArray[Any], *, backend: str = "auto", threads: int | None = None
+) -> scipy.sparse.csr_array:
+    """Pull a gradient back to the codes: ``⟨gradient[i], bank[j]⟩`` for every stored entry of codes.
+
+    Parameters
+    ----------
+    codes : as for :func:`compose`, shape (n, m)
+        Only the places of the stored entries matter, not their values.
+    gradient : ndarray, shape (n, ...)
+        Derivative of a scalar with respect to the mixtures; float32, float16 or ``ml_dtypes.bfloat16``.
+    bank : ndarray, shape (m, ...)
+    backend, threads
+        As for :func:`compose`.
+
+    Returns
+    -------
+    scipy.sparse.csr_array of float64, shape (n, m)
+        With the places of codes. Summed in float32 over short runs and in float64 across them; the bits do
+        not depend on the number of threads.
+
+    Raises
+    ------
+    ValueError
+        If an argument has a wrong shape, dtype or value, with the argument named.
+    """
+    matrix = _codes(codes)
+    atoms = _wide("bank", bank, matrix.shape[1], "one per column of codes")
+    rows = _wide("gradient", gradient, matrix.shape[0], "one per row of codes")
+    if gradient.shape[1:] != bank.shape[1:]:
+        raise ValueError(
+            f"gradient: found rows of shape {gradient.shape[1:]}; expected {bank.shape[1:]}, as the bank's"
+        )
+    count = check_threads(threads)
+    chosen = choose(backend)
+    if chosen == "native":
+        sides = (_storage(rows), _NAMES[rows.dtype], _storage(atoms), _NAMES[atoms.dtype])
+        products = _native.compose_code_gradient(*_csr(matrix), *sides, count)
+    else:
+        products = _implementation(chosen).code_gradient(matrix, rows, atoms, count)
+    return scipy.sparse.csr_array((products, matrix.indices, matrix.indptr), shape=matrix.shape)
 
 
-def _csr(codes: Any) -> Any:
+def _implementation(backend: str) -> ModuleType:
+    if backend == "numba":
+        from globe.kernels.numba import compose as implementation
+    else:
+        from globe.kernels.reference import compose as implementation
+    return implementation
+
+
+def _codes(codes: Any) -> scipy.sparse.csr_array:
     if scipy.sparse.issparse(codes):
         if codes.format != "csr":
             raise ValueError(f"codes: found sparse format {codes.format!r}; expected 'csr'; pass codes.tocsr()")
-        return codes
+        return scipy.sparse.csr_array((codes.data.astype(np.float32), codes.indices, codes.indptr), shape=codes.shape)
     dense = np.asarray(codes)
     if dense.ndim != 2:
         raise ValueError(f"codes: found shape {dense.shape}; expected (n, m); pass one row per mixture")
     return scipy.sparse.csr_array(dense.astype(np.float32, copy=False))
+
+
+def _prune(codes: scipy.sparse.csr_array, epsilon: float) -> scipy.sparse.csr_array:
+    if epsilon == 0.0:
+        return codes
+    pruned = codes.copy()
+    pruned.data[np.abs(pruned.data) < np.float32(epsilon)] = 0.0
+    pruned.eliminate_zeros()
+    return pruned
+
+
+def _wide(argument: str, array: NDArray[Any], rows: int, of_what: str) -> NDArray[Any]:
+    """The array as a matrix with one long row for each of `rows`."""
+    array = np.asarray(array)
+    if array.dtype not in _NAMES:
+        raise ValueError(
+            f"{argument}: found {array.dtype}; expected float32, float16 or ml_dtypes.bfloat16; convert first"
+        )
+    if array.ndim < 1:
+        raise ValueError(f"{argument}: found a scalar; expected an array of shape (rows, ...); stack the vectors first")
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{argument}: found a strided array; expected C order; pass numpy.ascontiguousarray(...)")
+    if array.shape[0] != rows:
+        raise ValueError(
+            f"{argument}: found {array.shape[0]} vectors; expected {rows}, {of_what}; check that both belong together"
+        )
+    return array.reshape(rows, int(np.prod(array.shape[1:], dtype=np.int64)))
+
+
+def _csr(matrix: scipy.sparse.csr_array) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    return (
+        np.ascontiguousarray(matrix.indptr, dtype=np.int64),
+        np.ascontiguousarray(matrix.indices, dtype=np.int32),
+        np.ascontiguousarray(matrix.data, dtype=np.float32),
+    )
+
+
+def _storage(array: NDArray[Any]) -> NDArray[Any]:
+    return array if array.dtype == np.float32 else array.view(np.uint16)

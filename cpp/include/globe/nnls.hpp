@@ -1,0 +1,59 @@
+// Non-negative least squares from a Gram matrix.
+#pragma once
+
+#include <cstdint>
+
+namespace globe {
+
+// For every row c of correlations:
+//
+//     argmin  1/2 aᵀ gram a - cᵀ a + l1 sum(a)   subject to  a >= 0  [and sum(a) = 1]
+//
+// For atoms D (one per row) and a target t that is min |t - Dᵀ a|, with gram = D Dᵀ and c = D t.
+struct NnlsProblem {
+    const double* gram;          // m x m, row after row; symmetric, positive semidefinite, finite
+    const double* correlations;  // n x m, finite
+    std::int64_t m;              // 1 or more
+    std::int64_t n;
+    double l1 = 0.0;             // 0 or more; 0 with simplex
+    bool simplex = false;        // sum(a) = 1
+};
+
+struct NnlsOptions {
+    double tolerance = 1e-10;         // on kkt_residual
+    std::int64_t max_iterations = 0;  // linear systems per row; 0: 10 m + 30
+    // Most non-zeros of a row; 0: no bound. With a bound, atoms enter one at a time, by the largest gradient
+    // relative to the atom's norm, until the row is optimal or has that many (orthogonal matching pursuit
+    // with signs); atoms whose code falls to zero leave.
+    std::int64_t max_support = 0;
+    const bool* warm_start = nullptr;  // n x m: supports to start from; not read with max_support
+};
+
+enum class NnlsStatus : std::int8_t {
+    optimal = 0,
+    singular = 1,       // an atom that should enter depends on those in use: set aside, the rest is optimal
+    not_converged = 2,  // max_iterations reached, or rounding kept the residual above the tolerance
+    support_limit = 3,  // max_support reached: optimal among the atoms in use
+};
+
+// Where the results go; each but codes may be null.
+struct NnlsResult {
+    double* codes;             // n x m
+    NnlsStatus* status;        // n
+    std::int64_t* iterations;  // n: linear systems solved
+    double* kkt_residual;      // n: largest violation of the optimality conditions among the atoms that the
+                               // status speaks of, relative to max |c - l1| + max(diagonal) sum(a)
+};
+
+// Blocks of atoms are exchanged while that makes progress, in the manner of block principal pivoting (Kim and
+// Park, SIAM J. Sci. Comput. 33, 2011); where it does not, the active-set method of Lawson and Hanson goes on,
+// which cannot cycle. Everything is float64 and nothing is regularised. Rows are solved on their own: the
+// result of a row depends neither on the other rows nor on the number of threads (0: one per hardware thread).
+// Throws std::invalid_argument, naming the argument, where a value is out of its range.
+void nnls(const NnlsProblem& problem, const NnlsOptions& options, const NnlsResult& result, int threads = 0);
+
+// Rows [begin, end) of nnls, on the calling thread alone.
+void nnls_rows(const NnlsProblem& problem, const NnlsOptions& options, const NnlsResult& result,
+               std::int64_t begin, std::int64_t end);
+
+}  // namespace globe

@@ -1,0 +1,227 @@
+// Inner loops of nnls: the Cholesky factor of a principal submatrix of the Gram matrix, its triangular solves
+// and the gradient. Included by variant.cpp alone.
+//
+// The factor is U with Uᵀ U = G_PP + shift. It is kept in panels of `width` columns, one vector wide: panel J
+// holds the rows 0 .. width * (J + 1) one after the other, so every loop below reads memory in order, the
+// storage does not depend on how large P may grow, and atoms are appended without moving anything. The
+// diagonal holds reciprocals. The last panel is filled up with columns of the identity.
+#pragma once
+
+#include "../variant.hpp"
+#include "vector.hpp"
+
+namespace globe::detail::GLOBE_VARIANT {
+namespace {
+namespace nnls {
+
+constexpr std::int64_t width = lanes / 2;
+
+// Panels that one tile of the factor covers: their sums, width x panels vectors, stay in registers.
+#if defined(__AVX512F__) || defined(__AVX2__)
+constexpr int tile_panels = 3;
+#else
+constexpr int tile_panels = 4;
+#endif
+
+GLOBE_INLINE F64 splat(double value) {
+    return value - F64{};
+}
+
+GLOBE_INLINE double* panel(double* factor, std::int64_t number) {
+    return factor + width * width * number * (number + 1) / 2;
+}
+
+GLOBE_INLINE const double* panel(const double* factor, std::int64_t number) {
+    return factor + width * width * number * (number + 1) / 2;
+}
+
+// Fills a panel with the entries of the Gram matrix that its factor replaces.
+inline void gather(const NnlsGram& gram, const std::int64_t* atoms, std::int64_t count, std::int64_t number,
+                   double* to) {
+    const std::int64_t column = number * width, used = count - column < width ? count - column : width;
+    const double* rows[width];
+    for (std::int64_t i = 0; i < width; ++i) {
+        rows[i] = gram.data + atoms[column + (i < used ? i : 0)] * gram.size;
+    }
+    const std::int64_t stop = column + used;
+    const F64 shift = splat(gram.shift);
+    for (std::int64_t k = 0; k < stop; ++k) {
+        const std::int64_t atom = atoms[k];
+        F64 entries;
+        for (int i = 0; i < width; ++i) entries[i] = rows[i][atom];
+        store(to + k * width, entries + shift);
+    }
+    if (used == width) return;
+    for (std::int64_t k = 0; k < column + width; ++k) {
+        for (std::int64_t i = k < stop ? used : 0; i < width; ++i) {
+            to[k * width + i] = k == column + i ? 1.0 : 0.0;
+        }
+    }
+}
+
+// Rows [width * row, width * (row + 1)) of `panels` panels from `first` on, given all rows above.
+// On the diagonal (first == row) returns how many pivots are larger than `floors`, else `width`.
+template <int panels>
+GLOBE_INLINE std::int64_t factor_tile(double* factor, std::int64_t row, std::int64_t first,
+                                      const double* floors) {
+    const double* left = panel(factor, row);
+    double* targets[panels];
+    for (int v = 0; v < panels; ++v) targets[v] = panel(factor, first + v);
+
+    F64 sums[width][panels];
+    const std::int64_t above = width * row;
+    for (int i = 0; i < width; ++i) {
+        for (int v = 0; v < panels; ++v) sums[i][v] = load<F64>(targets[v] + (above + i) * width);
+    }
+    for (std::int64_t k = 0; k < above; ++k) {
+        F64 entries[panels];
+        for (int v = 0; v < panels; ++v) entries[v] = load<F64>(targets[v] + k * width);
+        for (int i = 0; i < width; ++i) {
+            const F64 weight = splat(left[k * width + i]);
+            for (int v = 0; v < panels; ++v) sums[i][v] -= weight * entries[v];
+        }
+    }
+
+    if (first != row) {
+        const double* corner = left + above * width;
+        for (int i = 0; i < width; ++i) {
+            const F64 reciprocal = splat(corner[i * width + i]);
+            for (int v = 0; v < panels; ++v) sums[i][v] *= reciprocal;
+            for (int l = i + 1; l < width; ++l) {
+                const F64 weight = splat(corner[i * width + l]);
+                for (int v = 0; v < panels; ++v) sums[l][v] -= weight * sums[i][v];
+            }
+            for (int v = 0; v < panels; ++v) store(targets[v] + (above + i) * width, sums[i][v]);
+        }
+        return width;
+    }
+
+    std::int64_t good = 0;
+    for (int i = 0; i < width; ++i) {
+        const double pivot = sums[i][0][i];
+        if (good == i && pivot > floors[i]) ++good;
+        const double reciprocal = 1.0 / __builtin_sqrt(good > i ? pivot : 1.0);
+        for (int v = 0; v < panels; ++v) sums[i][v] *= splat(reciprocal);
+        for (int l = i + 1; l < width; ++l) {
+            const F64 weight = splat(sums[i][0][l]);
+            for (int v = 0; v < panels; ++v) sums[l][v] -= weight * sums[i][v];
+        }
+        for (int v = 0; v < panels; ++v) store(targets[v] + (above + i) * width, sums[i][v]);
+        targets[0][(above + i) * width + i] = reciprocal;
+    }
+    return good;
+}
+
+inline std::int64_t any_tile(int panels, double* factor, std::int64_t row, std::int64_t first,
+                             const double* floors) {
+    switch (panels) {
+        case 1: return factor_tile<1>(factor, row, first, floors);
+        case 2: return factor_tile<2>(factor, row, first, floors);
+#if !defined(__AVX2__)
+        case 4: return factor_tile<4>(factor, row, first, floors);
+#endif
+        default: return factor_tile<3>(factor, row, first, floors);
+    }
+}
+
+// Appends atoms to a factor whose first `kept` are right. Returns how many atoms come before the first one
+// that depends on those before it, to rounding; count if there is none.
+std::int64_t extend(const NnlsGram& gram, const std::int64_t* atoms, std::int64_t count, std::int64_t kept,
+                    double* factor) {
+    constexpr double rounding = 4 * 2.220446049250313e-16;
+    const std::int64_t panels = (count + width - 1) / width;
+    for (std::int64_t first = kept / width; first < panels; first += tile_panels) {
+        const int wide = static_cast<int>(panels - first < tile_panels ? panels - first : tile_panels);
+        for (int v = 0; v < wide; ++v) gather(gram, atoms, count, first + v, panel(factor, first + v));
+        for (std::int64_t row = 0; row < first; ++row) any_tile(wide, factor, row, first, nullptr);
+        for (int v = 0; v < wide; ++v) {
+            double floors[width];
+            const std::int64_t begin = (first + v) * width;
+            for (std::int64_t i = 0; i < width; ++i) {
+                const bool real = begin + i < count;
+                const double size = real ? gram.data[atoms[begin + i] * (gram.size + 1)] + gram.shift : 0.0;
+                floors[i] = rounding * static_cast<double>(begin + i + 1) * size;
+            }
+            const std::int64_t good = any_tile(wide - v, factor, first + v, first + v, floors);
+            if (good < width) return begin + good;
+        }
+    }
+    return count;
+}
+
+// Solves Uᵀ y = b, where the first `kept` entries of y are known and the others hold b.
+void forward(const double* factor, std::int64_t count, std::int64_t kept, double* y) {
+    for (std::int64_t row = kept / width; row * width < count; ++row) {
+        const double* entries = panel(factor, row);
+        const std::int64_t above = row * width;
+        F64 sums[4] = {load<F64>(y + above)};
+        for (std::int64_t k = 0; k < above; k += width) {
+            for (int i = 0; i < width; ++i) sums[i % 4] -= splat(y[k + i]) * load<F64>(entries + (k + i) * width);
+        }
+        F64 rest = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        const double* corner = entries + above * width;
+        for (int i = 0; i < width; ++i) {
+            const double value = rest[i] * corner[i * width + i];
+            y[above + i] = value;
+            rest -= splat(value) * load<F64>(corner + i * width);
+        }
+    }
+}
+
+// Solves U x = y. Both have room for whole vectors.
+void backward(const double* factor, std::int64_t count, const double* y, double* x) {
+    const std::int64_t panels = (count + width - 1) / width;
+    for (std::int64_t row = panels - 1; row >= 0; --row) {
+        const std::int64_t above = row * width;
+        F64 sums[width] = {};
+        for (std::int64_t right = row + 1; right < panels; ++right) {
+            const double* entries = panel(factor, right) + above * width;
+            const F64 known = load<F64>(x + right * width);
+            for (int i = 0; i < width; ++i) sums[i] += load<F64>(entries + i * width) * known;
+        }
+        const double* corner = panel(factor, row) + above * width;
+        double rest[width];
+        for (int i = 0; i < width; ++i) rest[i] = y[above + i] - sum_of(sums[i]);
+        for (int i = width - 1; i >= 0; --i) {
+            const double value = rest[i] * corner[i * width + i];
+            x[above + i] = value;
+            for (int l = 0; l < i; ++l) rest[l] -= value * corner[l * width + i];
+        }
+    }
+}
+
+template <int vectors>
+GLOBE_INLINE void gradient_tile(const NnlsGram& gram, const std::int64_t* atoms, std::int64_t count,
+                                const double* x, const double* c, double constant, std::int64_t column,
+                                double* w) {
+    F64 sums[vectors];
+    for (int v = 0; v < vectors; ++v) sums[v] = load<F64>(c + column + v * width) + splat(constant);
+    for (std::int64_t k = 0; k < count; ++k) {
+        const double* row = gram.data + atoms[k] * gram.size + column;
+        const F64 weight = splat(x[k]);
+        for (int v = 0; v < vectors; ++v) sums[v] -= weight * load<F64>(row + v * width);
+    }
+    for (int v = 0; v < vectors; ++v) store(w + column + v * width, sums[v]);
+}
+
+// w = c + constant - sum of x[k] * G[atoms[k]]
+void gradient(const NnlsGram& gram, const std::int64_t* atoms, std::int64_t count, const double* x,
+              const double* c, double constant, double* w) {
+    constexpr std::int64_t wide = 8 * width;
+    std::int64_t column = 0;
+    for (; column + wide <= gram.size; column += wide) {
+        gradient_tile<8>(gram, atoms, count, x, c, constant, column, w);
+    }
+    for (; column + width <= gram.size; column += width) {
+        gradient_tile<1>(gram, atoms, count, x, c, constant, column, w);
+    }
+    for (; column < gram.size; ++column) {
+        double sum = c[column] + constant;
+        for (std::int64_t k = 0; k < count; ++k) sum -= x[k] * gram.data[atoms[k] * gram.size + column];
+        w[column] = sum;
+    }
+}
+
+}  // namespace nnls
+}  // namespace
+}  // namespace globe::detail::GLOBE_VARIANT

@@ -1,0 +1,97 @@
+"""Sparse mixtures, tile by tile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from globe.kernels.backends import run_ranges
+from globe.kernels.numba.floats import BFLOAT16, FLOAT32, bits, narrow_bfloat16, widen
+
+_TILE = 1024
+_RANGES = 64  # fixed, so that sums over ranges of columns do not depend on the number of threads
+
+
+def compose(codes: Any, bank: NDArray[Any], out: NDArray[Any], threads: int) -> None:
+    """out = codes · bank, summed in float32 in the order of the stored entries."""
+    atoms, kind = bits(bank)
+    # float16 is rounded by NumPy; Numba has no such conversion.
+    sums = out if out.dtype != np.float16 else np.empty(out.shape, np.float32)
+    target, out_kind = bits(sums)
+
+    def tiles(begin: int, end: int) -> None:
+        _compose(codes.indptr, codes.indices, codes.data, atoms, kind, target, out_kind, begin * _TILE, end * _TILE)
+
+    run_ranges(tiles, -(-bank.shape[1] // _TILE), threads)
+    if sums is not out:
+        out[...] = sums
+
+
+def code_gradient(codes: Any, gradient: NDArray[Any], bank: NDArray[Any], threads: int) -> NDArray[np.float64]:
+    """⟨gradient[i], bank[j]⟩ for every stored entry (i, j) of codes."""
+    rows, row_kind = bits(gradient)
+    atoms, kind = bits(bank)
+    tiles = -(-bank.shape[1] // _TILE)
+    ranges = max(1, min(_RANGES, tiles))
+    partial = np.zeros((ranges, codes.nnz))
+
+    def some(begin: int, end: int) -> None:
+        for part in range(begin, end):
+            first, last = part * tiles // ranges, (part + 1) * tiles // ranges
+            arguments = (codes.indptr, codes.indices, rows, row_kind, atoms, kind)
+            _code_gradient(*arguments, first * _TILE, last * _TILE, partial[part])
+
+    run_ranges(some, ranges, threads)
+    result: NDArray[np.float64] = partial.sum(axis=0)
+    return result
+
+
+@njit(nogil=True, cache=True)
+def _compose(indptr, indices, values, bank, kind, out, out_kind, begin, end):  # type: ignore[no-untyped-def]
+    words = np.empty(_TILE, np.uint32)
+    atom = np.empty(_TILE, np.float32)
+    sums = np.empty(_TILE, np.float32)
+    for offset in range(begin, min(end, bank.shape[1]), _TILE):
+        stop = min(offset + _TILE, bank.shape[1])
+        width = stop - offset
+        for row in range(indptr.size - 1):
+            sums[:] = 0.0
+            for k in range(indptr[row], indptr[row + 1]):
+                weight = values[k]
+                source = bank[indices[k], offset:stop]
+                if kind == FLOAT32:
+                    for t in range(width):
+                        sums[t] += weight * source[t]
+                else:
+                    widen(source, kind, words[:width], atom[:width])
+                    for t in range(width):
+                        sums[t] += weight * atom[t]
+            if out_kind == BFLOAT16:
+                narrow_bfloat16(sums[:width], words[:width], out[row, offset:stop])
+            else:
+                for t in range(width):
+                    out[row, offset + t] = sums[t]
+
+
+@njit(nogil=True, cache=True)
+def _code_gradient(indptr, indices, rows, row_kind, bank, kind, begin, end, products):  # type: ignore[no-untyped-def]
+    words = np.empty(_TILE, np.uint32)
+    row_tile = np.empty(_TILE, np.float32)
+    atom = np.empty(_TILE, np.float32)
+    for offset in range(begin, min(end, bank.shape[1]), _TILE):
+        stop = min(offset + _TILE, bank.shape[1])
+        width = stop - offset
+        for row in range(indptr.size - 1):
+            if row_kind == FLOAT32:
+                row_tile[:width] = rows[row, offset:stop]
+            else:
+                widen(rows[row, offset:stop], row_kind, words[:width], row_tile[:width])
+            for k in range(indptr[row], indptr[row + 1]):
+                if kind == FLOAT32:
+                    atom[:width] = bank[indices[k], offset:stop]
+                else:
+                    widen(bank[indices[k], offset:stop], kind, words[:width], atom[:width])
+                products[k] += np.float64(np.dot(row_tile[:width], atom[:width]))
