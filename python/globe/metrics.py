@@ -32,7 +32,7 @@ def training_report(shape: Shape, rows: Rows, seeds: Seeds, training: Training) 
         "explained_variance": seeds.explained_variance,
         "init": {
             "relative_error": training.initial.relative_error,
-            "proxy_error": _coding_error(gram, seeds.correlations, codes),
+            "proxy_error": _coding_error(gram, seeds.correlations, codes, seeds.energy > 0),
         },
         "temperature": training.state.temperature,
         "stopped": training.stopped,
@@ -61,10 +61,10 @@ def stored_report(name: str, fit: Fit, written: Written) -> dict[str, Any]:
     }
 
 
-def _coding_error(gram: Array, correlation: Array, codes: Array) -> float:
-    """Relative error of codes on unit vectors, from the small Gram and correlations alone."""
+def _coding_error(gram: Array, correlation: Array, codes: Array, there: NDArray[np.bool_]) -> float:
+    """Relative error of codes on the unit vectors that are `there` (not zero), from Gram and correlations alone."""
     error = 1 - 2 * (codes * correlation).sum(1) + np.einsum("ij,jk,ik->i", codes, gram, codes)
-    return float(error.mean())
+    return float(error[there].mean())
 
 
 def proxy_error(family: Family, rows: Rows, bank: torch.Tensor, advance: Advance) -> float:
@@ -75,4 +75,4 @@ def proxy_error(family: Family, rows: Rows, bank: torch.Tensor, advance: Advance
         energy += block.pow(2).sum(1).cpu().double().numpy()
     products /= np.sqrt(np.where(energy > 0, energy, 1.0))[:, None]
     gram = bank_gram(bank)
-    return _coding_error(gram, products, kernels.nnls(gram, products).codes)
+    return _coding_error(gram, products, kernels.nnls(gram, products).codes, energy > 0)

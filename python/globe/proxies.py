@@ -44,7 +44,7 @@ def scan(family: Family, settings: Settings, advance: Advance) -> Scan:
     GlobeError
         If an expert holds NaN or Inf; the tensor and row are named.
     """
-    step = max(1, len(family) // settings.energy_experts)
+    step = -(-len(family) // settings.energy_experts)
     ranked = np.zeros(family.p)
     energy = np.zeros(len(family))
     for number in range(len(family)):

@@ -27,12 +27,15 @@ class Seeds:
         Atoms of unit Frobenius norm.
     correlations : array, shape (N, m)
         ⟨x_i, B_j⟩ of the normalised proxies x_i.
+    energy : array, shape (N,)
+        ‖B_i⁰‖² of the proxies before they are normalised.
     explained_variance : float
         Share of the normalised proxies' energy in the m leading principal directions.
     """
 
     bank: torch.Tensor
     correlations: NDArray[np.float64]
+    energy: NDArray[np.float64]
     explained_variance: float
 
 
@@ -51,8 +54,8 @@ def ts_pca(family: Family, rows: Rows, size: int, device: torch.device, advance:
     gram = np.zeros((len(family), len(family)))
     for _, block in proxy_blocks(family, rows.proxy, device, _BLOCK_BYTES, advance):
         gram += kernels.gram(block.numpy()) if device.type == "cpu" else _device_gram(block)
-    norms = np.sqrt(np.diag(gram))
-    norms[norms == 0] = 1.0
+    energy = np.diag(gram).copy()
+    norms = np.sqrt(np.where(energy > 0, energy, 1.0))
     gram /= np.outer(norms, norms)
     values, vectors = scipy.linalg.eigh(gram)
     values, vectors = values[::-1][:size], vectors[:, ::-1][:, :size]
@@ -69,7 +72,7 @@ def ts_pca(family: Family, rows: Rows, size: int, device: torch.device, advance:
     for span, block in proxy_blocks(family, rows.proxy, device, _BLOCK_BYTES, advance):
         bank[:, span] = (weights @ block).view(size, -1, family.d)
     bank /= bank.flatten(1).norm(dim=1)[:, None, None]
-    return Seeds(bank, vectors * np.sqrt(values), float(values.sum() / np.trace(gram)))
+    return Seeds(bank, vectors * np.sqrt(values), energy, float(values.sum() / np.trace(gram)))
 
 
 def _device_gram(block: torch.Tensor) -> NDArray[np.float64]:

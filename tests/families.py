@@ -1,0 +1,72 @@
+"""Expert families made to order: written as a checkpoint and read back through the package's own index."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
+from globe.checkpoint import Checkpoint, Family
+from globe.dictionary import unit_atoms
+from globe.proxies import Rows, scan, split_rows
+from globe.settings import Settings
+from globe.sweep import State
+
+Array = NDArray[np.float64]
+CPU = torch.device("cpu")
+
+
+def silent(steps: int) -> None:
+    """Report no progress."""
+
+
+def planted(
+    seed: int, *, experts: int, p: int, d: int, rank: int, atoms: int, uses: int = 0, noise: float = 0.0
+) -> Array:
+    """Experts A_i Σ_j α_ij B_j plus noise of that relative size; every expert uses `uses` atoms (0: all)."""
+    rng = np.random.default_rng(seed)
+    bank = rng.standard_normal((atoms, rank, d))
+    codes = rng.uniform(0.2, 1.0, (experts, atoms))
+    if uses:
+        codes *= rng.random((experts, atoms)).argsort(1) < uses
+    weights = rng.standard_normal((experts, p, rank)) @ np.einsum("ij,jrd->ird", codes, bank)
+    return weights + noise * weights.std() * rng.standard_normal(weights.shape)
+
+
+def write_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, layers: int = 2, **families: Array) -> Path:
+    """Write families, by name (gate, up, down), as an OLMoE checkpoint of `layers` layers."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weights in families.items():
+        per_layer = len(weights) // layers
+        for number, matrix in enumerate(weights):
+            layer, expert = divmod(number, per_layer)
+            tensor = torch.from_numpy(np.ascontiguousarray(matrix)).to(dtype)
+            tensors[f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj.weight"] = tensor
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config: dict[str, Any] = {"model_type": "olmoe", "num_hidden_layers": layers}
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return directory
+
+
+def make_family(directory: Path, weights: Array, name: str = "gate") -> Family:
+    """Write one family in fp32 and open it."""
+    return Checkpoint(write_checkpoint(directory, **{name: weights})).family(name)
+
+
+def make_rows(family: Family, rank: int, settings: Settings) -> Rows:
+    """Split a family's rows as a run would."""
+    return split_rows(family.p, rank, scan(family, settings, silent).row_energy, settings)
+
+
+def random_state(seed: int, *, experts: int, atoms: int, rank: int, d: int, temperature: float = 1.0) -> State:
+    """A bank of random unit atoms and random positive codes."""
+    rng = np.random.default_rng(seed)
+    bank = torch.from_numpy(rng.standard_normal((atoms, rank, d)).astype(np.float32))
+    bank, _ = unit_atoms(bank, np.ones((1, atoms)))
+    return State(bank, rng.uniform(0.1, 1.0, (experts, atoms)), temperature)
