@@ -43,9 +43,8 @@ def coding_step(gram: Array, correlations: Array, settings: Settings, temperatur
     """Code targets on the bank: argmin over α_i of ‖T_i − Σ_j α_ij B_j‖² in the form `settings.codes`.
 
     entmax and sparsemax: the NNLS codes, on the simplex, are turned into logits by inverting entmax on the
-    support (at T = 1 they come back unchanged); off the support an atom's logit is its negative slack, so a
-    higher temperature lets in first the atoms that would help most. α = entmax(z/T) chooses the support, the
-    values on it are refitted, and the logits are re-derived.
+    support. α = entmax(z/T) chooses the support, the values on it are refitted, and the logits are re-derived.
+    At T = 1 the NNLS codes come back unchanged, and at any higher T too: no further atom lowers the error.
 
     Parameters
     ----------
@@ -71,11 +70,9 @@ def coding_step(gram: Array, correlations: Array, settings: Settings, temperatur
     solved = kernels.nnls(gram, correlations)
     dense = _never_empty(solved.codes, correlations)
     scale = dense.sum(1, keepdims=True)
-    slack = (correlations - dense @ gram) / (scale * np.diag(gram).mean())
-    on_support = kernels.entmax_inverse(dense / scale, alpha)
-    logits = np.where(dense > 0, on_support, np.minimum(slack, 0.0))
+    logits = kernels.entmax_inverse(dense / scale, alpha)
     chosen = kernels.entmax(logits, alpha, temperature=temperature, epsilon=settings.epsilon) > 0
-    codes = prune(_refit(gram, correlations, chosen), settings.epsilon)
+    codes = prune(_refit(gram, correlations, chosen & (dense > 0)), settings.epsilon)
     codes = codes / codes.sum(1, keepdims=True)
     logits = kernels.entmax_inverse(codes, alpha, temperature=temperature)
     return Coding(codes, logits, int(np.count_nonzero(solved.status)))
