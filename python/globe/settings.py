@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,8 @@ class Settings:
     ridge : float
         Ridge of ill-conditioned left factors, relative to the mean diagonal of B̃ B̃ᵀ.
     ridge_rcond : float
-        A left factor is ill-conditioned when the Cholesky estimate of 1/cond(B̃ B̃ᵀ) is below this.
+        A left factor is ill-conditioned when the Cholesky estimate of 1/cond(B̃ B̃ᵀ) is below this: then the
+        Gram in fp32 and the left factor in bf16 lose more than the ridge does.
     validation_share : float
         Share of the rows of every expert held out of targets and dictionary (one row in 32). As many as the
         rank leaves free: none where r = p, and then the plateau is judged on all rows.
@@ -110,7 +112,7 @@ class Settings:
     cg_steps: int = 8
     over_relaxation: float = 0.8
     ridge: float = 1e-6
-    ridge_rcond: float = 1e-7
+    ridge_rcond: float = 1e-5
     validation_share: float = 1 / 32
     tolerance: float = 1e-4
     support_tolerance: float = 1.0
@@ -199,6 +201,14 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
 )
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-4 as a number, as YAML 1.2 and people do; to YAML 1.1 it is a string without the dot."""
+
+
+_EXPONENT = re.compile(r"[-+]?\d+\.?\d*[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+
+
 def read_settings(path: Path | None, overrides: dict[str, Any]) -> Settings:
     """Settings from a YAML file (or the defaults), with `overrides` on top.
 
@@ -210,7 +220,7 @@ def read_settings(path: Path | None, overrides: dict[str, Any]) -> Settings:
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+            loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise UsageError(f"config {path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
         if not isinstance(loaded, dict | None):
