@@ -1,0 +1,235 @@
+"""The alternating loop: what every state satisfies, which one is kept, when it ends, and how it is steered."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from families import CPU, make_family, make_rows, planted, random_state, silent
+from globe import kernels, training
+from globe.checkpoint import Family
+from globe.codes import entmax_alpha, initial_codes, supports
+from globe.gemm import bank_gram
+from globe.proxies import Rows
+from globe.seeds import ts_pca
+from globe.settings import Settings
+from globe.sweep import Measure, State, Sums, measure
+from globe.training import Training, train
+
+EXPERTS, ROWS, WIDTH, RANK, ATOMS = 40, 32, 28, 10, 16
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    weights = planted(0, experts=EXPERTS, p=ROWS, d=WIDTH, rank=RANK, atoms=ATOMS, noise=0.3)
+    return make_family(tmp_path_factory.mktemp("training"), weights)
+
+
+def run(family: Family, **settings: Any) -> tuple[Training, list[State], list[str]]:
+    """Train from TS-PCA seeds; also every state, the last one included, and the lines logged."""
+    chosen = Settings(**{"patience": 1000, "support": 5, **settings})
+    rows = make_rows(family, RANK, chosen)
+    seeds = ts_pca(family, rows, ATOMS, CPU, silent)
+    codes = initial_codes(bank_gram(seeds.bank), seeds.correlations, chosen.init_codes)
+    states: list[State] = []
+    lines: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("sweep", "measure"):
+            original = getattr(training, name)
+
+            def spy(family: Family, rows: Rows, state: State, *rest: Any, original: Any = original) -> Any:
+                states.append(state)
+                return original(family, rows, state, *rest)
+
+            patch.setattr(training, name, spy)
+        state = State(seeds.bank, codes, chosen.temperature)
+        found = train(family, rows, state, chosen, silent, lines.append)
+    return found, states, lines
+
+
+@pytest.mark.parametrize("codes", ["entmax", "sparsemax", "simplex", "nnls"])
+@pytest.mark.parametrize("mod", ["exact", "aligned", "fixed"])
+def test_every_state_has_unit_atoms_and_codes_in_their_form(mod: str, codes: str, family: Family) -> None:
+    settings = Settings(mod=mod, codes=codes)  # type: ignore[arg-type]
+    _, states, _ = run(family, mod=mod, codes=codes, outer_loops=3)
+    assert len(states) == 4
+    for state in states[1:]:
+        np.testing.assert_allclose(state.bank.flatten(1).norm(dim=1), 1, rtol=1e-6)
+        assert state.codes.min() >= 0
+        assert (supports(state.codes) >= 1).all()
+        if codes != "nnls":
+            np.testing.assert_allclose(state.codes.sum(1), 1, rtol=1e-12)
+            alpha = entmax_alpha(settings)
+            logits = kernels.entmax_inverse(state.codes, alpha, temperature=state.temperature)
+            again = kernels.entmax(logits, alpha, temperature=state.temperature)
+            np.testing.assert_allclose(again, state.codes, atol=1e-9)
+
+
+@pytest.mark.parametrize("codes", ["simplex", "nnls", "entmax"])
+def test_normalising_atoms_and_codes_moves_no_mixture_but_by_a_factor(codes: str, family: Family) -> None:
+    settings = Settings(codes=codes, over_relaxation=0.0)  # type: ignore[arg-type]
+    rng = np.random.default_rng(1)
+    state = random_state(2, experts=6, atoms=5, rank=3, d=4)
+    left_grams = torch.eye(3).expand(6, 3, 3).contiguous()
+    coded = rng.uniform(0.1, 1, (6, 5))
+    right_side = torch.from_numpy(rng.standard_normal((5, 3, 4)).astype(np.float32))
+    found = training._dictionary_step(state, Sums(coded, 0, right_side, left_grams), settings, 0.0)
+    raw = training.mod_exact(coded, left_grams, right_side, state.bank, settings.mod_ridge, settings.cg_steps)
+    before = np.einsum("ij,jrd->ird", coded, raw.double()).reshape(6, -1)
+    after = np.einsum("ij,jrd->ird", found.codes, found.bank.double()).reshape(6, -1)
+    factors = (before * after).sum(1) / (after**2).sum(1)
+    np.testing.assert_allclose(after * factors[:, None], before, atol=1e-5 * np.abs(before).max())
+    assert (factors > 0).all()
+    if codes == "nnls":
+        np.testing.assert_allclose(factors, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mod", ["exact", "aligned", "fixed"])
+@pytest.mark.parametrize("loops", [0, 1, 5])
+def test_the_best_state_is_kept(loops: int, mod: str, family: Family) -> None:
+    found, states, _ = run(family, mod=mod, outer_loops=loops)
+    errors = [found.initial.relative_error, *(record.relative_error for record in found.history)]
+    assert len(states) == len(errors) == loops + 1
+    assert found.measure.relative_error == min(errors)
+    assert found.state is states[int(np.argmin(errors))]
+    settings = Settings()
+    again = measure(family, make_rows(family, RANK, settings), found.state, settings, silent)
+    assert again.relative_error == pytest.approx(min(errors), rel=1e-9)
+
+
+def test_a_planted_bank_is_found_again_from_nearby(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    planted_state = random_state(6, experts=EXPERTS, atoms=3, rank=4, d=WIDTH)
+    mixtures = np.einsum("ij,jrd->ird", planted_state.codes, planted_state.bank.double())
+    family = make_family(tmp_path, rng.standard_normal((EXPERTS, ROWS, 4)) @ mixtures)
+    settings = Settings(codes="nnls", outer_loops=40, patience=1000)
+    bank = planted_state.bank + 0.01 * torch.from_numpy(rng.standard_normal((3, 4, WIDTH)).astype(np.float32))
+    state = State(bank, rng.uniform(0.1, 1, (EXPERTS, 3)), 1.0)
+    found = train(family, make_rows(family, 4, settings), state, settings, silent)
+    assert found.initial.relative_error > 0.1
+    assert found.measure.relative_error < 1e-5
+    assert found.measure.validation_error < 1e-5
+
+
+def test_exact_beats_aligned_beats_fixed(family: Family) -> None:
+    errors = [run(family, mod=mod, codes="nnls", outer_loops=6)[0] for mod in ("exact", "aligned", "fixed")]
+    exact, aligned, fixed = (found.measure.relative_error / found.initial.relative_error for found in errors)
+    assert exact < 0.9 * aligned < aligned < 0.9 * fixed
+
+
+@pytest.mark.parametrize("codes", ["entmax", "sparsemax"])
+@pytest.mark.parametrize("start", [0.02, 20.0])
+def test_the_support_converges_to_its_target_from_both_sides(start: float, codes: str, family: Family) -> None:
+    found, _, _ = run(family, codes=codes, temperature=start, outer_loops=30)
+    medians = [record.support_median for record in found.history]
+    assert medians[0] < 4 if start < 1 else medians[0] > 6
+    assert all(abs(median - 5) <= 1 for median in medians[-10:]), medians
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_the_temperature_moves_every_k_loops(every: int, family: Family) -> None:
+    found, _, _ = run(family, temperature=0.05, temperature_every=every, outer_loops=7)
+    temperatures = [0.05, *(record.temperature for record in found.history)]
+    moved = [after != before for before, after in itertools.pairwise(temperatures)]
+    assert moved == [loop % every == 0 for loop in range(7)]
+
+
+def test_progress_counts_every_expert_of_every_pass(family: Family) -> None:
+    steps: list[int] = []
+    settings = Settings(outer_loops=3, patience=1000)
+    rows = make_rows(family, RANK, settings)
+    train(family, rows, random_state(3, experts=EXPERTS, atoms=6, rank=RANK, d=WIDTH), settings, steps.append)
+    assert sum(steps) == 4 * EXPERTS
+
+
+class Script:
+    """A loop whose measures are prescribed: (relative, validation, support) of every state from the first on."""
+
+    def __init__(self, lines: list[tuple[float, float, int]], irregular: int = 0) -> None:
+        self.lines, self.irregular = lines, irregular
+        self.relaxations: list[float] = []
+
+    def state(self, number: int) -> State:
+        codes = np.zeros((3, 30))
+        codes[:, : self.lines[number][2]] = 1
+        return State(torch.full((30, 1, 1), float(number)), codes, 1.0)
+
+    def measure(self, family: Any, rows: Any, state: State, *rest: Any) -> Measure:
+        error, validation, _ = self.lines[int(state.bank[0, 0, 0])]
+        return Measure(error, error, validation, np.full(3, error), 0)
+
+    def sweep(self, family: Any, rows: Any, state: State, *rest: Any) -> tuple[Measure, Sums]:
+        return self.measure(family, rows, state), Sums(state.codes, self.irregular, state.bank, None)
+
+    def step(self, state: State, sums: Sums, settings: Settings, relaxation: float) -> State:
+        self.relaxations.append(relaxation)
+        return self.state(int(state.bank[0, 0, 0]) + 1)
+
+    def play(self, family: Family, **settings: Any) -> tuple[Training, list[str]]:
+        lines: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            for name, fake in (("sweep", self.sweep), ("measure", self.measure), ("_dictionary_step", self.step)):
+                patch.setattr(training, name, fake)
+            chosen = Settings(**{"codes": "nnls", "outer_loops": len(self.lines) - 1, **settings})
+            rows = make_rows(family, RANK, chosen)
+            return train(family, rows, self.state(0), chosen, silent, lines.append), lines
+
+
+def numbers(found: Training) -> tuple[int, int, str]:
+    """Which state was kept, how many loops were run, and why they ended."""
+    return int(found.state.bank[0, 0, 0]), len(found.history), found.stopped
+
+
+def test_the_lowest_error_over_all_rows_is_kept_and_the_first_of_equals(family: Family) -> None:
+    falling = [(error, 1 - number / 10, 5) for number, error in enumerate((0.9, 0.5, 0.3, 0.4, 0.3, 0.8))]
+    assert numbers(Script(falling).play(family)[0]) == (2, 5, "outer_loops")
+    rising = [(0.1, 0.9, 5), (0.2, 0.5, 5), (0.3, 0.2, 5)]
+    assert numbers(Script(rising).play(family)[0]) == (0, 2, "outer_loops")
+
+
+@pytest.mark.parametrize("patience", [1, 2, 4])
+def test_a_plateau_of_the_held_out_error_ends_the_loop(patience: int, family: Family) -> None:
+    errors = [0.9, 0.5, 0.3, *[0.3 * (1 - 1e-5) ** k for k in range(1, 12)]]
+    lines = [(1 - number / 100, error, 5) for number, error in enumerate(errors)]  # the error itself still falls
+    found, _ = Script(lines).play(family, patience=patience)
+    assert numbers(found) == (2 + patience, 2 + patience, "plateau")
+
+
+def test_a_gain_in_between_starts_the_count_again(family: Family) -> None:
+    errors = [0.9, 0.5, 0.5, 0.5, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4]
+    found, _ = Script([(0.5, error, 5) for error in errors]).play(family, patience=3)
+    assert numbers(found)[1:] == (7, "plateau")
+
+
+def test_no_plateau_while_the_support_moves(family: Family) -> None:
+    moving = [(0.5, 0.5, 3 + 2 * number) for number in range(9)]
+    assert numbers(Script(moving).play(family, patience=2)[0])[1:] == (8, "outer_loops")
+    assert numbers(Script(moving).play(family, patience=2, support_tolerance=2.0)[0])[1:] == (3, "plateau")
+
+
+def test_all_rows_judge_where_none_are_held_out(family: Family) -> None:
+    flat = [(0.5, float("nan"), 5)] * 9
+    assert numbers(Script(flat).play(family, patience=2)[0])[1:] == (3, "plateau")
+    falling = [(0.5 - number / 100, float("nan"), 5) for number in range(9)]
+    found, _ = Script(falling).play(family, patience=2)
+    assert numbers(found)[1:] == (8, "outer_loops")
+    assert found.history[0].validation_error is None
+
+
+def test_over_relaxation_starts_with_the_second_loop_and_ends_when_the_error_rises(family: Family) -> None:
+    script = Script([(error, 0.5 / (1 + number), 5) for number, error in enumerate((0.9, 0.5, 0.3, 0.4, 0.2, 0.1))])
+    found, lines = script.play(family, over_relaxation=0.7)
+    assert script.relaxations == [0.0, 0.7, 0.7, 0.0, 0.0]
+    assert [record.over_relaxation for record in found.history] == script.relaxations
+    assert sum("over-relaxation is off" in line for line in lines) == 1
+
+
+def test_irregular_codes_are_recorded_and_said(family: Family) -> None:
+    found, lines = Script([(0.5, 0.5 / (1 + number), 5) for number in range(3)], irregular=2).play(family)
+    assert [record.irregular_codes for record in found.history] == [2, 2]
+    assert sum("2 coding problems were singular or did not converge" in line for line in lines) == 2
