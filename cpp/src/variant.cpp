@@ -2,6 +2,7 @@
 #include "variant.hpp"
 
 #include "simd/compose.hpp"
+#include "simd/gram.hpp"
 #include "simd/nnls.hpp"
 
 #define GLOBE_TEXT_OF(name) #name
@@ -18,6 +19,7 @@ const Variant table = {
     {{dot<Float32, Float32>, dot<Float32, Float16>, dot<Float32, BFloat16>},
      {dot<Float16, Float32>, dot<Float16, Float16>, dot<Float16, BFloat16>},
      {dot<BFloat16, Float32>, dot<BFloat16, Float16>, dot<BFloat16, BFloat16>}},
+    gram::kernels,
     {nnls::extend, nnls::forward, nnls::backward, nnls::gradient},
 };
 

@@ -61,10 +61,33 @@ struct NnlsLoops {
                      const double* c, double constant, double* w);
 };
 
+// Rows of a panel, from one column on.
+struct PanelSource {
+    const unsigned char* data;
+    std::int64_t stride;  // bytes
+    std::int64_t rows;    // at most a panel's; the rest is packed as zeros
+    std::int64_t depth;   // columns
+    const float* roots;   // factors of the columns, or null
+};
+
+// Packs rows into a panel; adds the first rows x cols products of two panels' rows to a matrix.
+using Pack = void (*)(const PanelSource& source, std::uint32_t* panel);
+using Multiply = void (*)(const std::uint32_t* a, const std::uint32_t* b, std::int64_t steps, double* gram,
+                          std::int64_t stride, std::int64_t rows, std::int64_t cols);
+
+struct GramKernels {
+    int panel;     // rows of a panel
+    Pack pack[3];  // by dtype, as float32
+    Multiply multiply;
+    Pack pack_pairs;  // bfloat16 as it is; null where the machine does not multiply it
+    Multiply multiply_pairs;
+};
+
 struct Variant {
     const char* name;
     Compose compose[3][3];  // by dtype of the bank, by dtype of the output
     Dot dot[3][3];          // by dtype of a, by dtype of b
+    GramKernels gram;
     NnlsLoops nnls;
 };
 

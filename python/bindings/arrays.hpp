@@ -21,11 +21,15 @@ inline DType parse_dtype(const std::string& argument, const std::string& name) {
 }
 
 // 16-bit types arrive as uint16 bits, because NumPy's buffer protocol cannot name bfloat16.
-inline void check_matrix(const std::string& argument, const py::array& array, DType dtype) {
+inline void check_storage(const std::string& argument, const py::array& array, DType dtype) {
     const bool fits = dtype == DType::float32 ? py::isinstance<py::array_t<float>>(array)
                                               : py::isinstance<py::array_t<std::uint16_t>>(array);
     if (!fits) throw std::invalid_argument(argument + ": the array's storage does not match its dtype name");
     if (array.ndim() != 2) throw std::invalid_argument(argument + ": expected a matrix");
+}
+
+inline void check_matrix(const std::string& argument, const py::array& array, DType dtype) {
+    check_storage(argument, array, dtype);
     if ((array.flags() & py::array::c_style) == 0) {
         throw std::invalid_argument(argument + ": expected a C-contiguous array");
     }
@@ -34,6 +38,27 @@ inline void check_matrix(const std::string& argument, const py::array& array, DT
 inline ConstMatrixView const_matrix(const std::string& argument, const py::array& array, DType dtype) {
     check_matrix(argument, array, dtype);
     return {array.data(), array.shape(0), array.shape(1), dtype};
+}
+
+// Rows without gaps inside, but any distance apart.
+inline ConstMatrixView strided_matrix(const std::string& argument, const py::array& array, DType dtype) {
+    check_storage(argument, array, dtype);
+    const auto entry = static_cast<std::int64_t>(size_of(dtype));
+    const std::int64_t rows = array.shape(0), cols = array.shape(1), step = array.strides(0);
+    if (rows <= 1 || cols == 0) return {array.data(), rows, cols, dtype};
+    if (array.strides(1) != entry || step % entry != 0 || step < cols * entry) {
+        throw std::invalid_argument(argument + ": expected rows without gaps inside");
+    }
+    return {array.data(), rows, cols, dtype, step / entry};
+}
+
+// The entries of a writeable, contiguous n x n array.
+inline double* square(const std::string& argument, py::array_t<double>& array, std::int64_t n) {
+    if (array.ndim() != 2 || array.shape(0) != n || array.shape(1) != n ||
+        (array.flags() & py::array::c_style) == 0) {
+        throw std::invalid_argument(argument + ": expected a C-contiguous square matrix");
+    }
+    return array.mutable_data();
 }
 
 inline MatrixView matrix(const std::string& argument, py::array& array, DType dtype) {

@@ -22,6 +22,29 @@ def compose_code_gradient(
     bank_dtype: str,
     threads: int,
 ) -> NDArray[np.float64]: ...
+def gram_add(
+    vectors: NDArray[np.float32] | NDArray[np.uint16],
+    dtype: str,
+    gram: NDArray[np.float64],
+    weights: NDArray[np.float32] | None,
+    threads: int,
+) -> None: ...
+def gram_mirror(gram: NDArray[np.float64]) -> None: ...
+def nnls(
+    gram: NDArray[np.float64],
+    correlations: NDArray[np.float64],
+    l1: float,
+    simplex: bool,
+    tolerance: float,
+    max_iterations: int,
+    max_support: int,
+    warm_start: NDArray[np.bool_] | None,
+    codes: NDArray[np.float64],
+    status: NDArray[np.int8],
+    iterations: NDArray[np.int64],
+    kkt_residual: NDArray[np.float64],
+    threads: int,
+) -> None: ...
 def runnable_isas() -> list[str]: ...
 def active_isa() -> str: ...
 def use_isa(name: str) -> None: ...

@@ -127,6 +127,7 @@ struct Float32 {
     static constexpr bool split = false;
     static GLOBE_INLINE float load_one(const Storage* from) { return *from; }
     static GLOBE_INLINE void store_one(Storage* to, float value) { *to = value; }
+    static GLOBE_INLINE F32 load_vector(const Storage* from) { return load<F32>(from); }
     static GLOBE_INLINE Pair load_pair(const Storage* from) {
         return {load<F32>(from), load<F32>(from + lanes)};
     }
@@ -152,6 +153,9 @@ struct BFloat16 {
     }
     static GLOBE_INLINE float load_one(const Storage* from) {
         return bits_of<float>(static_cast<std::uint32_t>(*from) << 16);
+    }
+    static GLOBE_INLINE F32 load_vector(const Storage* from) {
+        return bits_of<F32>(__builtin_convertvector(load<U16>(from), U32) << 16);
     }
     static GLOBE_INLINE void store_one(Storage* to, float value) {
         *to = static_cast<Storage>(round<std::uint32_t, std::int32_t>(bits_of<std::uint32_t>(value)) >> 16);

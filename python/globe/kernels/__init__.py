@@ -3,12 +3,13 @@
 from globe.kernels.backends import available
 from globe.kernels.compose import compose, compose_bank_gradient, compose_code_gradient
 from globe.kernels.entmax import entmax, entmax_backward, entmax_inverse
-from globe.kernels.gram import gram
+from globe.kernels.gram import GramAccumulator, gram
 from globe.kernels.nnls import NnlsResult, NnlsStatus, nnls
 
 __all__ = [
     "available",
     "gram",
+    "GramAccumulator",
     "nnls",
     "NnlsResult",
     "NnlsStatus",

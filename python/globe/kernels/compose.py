@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -164,11 +165,7 @@ def compose_code_gradient(
 
 
 def _implementation(backend: str) -> ModuleType:
-    if backend == "numba":
-        from globe.kernels.numba import compose as implementation
-    else:
-        from globe.kernels.reference import compose as implementation
-    return implementation
+    return importlib.import_module(f"globe.kernels.{backend}.compose")
 
 
 def _codes(codes: Any) -> scipy.sparse.csr_array:

@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float64))
+from globe import _native
+from globe.kernels.backends import check_threads, choose
+
+_NAMES = {
+    np.dtype(np.float32): "float32",
+    np.dtype(np.float16): "float16",
+    np.dtype(ml_dtypes.bfloat16): "bfloat16",
+    np.dtype(np.float64): "float64",
+}
 
 
-def gram(vectors: NDArray[Any], *, weights: ArrayLike | None = None, block: int = 4096) -> NDArray[np.float64]:
+def gram(
+    vectors: NDArray[Any],
+    *,
+    weights: ArrayLike | None = None,
+    backend: str = "auto",
+    threads: int | None = None,
+) -> NDArray[np.float64]:
     """Compute the inner products ``G = X diag(w) Xᵀ`` of the rows of X.
 
     Parameters
     ----------
     vectors : ndarray, shape (n, k)
-        X in float32, float16, ``ml_dtypes.bfloat16`` or float64. Read in blocks of columns, so it may
-        be a memory map.
+        X in float32, float16, ``ml_dtypes.bfloat16`` or float64, one vector per row. Read in blocks of columns,
+        so it may be a memory map, and a slice of the columns of a larger array is not copied.
     weights : array_like, shape (k,), optional
         Non-negative weight of each column; all 1 by default.
-    block : int
-        Columns per block. Products are summed in float32 (float64 for float64 vectors) inside a block
-        and in float64 across blocks.
+    backend : {"auto", "native", "numba", "reference"}
+        Implementation; see :func:`globe.kernels.available`. float64 vectors always take the reference.
+    threads : int, optional
+        Threads to use; one per hardware thread by default. The reference and Numba versions multiply with BLAS,
+        which has its own threads besides.
 
     Returns
     -------
     ndarray of float64, shape (n, n)
-        Exactly symmetric.
+        Exactly symmetric. Products are summed in float32 (float64 for float64 vectors) inside a block of columns
+        and in float64 across blocks. The bits of the native result do not depend on the number of threads.
 
     Raises
     ------
@@ -38,31 +57,129 @@ def gram(vectors: NDArray[Any], *, weights: ArrayLike | None = None, block: int 
     vectors = np.asanyarray(vectors)  # a memory map stays one
     if vectors.ndim != 2:
         raise ValueError(f"vectors: found shape {vectors.shape}; expected (n, k); flatten each vector into a row")
-    if vectors.dtype not in _DTYPES:
-        raise ValueError(
-            f"vectors: found {vectors.dtype}; expected float32, float16, bfloat16 or float64; convert with astype"
-        )
-    if block < 1:
-        raise ValueError(f"block: found {block}; expected at least 1; 4096 is a good choice")
-    n, k = vectors.shape
-    working = np.float64 if vectors.dtype == np.float64 else np.float32
-    roots = None if weights is None else _roots(weights, k)
-
-    total = np.zeros((n, n))
-    for start in range(0, k, block):
-        part: NDArray[Any] = vectors[:, start : start + block].astype(working)
-        if roots is not None:
-            part = part * roots[start : start + block].astype(working)
-        total += part @ part.T  # NumPy calls SYRK for a product with its own transpose
-    upper = np.triu_indices(n, 1)
-    total.T[upper] = total[upper]
-    return total
+    accumulator = GramAccumulator(vectors.shape[0])
+    accumulator.add(vectors, weights=weights, backend=backend, threads=threads)
+    return accumulator.matrix
 
 
-def _roots(weights: ArrayLike, k: int) -> NDArray[np.float64]:
+class GramAccumulator:
+    """The sum of the Gram matrices of blocks: ``Σ_b X_b diag(w_b) X_bᵀ``.
+
+    Blocks hold some of the columns of all n vectors, in any order and of any sizes. Accumulators filled by
+    several processes can be merged, and travel as bytes.
+
+    Parameters
+    ----------
+    n : int
+        Number of vectors.
+
+    Raises
+    ------
+    ValueError
+        If n is negative.
+    """
+
+    def __init__(self, n: int) -> None:
+        if n < 0:
+            raise ValueError(f"n: found {n}; expected a number of vectors")
+        self._lower = np.zeros((n, n))
+        self._columns = 0
+
+    @property
+    def columns(self) -> int:
+        """Columns seen so far."""
+        return self._columns
+
+    @property
+    def matrix(self) -> NDArray[np.float64]:
+        """The Gram matrix of all blocks so far, shape (n, n), exactly symmetric; a copy."""
+        full = self._lower.copy()
+        _native.gram_mirror(full)
+        return full
+
+    def add(
+        self,
+        block: NDArray[Any],
+        *,
+        weights: ArrayLike | None = None,
+        backend: str = "auto",
+        threads: int | None = None,
+    ) -> None:
+        """Add a block, shape (n, any number of columns); the other arguments are those of :func:`gram`.
+
+        Raises
+        ------
+        ValueError
+            If an argument has a wrong shape, dtype or value, with the argument named.
+        """
+        block = np.asanyarray(block)
+        n = len(self._lower)
+        if block.ndim != 2 or block.shape[0] != n:
+            raise ValueError(f"vectors: found shape {block.shape}; expected ({n}, k), one row per vector")
+        if block.dtype not in _NAMES:
+            raise ValueError(
+                f"vectors: found {block.dtype}; expected float32, float16, bfloat16 or float64; convert with astype"
+            )
+        factors = None if weights is None else _weights(weights, block.shape[1])
+        chosen, count = choose(backend), check_threads(threads)
+        if block.dtype == np.float64:
+            chosen = "reference"
+        if chosen == "native":
+            step = block.strides[0]
+            if block.strides[1] != block.itemsize or step % block.itemsize or step < block.shape[1] * block.itemsize:
+                block = np.ascontiguousarray(block)
+            storage = block if block.dtype == np.float32 else block.view(np.uint16)
+            single = None if factors is None else factors.astype(np.float32)
+            _native.gram_add(storage, _NAMES[block.dtype], self._lower, single, count)
+        else:
+            importlib.import_module(f"globe.kernels.{chosen}.gram").add(block, self._lower, factors, count)
+        self._columns += block.shape[1]
+
+    def merge(self, other: GramAccumulator) -> None:
+        """Add all that another accumulator of the same vectors has seen.
+
+        Raises
+        ------
+        ValueError
+            If the other is for another number of vectors.
+        """
+        if other._lower.shape != self._lower.shape:
+            raise ValueError(f"other: found {len(other._lower)} vectors; expected {len(self._lower)}, as here")
+        self._lower += other._lower
+        self._columns += other._columns
+
+    def to_bytes(self) -> bytes:
+        """The state, for :meth:`from_bytes`, in NumPy's npz format."""
+        buffer = io.BytesIO()
+        np.savez(buffer, lower=self._lower, columns=np.int64(self._columns))
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, state: bytes) -> GramAccumulator:
+        """The accumulator that :meth:`to_bytes` came from.
+
+        Raises
+        ------
+        ValueError
+            If the bytes are not such a state.
+        """
+        try:
+            with np.load(io.BytesIO(state), allow_pickle=False) as stored:
+                lower, columns = stored["lower"], int(stored["columns"])
+        except Exception as error:
+            raise ValueError(f"state: found bytes that are no stored accumulator ({error})") from None
+        if lower.dtype != np.float64 or lower.ndim != 2 or lower.shape[0] != lower.shape[1]:
+            raise ValueError(f"state: found {lower.dtype} of shape {lower.shape}; expected a square float64 matrix")
+        accumulator = cls(len(lower))
+        accumulator._lower[...] = lower
+        accumulator._columns = columns
+        return accumulator
+
+
+def _weights(weights: ArrayLike, k: int) -> NDArray[np.float64]:
     array = np.asarray(weights, dtype=np.float64)
     if array.shape != (k,):
         raise ValueError(f"weights: found shape {array.shape}; expected ({k},), one weight per column of vectors")
     if not np.all(np.isfinite(array)) or np.any(array < 0):
         raise ValueError("weights: found a negative or non-finite weight; expected finite weights of at least 0")
-    return np.sqrt(array)
+    return array
