@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is not a bug
+hypothesis.settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")

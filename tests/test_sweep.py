@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from families import CPU, Array, make_family, make_rows, planted, random_state, silent
 from globe import sweep as sweep_module
 from globe.checkpoint import Family
-from globe.codes import initial_codes
+from globe.codes import coding_step, initial_codes
 from globe.gemm import bank_gram
 from globe.proxies import Rows
 from globe.seeds import ts_pca
@@ -119,6 +120,16 @@ def test_ridged_left_factors_are_counted(family: Family, state: State) -> None:
     codes[:5] = [1, 0.5, 0, 0, 0]
     found = measure(family, make_rows(family, RANK, Settings()), State(bank, codes, 1.0), Settings(), silent)
     assert found.ridged == 5
+
+
+def test_irregular_codes_are_counted_over_all_batches(
+    family: Family, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_module, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(sweep_module, "coding_step", lambda *rest: replace(coding_step(*rest), irregular=2))
+    settings = settings_for("exact")
+    _, sums = sweep(family, make_rows(family, RANK, settings), state, settings, silent)
+    assert sums.irregular == 2 * EXPERTS
 
 
 def test_without_held_out_rows_there_is_no_validation_error(family: Family, state: State) -> None:
