@@ -157,8 +157,10 @@ def compose_code_gradient(
     count = check_threads(threads)
     chosen = choose(backend)
     if chosen == "native":
-        sides = (_storage(rows), _NAMES[rows.dtype], _storage(atoms), _NAMES[atoms.dtype])
-        products = _native.compose_code_gradient(*_csr(matrix), *sides, count)
+        kinds = _NAMES[rows.dtype], _NAMES[atoms.dtype]
+        products = _native.compose_code_gradient(
+            *_csr(matrix), _storage(rows), kinds[0], _storage(atoms), kinds[1], count
+        )
     else:
         products = _implementation(chosen).code_gradient(matrix, rows, atoms, count)
     return scipy.sparse.csr_array((products, matrix.indices, matrix.indptr), shape=matrix.shape)

@@ -12,6 +12,7 @@ from globe.kernels.backends import run_ranges
 from globe.kernels.numba.floats import BFLOAT16, FLOAT32, bits, narrow_bfloat16, widen
 
 _TILE = 1024
+_TILE_BYTES = 512 * 1024  # of widened atoms: they stay in a core's second-level cache
 _RANGES = 64  # fixed, so that sums over ranges of columns do not depend on the number of threads
 
 
@@ -22,10 +23,16 @@ def compose(codes: Any, bank: NDArray[Any], out: NDArray[Any], threads: int) -> 
     sums = out if out.dtype != np.float16 else np.empty(out.shape, np.float32)
     target, out_kind = bits(sums)
 
-    def tiles(begin: int, end: int) -> None:
-        _compose(codes.indptr, codes.indices, codes.data, atoms, kind, target, out_kind, begin * _TILE, end * _TILE)
+    used = np.unique(codes.indices)
+    slots = np.zeros(len(bank), np.int64)
+    slots[used] = np.arange(len(used))
+    tile = int(np.clip(_TILE_BYTES // (4 * max(1, len(used))) // 64 * 64, 64, _TILE))
 
-    run_ranges(tiles, -(-bank.shape[1] // _TILE), threads)
+    def tiles(begin: int, end: int) -> None:
+        problem = (codes.indptr, codes.indices, codes.data, used, slots, atoms, kind, target, out_kind)
+        _compose(*problem, tile, begin * tile, end * tile)
+
+    run_ranges(tiles, -(-bank.shape[1] // tile), threads)
     if sums is not out:
         out[...] = sums
 
@@ -50,25 +57,33 @@ def code_gradient(codes: Any, gradient: NDArray[Any], bank: NDArray[Any], thread
 
 
 @njit(nogil=True, cache=True)
-def _compose(indptr, indices, values, bank, kind, out, out_kind, begin, end):  # type: ignore[no-untyped-def]
-    words = np.empty(_TILE, np.uint32)
-    atom = np.empty(_TILE, np.float32)
-    sums = np.empty(_TILE, np.float32)
-    for offset in range(begin, min(end, bank.shape[1]), _TILE):
-        stop = min(offset + _TILE, bank.shape[1])
+def _compose(indptr, indices, values, used, slots, bank, kind, out, out_kind, tile, begin, end):  # type: ignore[no-untyped-def]
+    words = np.empty(tile, np.uint32)
+    sums = np.empty(tile, np.float32)
+    atoms = np.empty((used.size, tile), np.float32)
+    for offset in range(begin, min(end, bank.shape[1]), tile):
+        stop = min(offset + tile, bank.shape[1])
         width = stop - offset
+        for slot in range(used.size):
+            if kind == FLOAT32:
+                atoms[slot, :width] = bank[used[slot], offset:stop]
+            else:
+                widen(bank[used[slot], offset:stop], kind, words[:width], atoms[slot, :width])
         for row in range(indptr.size - 1):
             sums[:] = 0.0
-            for k in range(indptr[row], indptr[row + 1]):
-                weight = values[k]
-                source = bank[indices[k], offset:stop]
-                if kind == FLOAT32:
-                    for t in range(width):
-                        sums[t] += weight * source[t]
-                else:
-                    widen(source, kind, words[:width], atom[:width])
-                    for t in range(width):
-                        sums[t] += weight * atom[t]
+            k, last = indptr[row], indptr[row + 1]
+            while k + 4 <= last:  # four terms a pass, added one after the other
+                a, b = atoms[slots[indices[k]]], atoms[slots[indices[k + 1]]]
+                c, d = atoms[slots[indices[k + 2]]], atoms[slots[indices[k + 3]]]
+                wa, wb, wc, wd = values[k], values[k + 1], values[k + 2], values[k + 3]
+                for t in range(tile):
+                    sums[t] = (((sums[t] + wa * a[t]) + wb * b[t]) + wc * c[t]) + wd * d[t]
+                k += 4
+            while k < last:
+                a, wa = atoms[slots[indices[k]]], values[k]
+                for t in range(tile):
+                    sums[t] += wa * a[t]
+                k += 1
             if out_kind == BFLOAT16:
                 narrow_bfloat16(sums[:width], words[:width], out[row, offset:stop])
             else:

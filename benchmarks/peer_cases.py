@@ -1,0 +1,239 @@
+"""What is compared in peers.py: per kernel, our calls, every installed peer's call, and how wrong each result is."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import scipy.optimize
+import scipy.sparse
+import torch
+
+from globe import kernels
+
+OURS = ("native", "numba")
+BF16 = ml_dtypes.bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """Calls that solve one problem, by name; ours are named by their backend."""
+
+    kernel: str
+    name: str
+    calls: dict[str, Callable[[], Any]]
+    error: Callable[[str, Any], float]
+    """Of the result of the call with that name."""
+
+
+def cases(threads: int, wanted: Sequence[str]) -> Iterator[Case]:
+    """Yield every case of the wanted kernels (none named: of all); its data live until the next is asked for."""
+
+    def wants(*kernels: str) -> bool:
+        return not wanted or bool(set(kernels) & set(wanted))
+
+    for n, k in ((512, 65_536), (1440, 262_144)):
+        if wants("gram-bf16"):
+            yield gram_case(n, k, BF16, threads)
+        if wants("gram-fp32"):
+            yield gram_case(n, k, np.float32, threads)
+    for m, count in ((64, 2000), (256, 300)):
+        if wants("nnls"):
+            yield nnls_case(m, count, threads)
+        if wants("nnls-simplex"):
+            yield simplex_case(m, count, threads)
+    for shape in ((8192, 512), (1440, 360)):
+        for kernel, alpha in (("sparsemax", 2.0), ("entmax15", 1.5)):
+            if wants(kernel):
+                yield from entmax_cases(kernel, shape, alpha, threads)
+    for case in ((32, 8, 128, 1 << 20), (1440, 12, 360, 1 << 16)):
+        if wants("compose"):
+            yield compose_case(*case, threads)
+
+
+def gram_case(n: int, k: int, dtype: Any, threads: int) -> Case:
+    single = np.random.default_rng(0).standard_normal((n, k), dtype=np.float32)
+    vectors = single.astype(dtype)
+    if dtype == BF16:
+        single = vectors.astype(np.float32)
+    calls: dict[str, Callable[[], Any]] = {
+        name: lambda name=name: kernels.gram(vectors, backend=name, threads=threads) for name in OURS
+    }
+    calls["numpy SYRK on fp32"] = lambda: single @ single.T
+    if dtype == BF16:
+        same = torch.from_numpy(vectors.view(np.uint16)).view(torch.bfloat16)
+        calls["torch bf16"] = lambda: (same @ same.T).float().numpy()
+        if find_spec("numkong") and threads == 1:
+            calls["numkong"] = lambda: np.asarray(import_module("numkong").dots_symmetric(vectors, dtype="bfloat16"))
+    else:
+        tensor = torch.from_numpy(single)
+        calls["torch fp32"] = lambda: (tensor @ tensor.T).numpy()
+    rows = np.random.default_rng(1).choice(n, 48, replace=False)
+    part = vectors[rows].astype(np.float64)
+    exact = part @ part.T
+    return Case(
+        "gram-bf16" if dtype == BF16 else "gram-fp32",
+        f"{n} x {k}",
+        calls,
+        lambda name, result: relative(_upper(result)[np.ix_(rows, rows)], exact),
+    )
+
+
+def nnls_case(m: int, count: int, threads: int) -> Case:
+    """Gaussian atoms and targets: about half of the atoms are in use."""
+    rng = np.random.default_rng(0)
+    atoms, targets = rng.standard_normal((m, 2 * m)), rng.standard_normal((count, 2 * m))
+    gram, correlations = atoms @ atoms.T, targets @ atoms.T
+    calls: dict[str, Callable[[], Any]] = {
+        name: lambda name=name: kernels.nnls(gram, correlations, backend=name, threads=threads).codes for name in OURS
+    }
+    factor = np.linalg.cholesky(gram).T
+    sides = np.linalg.solve(factor.T, correlations.T).T
+    few = range(0, count, max(1, count // 50))  # timed on 50 of them, counted as all
+
+    def scipy_nnls() -> Any:
+        return np.array([scipy.optimize.nnls(factor, sides[i])[0] for i in few])
+
+    calls["scipy.optimize.nnls"] = scipy_nnls
+    if find_spec("spams"):
+        spams = import_module("spams")
+        x, g, c = (np.asfortranarray(a) for a in (targets.T, gram, correlations.T))
+        settings = {"Q": g, "q": c, "lambda1": 0.0, "mode": spams.PENALTY, "pos": True, "numThreads": threads}
+        calls["spams.lasso"] = lambda: spams.lasso(x, **settings).T.toarray()
+
+    def error(name: str, codes: Any) -> float:
+        wanted = correlations[list(few)] if name == "scipy.optimize.nnls" else correlations
+        return kkt_residual(gram, wanted, codes)
+
+    return Case("nnls", f"m = {m}, {count} right-hand sides", calls, error)
+
+
+def simplex_case(m: int, count: int, threads: int) -> Case:
+    rng = np.random.default_rng(0)
+    atoms, targets = rng.standard_normal((m, 2 * m)), rng.standard_normal((count, 2 * m))
+    gram, correlations = atoms @ atoms.T, targets @ atoms.T
+    calls: dict[str, Callable[[], Any]] = {
+        name: lambda name=name: kernels.nnls(gram, correlations, simplex=True, backend=name, threads=threads).codes
+        for name in OURS
+    }
+    if find_spec("spams"):
+        spams = import_module("spams")
+        x, z = np.asfortranarray(targets.T), np.asfortranarray(atoms.T)
+        calls["spams.decompSimplex"] = lambda: spams.decompSimplex(
+            x, z, computeXtX=True, numThreads=threads
+        ).T.toarray()
+    return Case(
+        "nnls-simplex",
+        f"m = {m}, {count} right-hand sides",
+        calls,
+        lambda name, codes: kkt_residual(gram, correlations, codes, simplex=True),
+    )
+
+
+def entmax_cases(kernel: str, shape: tuple[int, int], alpha: float, threads: int) -> Iterator[Case]:
+    rng = np.random.default_rng(0)
+    logits, slope = (rng.standard_normal(shape, dtype=np.float32) for _ in range(2))
+    exact = kernels.entmax(logits.astype(np.float64), alpha, backend="reference")
+    exact_slope = kernels.entmax_backward(exact, slope.astype(np.float64), alpha, backend="reference")
+    tensor = torch.from_numpy(logits)
+    leaf, ones = torch.from_numpy(logits).requires_grad_(), torch.from_numpy(slope)
+
+    def forward(name: str) -> Any:
+        return kernels.entmax(logits, alpha, backend=name, threads=threads)
+
+    def both(name: str) -> Any:
+        return kernels.entmax_backward(forward(name), slope, alpha, backend=name, threads=threads)
+
+    calls = {name: lambda name=name: forward(name) for name in OURS}
+    calls_both = {name: lambda name=name: both(name) for name in OURS}
+    if find_spec("entmax"):
+        theirs = getattr(import_module("entmax"), kernel)
+        for k in (16, 32, 64, None):
+            calls[f"entmax k={k}"] = lambda k=k: theirs(tensor, k=k).numpy()
+            calls_both[f"entmax k={k}"] = lambda k=k: torch.autograd.grad(theirs(leaf, k=k), leaf, ones)[0].numpy()
+    where = f"{shape[0]} x {shape[1]}"
+    yield Case(kernel, f"{where} forward", calls, lambda name, p: float(np.abs(p - exact).max()))
+    yield Case(kernel, f"{where} forward and backward", calls_both, lambda name, g: relative(g, exact_slope))
+
+
+def compose_case(rows: int, nonzeros: int, m: int, width: int, threads: int) -> Case:
+    rng = np.random.default_rng(0)
+    columns = np.concatenate([rng.choice(m, nonzeros, replace=False) for _ in range(rows)])
+    weights = rng.random(rows * nonzeros, dtype=np.float32)
+    pointers = np.arange(0, rows * nonzeros + 1, nonzeros)
+    codes = scipy.sparse.csr_array((weights, columns, pointers), shape=(rows, m))
+    single = rng.standard_normal((m, width), dtype=np.float32)
+    bank = single.astype(BF16)
+    single = bank.astype(np.float32)
+    line = np.zeros(rows * width * 2 + 64, np.uint8)
+    start = -line.ctypes.data % 64
+    out = line[start : start + rows * width * 2].view(BF16).reshape(rows, width)
+    dense = torch.from_numpy(codes.toarray()).bfloat16()
+    tensor = torch.from_numpy(bank.view(np.uint16)).view(torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that CSR tensors are in beta
+        sparse = torch.sparse_csr_tensor(*map(torch.from_numpy, (pointers, columns, weights)), (rows, m))
+    tensor_single = torch.from_numpy(single)
+    calls: dict[str, Callable[[], Any]] = {
+        name: lambda name=name: kernels.compose(codes, bank, out=out, backend=name, threads=threads) for name in OURS
+    }
+    calls["scipy CSR fp32"] = lambda: codes @ single
+    calls["torch dense bf16"] = lambda: (dense @ tensor).float().numpy()
+    calls["torch CSR fp32"] = lambda: (sparse @ tensor_single).numpy()
+    if find_spec("sparse_dot_mkl") and _find_mkl():
+        mkl = import_module("sparse_dot_mkl")
+        calls["sparse-dot-mkl fp32"] = lambda: mkl.dot_product_mkl(codes, single)
+    # A copy moves each byte twice, so half of the traffic is copied.
+    traffic = 2 * width * (len(np.unique(columns)) + rows)
+    source, target = np.ones(traffic // 2, np.uint8), np.empty(traffic // 2, np.uint8)
+    calls["copy of the least traffic"] = lambda: np.copyto(target, source)
+    few = slice(0, 1 << 12)
+    exact = codes.astype(np.float64) @ single[:, few].astype(np.float64)
+    return Case(
+        "compose",
+        f"{rows} rows x {nonzeros}, m = {m}, width {width}",
+        calls,
+        lambda name, result: relative(np.asarray(result)[:, few], exact) if result is not None else 0.0,
+    )
+
+
+def relative(found: Any, exact: np.ndarray) -> float:
+    return float(np.linalg.norm(np.asarray(found, np.float64) - exact) / np.linalg.norm(exact))
+
+
+def kkt_residual(gram: np.ndarray, correlations: np.ndarray, codes: np.ndarray, simplex: bool = False) -> float:
+    """Largest violation of the optimality conditions, relative to the size of the gradient's terms."""
+    w = correlations - codes @ gram
+    positive = codes > 1e-9 * codes.max(1, keepdims=True)  # some peers leave rounding noise in place of zeros
+    if simplex:
+        w = w - (w * positive).sum(1, keepdims=True) / np.maximum(positive.sum(1, keepdims=True), 1)
+    violation = np.where(positive, np.abs(w), np.maximum(w, 0.0)).max(1)
+    scale = np.abs(correlations).max(1) + gram.diagonal().max() * np.abs(codes).sum(1)
+    return float((violation / scale).max())
+
+
+def _upper(matrix: Any) -> np.ndarray:
+    """Full matrix from its upper triangle: some peers fill no more."""
+    array = np.triu(np.asarray(matrix, np.float64))
+    return array + np.triu(array, 1).T
+
+
+def _find_mkl() -> bool:
+    if "MKL_RT" not in os.environ:
+        found = glob.glob(os.path.join(sys.prefix, "lib", "libmkl_rt.so*"))
+        if found:
+            os.environ["MKL_RT"] = found[0]
+    try:
+        import_module("sparse_dot_mkl")
+    except ImportError:
+        return False
+    return True
