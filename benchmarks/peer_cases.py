@@ -6,8 +6,8 @@ import glob
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -33,6 +33,8 @@ class Case:
     calls: dict[str, Callable[[], Any]]
     error: Callable[[str, Any], float]
     """Of the result of the call with that name."""
+    share: Mapping[str, float] = field(default_factory=dict)
+    """Of the problem, for calls that solve a part of it."""
 
 
 def cases(threads: int, wanted: Sequence[str]) -> Iterator[Case]:
@@ -89,7 +91,7 @@ def gram_case(n: int, k: int, dtype: Any, threads: int) -> Case:
 
 
 def nnls_case(m: int, count: int, threads: int) -> Case:
-    """Gaussian atoms and targets: about half of the atoms are in use."""
+    """Gaussian atoms and targets: about half of the atoms are in use. Slow peers solve a sample."""
     rng = np.random.default_rng(0)
     atoms, targets = rng.standard_normal((m, 2 * m)), rng.standard_normal((count, 2 * m))
     gram, correlations = atoms @ atoms.T, targets @ atoms.T
@@ -98,23 +100,36 @@ def nnls_case(m: int, count: int, threads: int) -> Case:
     }
     factor = np.linalg.cholesky(gram).T
     sides = np.linalg.solve(factor.T, correlations.T).T
-    few = range(0, count, max(1, count // 50))  # timed on 50 of them, counted as all
+    samples: dict[str, int] = {}
 
-    def scipy_nnls() -> Any:
-        return np.array([scipy.optimize.nnls(factor, sides[i])[0] for i in few])
+    def one_by_one(name: str, number: int, solve: Callable[[int], Any]) -> None:
+        samples[name] = number
+        calls[name] = lambda: np.array([solve(i) for i in range(number)])
 
-    calls["scipy.optimize.nnls"] = scipy_nnls
+    one_by_one("scipy.optimize.nnls", 50, lambda i: scipy.optimize.nnls(factor, sides[i])[0])
+    if find_spec("sklearn"):
+        linear = import_module("sklearn.linear_model").LinearRegression(positive=True, fit_intercept=False)
+        one_by_one("scikit-learn", 20, lambda i: linear.fit(factor, sides[i]).coef_)
+    if find_spec("fnnls"):
+        fnnls = import_module("fnnls").fnnls
+        one_by_one("fnnls", 5, lambda i: fnnls(factor, sides[i])[0])
+    if find_spec("daqp"):
+        daqp = import_module("daqp")
+        high, low = np.full(m, 1e30), np.zeros(m)
+        nothing = np.zeros((0, m))
+        one_by_one("daqp", 20, lambda i: daqp.solve(gram, -correlations[i], nothing, high, low)[0])
     if find_spec("spams"):
         spams = import_module("spams")
         x, g, c = (np.asfortranarray(a) for a in (targets.T, gram, correlations.T))
         settings = {"Q": g, "q": c, "lambda1": 0.0, "mode": spams.PENALTY, "pos": True, "numThreads": threads}
         calls["spams.lasso"] = lambda: spams.lasso(x, **settings).T.toarray()
-
-    def error(name: str, codes: Any) -> float:
-        wanted = correlations[list(few)] if name == "scipy.optimize.nnls" else correlations
-        return kkt_residual(gram, wanted, codes)
-
-    return Case("nnls", f"m = {m}, {count} right-hand sides", calls, error)
+    return Case(
+        "nnls",
+        f"m = {m}, {count} right-hand sides",
+        calls,
+        lambda name, codes: kkt_residual(gram, correlations[: len(codes)], codes),
+        share={name: number / count for name, number in samples.items()},
+    )
 
 
 def simplex_case(m: int, count: int, threads: int) -> Case:
@@ -160,6 +175,9 @@ def entmax_cases(kernel: str, shape: tuple[int, int], alpha: float, threads: int
         for k in (16, 32, 64, None):
             calls[f"entmax k={k}"] = lambda k=k: theirs(tensor, k=k).numpy()
             calls_both[f"entmax k={k}"] = lambda k=k: torch.autograd.grad(theirs(leaf, k=k), leaf, ones)[0].numpy()
+        bisect = import_module("entmax").entmax_bisect
+        calls["entmax bisect"] = lambda: bisect(tensor, alpha=alpha).numpy()
+        calls_both["entmax bisect"] = lambda: torch.autograd.grad(bisect(leaf, alpha=alpha), leaf, ones)[0].numpy()
     where = f"{shape[0]} x {shape[1]}"
     yield Case(kernel, f"{where} forward", calls, lambda name, p: float(np.abs(p - exact).max()))
     yield Case(kernel, f"{where} forward and backward", calls_both, lambda name, g: relative(g, exact_slope))

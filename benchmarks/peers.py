@@ -62,9 +62,8 @@ def compare(case: Any, repeats: int, threads: int) -> list[dict[str, Any]]:
             call()
             times[name].append(1e3 * (time.perf_counter() - start))
     medians = {name: statistics.median(found) for name, found in times.items()}
-    if "scipy.optimize.nnls" in medians:  # which solves a sample
-        sample = len(case.calls["scipy.optimize.nnls"]())
-        medians["scipy.optimize.nnls"] *= case.calls["native"]().shape[0] / sample
+    for name, share in case.share.items():
+        medians[name] /= share
     copy = medians.pop("copy of the least traffic", None)
     best = min((name for name in medians if name not in OURS), key=lambda name: medians[name])
     return [

@@ -1,0 +1,87 @@
+"""Stages of a compression, on a small synthetic checkpoint: time, memory and error of each."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from globe import Settings, compress, export
+from globe.checkpoint import Checkpoint
+from globe.codes import initial_codes
+from globe.gemm import bank_gram
+from globe.lefts import fit_lefts
+from globe.proxies import scan, split_rows
+from globe.seeds import ts_pca
+from globe.sweep import State, measure, sweep
+
+from .synthetic import LIKE, write_synthetic
+
+SETTINGS = Settings(rank=0.75, outer_loops=2, families=("gate",), device="cpu")
+
+
+def nothing(steps=1):
+    pass
+
+
+class Stages:
+    def setup_cache(self):
+        root = Path("model").absolute()
+        write_synthetic(root, LIKE["tiny"])
+        compress(root, Path("out").absolute(), SETTINGS)
+        return root
+
+    def setup(self, root):
+        torch.set_num_threads(1)
+        self.family = Checkpoint(root).family("gate")
+        self.scanned = scan(self.family, SETTINGS, nothing)
+        rank = SETTINGS.resolve_rank(self.family.p, self.family.d)
+        self.rows = split_rows(self.family.p, rank, self.scanned.row_energy, SETTINGS)
+        self.seeds = ts_pca(self.family, self.rows, 8, torch.device("cpu"), nothing)
+        self.gram = bank_gram(self.seeds.bank)
+        codes = initial_codes(self.gram, self.seeds.correlations, "nnls")
+        self.state = State(self.seeds.bank, codes, 1.0)
+        self.target = Path(tempfile.mkdtemp()) / "out"
+
+    def teardown(self, root):
+        shutil.rmtree(self.target.parent)
+
+    def time_index(self, root):
+        Checkpoint(root).family("gate")
+
+    def time_scan(self, root):
+        scan(self.family, SETTINGS, nothing)
+
+    def time_seeds(self, root):
+        ts_pca(self.family, self.rows, 8, torch.device("cpu"), nothing)
+
+    def time_codes(self, root):
+        initial_codes(self.gram, self.seeds.correlations, "nnls")
+
+    def time_left_factors(self, root):
+        weights = torch.stack([self.family.read(0).float()])
+        fit_lefts(weights, torch.randn(1, len(self.rows.proxy), self.family.d), SETTINGS)
+
+    def time_measure(self, root):
+        measure(self.family, self.rows, self.state, SETTINGS, nothing)
+
+    def time_loop(self, root):
+        sweep(self.family, self.rows, self.state, SETTINGS, nothing)
+
+    def time_compress(self, root):
+        compress(root, self.target, SETTINGS, overwrite=True)
+
+    def peakmem_compress(self, root):
+        compress(root, self.target, SETTINGS)
+
+    def track_relative_error(self, root):
+        return float(np.float64(compress(root, self.target, SETTINGS).metrics["families"]["gate"]["relative_error"]))
+
+    track_relative_error.unit = "relative error"
+
+    def time_export(self, root):
+        export(root.parent / "out", self.target, overwrite=True)
+
+    def peakmem_export(self, root):
+        export(root.parent / "out", self.target)
