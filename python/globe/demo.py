@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from globe.evaluate import evaluate_models, evaluation_text
 from globe.export import export
 from globe.models import generate_sentence, load_model
 from globe.settings import Settings
-from globe.stages import Display, Stages
+from globe.stages import Display, Stage, Stages
 
 PROMPT = "The capital of France is"
 
@@ -54,8 +53,9 @@ def demo(
             home.mkdir(parents=True, exist_ok=True)
             build_smollm2_mixture(wheel, model)
     result = compress(model, out, Settings(outer_loops=outer_loops), overwrite=True, progress=progress)
-    stages.records += [record for record in _records(result.metrics)]
-    export(out, dense, overwrite=True, progress=progress)
+    stages.records += [Stage(**record) for record in result.metrics["stages"]]
+    with stages.stage("export", 1):
+        export(out, dense, overwrite=True)
     with stages.stage("evaluate", 1):
         text = evaluation_text("evaluation")
         before, tokenizer = load_model(model)
@@ -66,7 +66,7 @@ def demo(
             "after": generate_sentence(after, tokenizer, PROMPT),
         }
     shutil.rmtree(dense)
-    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    metrics = result.metrics
     return {
         "model": str(model),
         "output": str(out),
@@ -80,12 +80,6 @@ def demo(
         "sentences": sentences,
         "stages": stages.as_list(),
     }
-
-
-def _records(metrics: dict[str, Any]) -> list[Any]:
-    from globe.stages import Stage
-
-    return [Stage(**record) for record in metrics["stages"]]
 
 
 def demo_table(found: dict[str, Any]) -> Table:
