@@ -49,13 +49,6 @@ def _display(quiet: bool) -> Display:
     return RichDisplay()
 
 
-def _threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
 def _cmake_dir(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
     if wanted and not ctx.resilient_parsing:
         from globe.embedding import get_cmake_dir
@@ -202,9 +195,9 @@ def evaluate(
 ) -> None:
     """Token perplexity of DIR, dense or factored, on windows that do not overlap."""
     from globe.evaluate import evaluate as run
-    from globe.gemm import pick_device
+    from globe.gemm import pick_device, set_threads
 
-    _threads(threads)
+    set_threads(threads)
     where = str(pick_device(device))
     found = run(directory, against=against, text=text, window=window, max_tokens=max_tokens, device=where)
     if as_json:

@@ -16,7 +16,7 @@ from globe.checkpoint import Checkpoint, Family
 from globe.codes import initial_codes
 from globe.errors import UsageError
 from globe.factored import FORMAT_VERSION, MANIFEST
-from globe.gemm import bank_gram, pick_device
+from globe.gemm import bank_gram, pick_device, set_threads
 from globe.metrics import proxy_error, stored_report, training_report
 from globe.output import copy_companions, output_directory
 from globe.proxies import Scan, scan, split_rows
@@ -93,8 +93,7 @@ def compress(
                 "nothing; lower --rank or --bank-size (globe inspect shows the choices)"
             )
         device = pick_device(settings.device)
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
+        set_threads(settings.threads)
     needed = _needed_bytes(checkpoint, families, shapes)
     with output_directory(Path(out_dir), Path(model_dir), overwrite=overwrite, needed_bytes=needed) as target:
         scans: dict[str, Scan] = {}

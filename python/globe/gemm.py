@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from globe import kernels
 from globe.errors import UsageError
-from globe.kernels import compose
 
 # Apple's matmul returned wrong numbers from an inner dimension of 32,767 on (pytorch#195163).
 _MPS_INNER = 16_384
@@ -29,6 +29,13 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def set_threads(threads: int | None) -> None:
+    """Let torch and the kernels use this many CPU threads; None changes nothing."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+        kernels.set_num_threads(threads)
+
+
 def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left @ right on their device, the inner dimension in chunks on MPS."""
     inner = left.shape[-1]
@@ -42,7 +49,7 @@ def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def mixtures(codes: NDArray[np.float64], bank: torch.Tensor, epsilon: float = 0.0) -> torch.Tensor:
     """B̃_i = Σ_j α_ij B_j for a batch of experts, shape (n, r, d), fp32 on the bank's device."""
     if bank.device.type == "cpu":
-        composed = compose(codes.astype(np.float32), bank.numpy(), epsilon=epsilon, threads=torch.get_num_threads())
+        composed = kernels.compose(codes.astype(np.float32), bank.numpy(), epsilon=epsilon)
         return torch.from_numpy(composed)
     weights = torch.from_numpy(codes.astype(np.float32)).to(bank.device)
     weights = torch.where(weights.abs() < epsilon, torch.zeros_like(weights), weights)

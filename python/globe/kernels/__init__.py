@@ -1,6 +1,6 @@
 """Mathematics on arrays: no files, no torch, nothing that knows what an expert is."""
 
-from globe.kernels.backends import available
+from globe.kernels.backends import available, set_num_threads
 from globe.kernels.compose import compose, compose_bank_gradient, compose_code_gradient
 from globe.kernels.entmax import entmax, entmax_backward, entmax_inverse
 from globe.kernels.gram import GramAccumulator, gram
@@ -8,6 +8,7 @@ from globe.kernels.nnls import NnlsResult, NnlsStatus, nnls
 
 __all__ = [
     "available",
+    "set_num_threads",
     "gram",
     "GramAccumulator",
     "nnls",

@@ -52,12 +52,29 @@ def choose(backend: str) -> str:
     return backend
 
 
+_default_threads: int | None = None
+
+
+def set_num_threads(threads: int | None) -> None:
+    """Set how many threads a kernel uses that is not told; None is one per hardware thread.
+
+    Raises
+    ------
+    ValueError
+        If the number is below 1.
+    """
+    global _default_threads
+    if threads is not None:
+        check_threads(threads)
+    _default_threads = threads
+
+
 def check_threads(threads: int | None) -> int:
-    """The number of threads to ask for; None is one per hardware thread."""
+    """The number of threads to use; None is the default, see :func:`set_num_threads`."""
     if threads is None:
-        return os.cpu_count() or 1
+        return _default_threads or os.cpu_count() or 1
     if threads < 1:
-        raise ValueError(f"threads: found {threads}; expected at least 1, or None for one per hardware thread")
+        raise ValueError(f"threads: found {threads}; expected at least 1, or None for the default")
     return int(threads)
 
 

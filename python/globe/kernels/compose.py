@@ -48,7 +48,7 @@ def compose(
     backend : {"auto", "native", "numba", "reference"}
         Implementation; see :func:`globe.kernels.available`.
     threads : int, optional
-        Threads to use; one per hardware thread by default.
+        Threads to use; as set by :func:`set_num_threads` by default.
 
     Returns
     -------

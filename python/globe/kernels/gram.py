@@ -40,8 +40,8 @@ def gram(
     backend : {"auto", "native", "numba", "reference"}
         Implementation; see :func:`globe.kernels.available`. float64 vectors always take the reference.
     threads : int, optional
-        Threads to use; one per hardware thread by default. The reference and Numba versions multiply with BLAS,
-        which has its own threads besides.
+        Threads to use; as set by :func:`set_num_threads` by default. The reference and Numba versions multiply
+        with BLAS, which has its own threads besides.
 
     Returns
     -------
