@@ -8,6 +8,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+# Before torch is imported: its threads spin between products, and on a busy machine tiny ones then take seconds.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is not a bug
 hypothesis.settings.load_profile("unhurried")
 
