@@ -82,6 +82,14 @@ def test_variants_share_nothing_but_their_table(object_files):
         assert len(shared) == 1 and shared[0].endswith("5tableE"), shared
 
 
+def test_a_function_wins_over_its_module():
+    code = "import globe.export\nimport globe\nfrom globe.compress import Result\nfrom globe import compress\n"
+    code += (
+        "from globe.inspect import inspect\nassert globe.inspect is inspect\nglobe.export.__code__, compress.__code__"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("statement", ["import globe.kernels", "import globe"])
 def test_importing_is_light(statement):
     code = f"{statement}\nimport sys\nprint(*[m for m in ('torch', 'transformers', 'safetensors') if m in sys.modules])"
