@@ -82,11 +82,10 @@ def edit_json(path: Path, change: Callable[[Any], object]) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
-def json_variants(value: Any, replacements: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
-    """Copies of a JSON value with one node replaced or removed, and where; three entries of a very long node."""
-    places = list(_places(value, ()))
+def json_variants(value: Any, replacements: tuple[Any, ...], most: int = 40) -> Iterator[tuple[str, Any]]:
+    """Copies of a JSON value with one node replaced or removed, and where; three entries of a node with over `most`."""
     text = json.dumps(value)
-    for place in places:
+    for place in list(_places(value, (), most)):
         for replacement in (*replacements, _REMOVED):
             copy = json.loads(text)
             node = copy
@@ -102,9 +101,9 @@ def json_variants(value: Any, replacements: tuple[Any, ...]) -> Iterator[tuple[s
 _REMOVED = object()
 
 
-def _places(value: Any, prefix: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+def _places(value: Any, prefix: tuple[Any, ...], most: int) -> Iterator[tuple[Any, ...]]:
     if isinstance(value, dict | list):
         keys = list(value) if isinstance(value, dict) else list(range(len(value)))
-        for key in keys if len(keys) <= 40 else [keys[0], keys[len(keys) // 2], keys[-1]]:
+        for key in keys if len(keys) <= most else [keys[0], keys[len(keys) // 2], keys[-1]]:
             yield (*prefix, key)
-            yield from _places(value[key], (*prefix, key))
+            yield from _places(value[key], (*prefix, key), most)

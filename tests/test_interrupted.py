@@ -150,7 +150,7 @@ def test_output_in_an_impossible_place(source: Path, finished: Path, tmp_path: P
 def endless(source: Path, out: Path, directory: Path) -> subprocess.Popen[str]:
     """Start a run that does not end by itself, and wait until it is at work in `out`."""
     (directory / "endless.yaml").write_text(ENDLESS, encoding="utf-8")
-    options = ("--rank", "0.5", "--bank-size", "3", "--device", "cpu", "--config", directory / "endless.yaml")
+    options = ("--rank", "0.5", "--bank-size", "3", "--threads", "1", "--config", directory / "endless.yaml")
     run = subprocess.Popen(command("compress", source, out, *options), stderr=subprocess.PIPE, text=True)
     assert run.stderr is not None
     assert any("up: scan" in line for line in run.stderr), "it ended before it began"

@@ -97,6 +97,11 @@ def evaluate_models(
     Evaluation
     """
     windows = _windows(tokenizer, text, window, max_tokens)
+    largest = int(windows.max())
+    for judged in (model, reference):
+        known = largest + 1 if judged is None else int(judged.get_input_embeddings().weight.shape[0])
+        if largest >= known:
+            raise GlobeError(f"the tokenizer gives token {largest}, a model knows {known}; it is of another model")
     started = time.perf_counter()
     batch = _batch(model, windows.shape[1])
     loss = reference_loss = divergence = 0.0

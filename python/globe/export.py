@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from globe.checkpoint import INDEX_NAME
+from globe.checkpoint import INDEX_NAME, read_json
+from globe.errors import GlobeError
 from globe.factored import Bank, Factored, left_name, open_factored, rest_name, shard_name
 from globe.output import copy_companions, output_directory
 from globe.stages import Display, Stages
@@ -45,6 +46,7 @@ def export(
     """
     source, target = Path(source), Path(target)
     factored = open_factored(source)
+    config = read_json(source / "config.json")
     record = factored.manifest["source"]
     sizes = [entry["shape"] for shard in record["shards"] for entry in shard["tensors"].values()]
     dtypes = [entry["dtype"] for shard in record["shards"] for entry in shard["tensors"].values()]
@@ -60,7 +62,6 @@ def export(
             weight_map = {name: shard["file"] for shard in record["shards"] for name in shard["tensors"]}
             index = {"metadata": record["index_metadata"], "weight_map": dict(sorted(weight_map.items()))}
             write_text(directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
-        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
         config.pop("quantization_config", None)
         write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
     return {"output": str(target), "tensors": len(sizes), "bytes": total, "stages": stages.as_list()}
@@ -91,8 +92,10 @@ def reconstruct(factored: Factored, banks: dict[str, Bank], name: str, entry: di
             numbers = factored.manifest["families"][family]["tensors"][name]
             lefts = read_tensor(stored[left]).float()
             lefts = lefts if lefts.ndim == 3 else lefts[None]
-            products = [a @ banks[family].mixture(i) for a, i in zip(lefts, numbers, strict=True)]
-            parts.append(torch.stack(products).to(dtype))
+            products = torch.stack([a @ banks[family].mixture(i) for a, i in zip(lefts, numbers, strict=True)])
+            if not products.isfinite().all():
+                raise GlobeError(f"{stored[left].file}: tensor {left} holds NaN or Inf; compress the source again")
+            parts.append(products.to(dtype))
         elif rest in stored:
             parts.append(read_tensor(stored[rest]))
     return torch.cat(parts, 1).view(entry["shape"])

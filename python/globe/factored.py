@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import scipy.sparse
 import torch
 
+from globe.checkpoint import FAMILIES, read_json
 from globe.errors import GlobeError
 from globe.gemm import mixtures
 from globe.tensorfile import FileHeader, read_header, read_tensor
@@ -74,8 +74,20 @@ class Factored:
             for part in ("atoms", "codes.indptr", "codes.indices", "codes.values")
         )
         shape = (len(indptr) - 1, len(atoms))
+        rows = indptr.long()
+        if rows[0] != 0 or rows[-1] != len(indices) or (rows.diff() < 0).any():
+            raise self._damaged(family, "codes.indptr", f"ascending offsets from 0 to {len(indices)}")
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(atoms):
+            raise self._damaged(family, "codes.indices", f"atoms from 0 to {len(atoms) - 1}")
+        for part, stored in (("codes.values", values), ("atoms", atoms)):
+            if not stored.isfinite().all():
+                raise self._damaged(family, part, "finite values")
         codes = scipy.sparse.csr_array((values.numpy(), indices.numpy(), indptr.numpy()), shape=shape)
         return Bank(atoms.float(), codes)
+
+    def _damaged(self, family: str, part: str, expected: str) -> GlobeError:
+        where = self.shards[BANK_FILE].path
+        return GlobeError(f"{where}: tensor {bank_name(family, part)} is damaged; expected {expected}: compress again")
 
 
 def is_factored(directory: Path) -> bool:
@@ -96,15 +108,94 @@ def open_factored(directory: Path) -> Factored:
         raise GlobeError(f"{directory}: no {MANIFEST} found; expected a directory written by globe compress")
     if not (directory / "config.json").exists():
         raise GlobeError(f"{directory}: config.json is missing, so the run that wrote it did not finish; run it again")
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-    except (ValueError, KeyError, TypeError):
-        raise GlobeError(f"{directory / MANIFEST}: not a manifest of a factored checkpoint") from None
+    manifest = read_json(directory / MANIFEST)
+    version = manifest.get("format_version")
     if version != FORMAT_VERSION:
-        raise GlobeError(f"{directory}: format version {version}, this GloBE reads {FORMAT_VERSION}; update globe-moe")
-    names = [shard_name(shard["file"]) for shard in manifest["source"]["shards"]] + [BANK_FILE]
-    return Factored(directory, manifest, {name: read_header(directory / name) for name in names})
+        raise GlobeError(
+            f"{directory / MANIFEST}: format version {version!r}, this GloBE reads {FORMAT_VERSION}; update globe-moe"
+        )
+    try:
+        files = [shard["file"] for shard in manifest["source"]["shards"]]
+        for file in files:
+            if Path(file).name != file or not file.endswith(".safetensors") or files.count(file) > 1:
+                raise GlobeError(f"{directory / MANIFEST}: shard {file!r} is not a safetensors file in the directory")
+        names = [*map(shard_name, files), BANK_FILE]
+        factored = Factored(directory, manifest, {name: read_header(directory / name) for name in names})
+        _check(factored)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise GlobeError(f"{directory / MANIFEST}: damaged ({what}); compress the source again") from None
+    return factored
+
+
+def _check(factored: Factored) -> None:
+    """Check that the files hold what the manifest promises, so that no export fails half-way or writes nonsense."""
+    families, source = factored.manifest["families"], factored.manifest["source"]
+    _require(bool(families) and set(families) <= set(FAMILIES), f"families are {list(families)}")
+    single = [shard["file"] for shard in source["shards"]] == ["model.safetensors"]
+    described = source["index_metadata"]
+    _require(isinstance(described, dict) or (described is None and single), f"index_metadata is {described!r}")
+    for name, family in families.items():
+        numbers = [number for part in family["tensors"].values() for number in part]
+        count, size, rank, d = (family[key] for key in ("experts", "bank", "rank", "d"))
+        _require(
+            len(numbers) == count and set(numbers) == set(range(count)) and all(type(n) is int for n in numbers),
+            f"family {name} has {count} experts and the tensors of others",
+        )
+        bank = factored.shards[BANK_FILE]
+        indices = bank.tensors.get(bank_name(name, "codes.indices"))
+        nonzeros = indices.shape[0] if indices is not None and indices.shape else 0
+        _expect(bank, bank_name(name, "atoms"), "BF16", (size, rank, d))
+        _expect(bank, bank_name(name, "codes.indptr"), "I32", (count + 1,))
+        _expect(bank, bank_name(name, "codes.indices"), "I32", (nonzeros,))
+        _expect(bank, bank_name(name, "codes.values"), "F32", (nonzeros,))
+    missing = {tensor for family in families.values() for tensor in family["tensors"]}
+    for shard in source["shards"]:
+        header = factored.shards[shard_name(shard["file"])]
+        _require(all(isinstance(text, str) for text in shard["metadata"].values()), "metadata is not text")
+        for tensor, entry in shard["tensors"].items():
+            _require(all(type(n) is int for n in entry["shape"]), f"tensor {tensor} has shape {entry['shape']}")
+            for stored, (dtype, shape) in _promised(families, tensor, entry["dtype"], tuple(entry["shape"])).items():
+                _expect(header, stored, dtype, shape)
+            missing.discard(tensor)
+    _require(not missing, f"no shard has tensor {min(missing, default='')}")
+
+
+def _promised(
+    families: dict[str, Any], tensor: str, dtype: str, shape: tuple[int, ...]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The stored tensors of which a source tensor is made: itself, or left factors and halves left as they were."""
+    held = {name: family for name, family in families.items() if tensor in family["tensors"]}
+    if not held:
+        return {tensor: (dtype, shape)}
+    family = next(iter(held.values()))
+    fused = shape[:1] if len(shape) == 3 else ()
+    p, d = family["p"], family["d"]
+    _require(shape == ((*fused, 2 * p, d) if fused else (p, d)), f"tensor {tensor} has shape {list(shape)}")
+    _require(dtype in ("BF16", "F16", "F32"), f"tensor {tensor} has dtype {dtype}")
+    _require(bool(fused) or len(held) == 1, f"tensor {tensor} is in two families")
+    promised = {}
+    for name in FAMILIES:
+        if name in held:
+            _require(len(held[name]["tensors"][tensor]) == (fused[0] if fused else 1), f"tensor {tensor} has experts")
+            promised[left_name(tensor, name)] = ("BF16", (*fused, p, held[name]["rank"]))
+        elif fused:
+            promised[rest_name(tensor, name)] = (dtype, (*fused, p, d))
+    return promised
+
+
+def _expect(header: FileHeader, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+    info = header.tensors.get(name)
+    if info is None or (info.dtype, info.shape) != (dtype, shape):
+        found = "missing" if info is None else f"{info.dtype} {list(info.shape)}"
+        raise GlobeError(
+            f"{header.path}: tensor {name} is {found}, {MANIFEST} promises {dtype} {list(shape)}; compress again"
+        )
+
+
+def _require(condition: bool, found: str) -> None:
+    if not condition:
+        raise ValueError(found)
 
 
 def csr_parts(codes: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, torch.Tensor]:

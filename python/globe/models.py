@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from globe.checkpoint import INDEX_NAME, Checkpoint
 from globe.errors import GlobeError, UsageError
 
 FACTORED_MARK = "globe.json"
@@ -45,19 +46,26 @@ def load_model(directory: str | Path, device: str = "cpu", dtype: torch.dtype | 
         raise GlobeError(f"{directory}: no such directory")
     if not (directory / "config.json").is_file():
         raise GlobeError(f"{directory}: no config.json; give a checkpoint directory as saved by transformers")
-    tokenizer = _load_tokenizer(transformers, directory)
+    with _quiet(transformers):
+        tokenizer = _load_tokenizer(transformers, directory)
     wanted: Any = dtype or (torch.float32 if place.type == "cpu" else "auto")
     with _dense(directory) as dense, _quiet(transformers):
+        if any((dense / file).exists() for file in ("model.safetensors", INDEX_NAME)):
+            Checkpoint(dense)  # a missing or truncated shard is named here
         try:
             model, found = transformers.AutoModelForCausalLM.from_pretrained(
-                dense, local_files_only=True, dtype=wanted, output_loading_info=True
+                dense, local_files_only=True, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True
             )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        except Exception as error:  # transformers, safetensors and the model's own code raise types of their own
             raise GlobeError(f"{directory}: transformers cannot load it: {_first_line(error)}") from error
         missing = sorted(found["missing_keys"])
         if missing:
             raise GlobeError(
                 f"{directory}: {len(missing)} tensors are missing from its weight files, first {missing[0]}"
+            )
+        for name, stored, expected in sorted(found["mismatched_keys"])[:1]:
+            raise GlobeError(
+                f"{directory}: tensor {name} has shape {list(stored)}, config.json asks for {list(expected)}"
             )
         return model.to(place).eval(), tokenizer
 
@@ -119,7 +127,7 @@ def _load_tokenizer(transformers: Any, directory: Path) -> Any:
         raise GlobeError(f"{directory}: no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy it from the source")
     try:
         return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # tokenizers raises plain Exception
         raise GlobeError(f"{directory}: its tokenizer cannot be loaded: {_first_line(error)}") from error
 
 
@@ -141,14 +149,17 @@ def _dense(directory: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
     logging = transformers.utils.logging
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    line = str(error).strip().partition("\n")[0].partition(" For details look at")[0]
+    return line or type(error).__name__

@@ -190,7 +190,10 @@ def manifest(
         }
         for shard in checkpoint.shards
     ]
-    index_metadata = None if checkpoint.index is None else checkpoint.index.get("metadata", {})
+    index_metadata = None
+    if checkpoint.index is not None:
+        stated = checkpoint.index.get("metadata")
+        index_metadata = stated if isinstance(stated, dict) else {}
     return {
         "format_version": FORMAT_VERSION,
         "globe_version": __version__,
