@@ -117,7 +117,7 @@ def open_factored(directory: Path) -> Factored:
     try:
         files = [shard["file"] for shard in manifest["source"]["shards"]]
         for file in files:
-            if Path(file).name != file or not file.endswith(".safetensors") or files.count(file) > 1:
+            if Path(file).name != file or not file.endswith(".safetensors"):
                 raise GlobeError(f"{directory / MANIFEST}: shard {file!r} is not a safetensors file in the directory")
         names = [*map(shard_name, files), BANK_FILE]
         factored = Factored(directory, manifest, {name: read_header(directory / name) for name in names})
