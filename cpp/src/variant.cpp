@@ -2,6 +2,8 @@
 #include "variant.hpp"
 
 #include "simd/compose.hpp"
+#include "simd/entmax.hpp"
+#include "simd/entmax_backward.hpp"
 #include "simd/gram.hpp"
 #include "simd/nnls.hpp"
 
@@ -19,6 +21,7 @@ const Variant table = {
     {{dot<Float32, Float32>, dot<Float32, Float16>, dot<Float32, BFloat16>},
      {dot<Float16, Float32>, dot<Float16, Float16>, dot<Float16, BFloat16>},
      {dot<BFloat16, Float32>, dot<BFloat16, Float16>, dot<BFloat16, BFloat16>}},
+    {{entmax::forward<float>, entmax::forward<double>}, {entmax::backward<float>, entmax::backward<double>}},
     gram::kernels,
     {nnls::extend, nnls::forward, nnls::backward, nnls::gradient},
 };

@@ -83,10 +83,25 @@ struct GramKernels {
     Multiply multiply_pairs;
 };
 
+// Some rows of float or double, for entmax and its derivative; strides are entries from one row to the next.
+struct EntmaxTask {
+    double alpha, temperature, epsilon;
+    std::int64_t rows, cols;
+    std::int64_t in_stride, gradient_stride, out_stride;
+};
+
+// See simd/entmax.hpp; entries for float and double.
+struct EntmaxLoops {
+    // The first row that holds NaN or has no finite maximum, or rows; scratch has cols + 64 numbers.
+    std::int64_t (*forward[2])(const EntmaxTask& task, const void* logits, void* out, void* scratch);
+    void (*backward[2])(const EntmaxTask& task, const void* probabilities, const void* gradient, void* out);
+};
+
 struct Variant {
     const char* name;
     Compose compose[3][3];  // by dtype of the bank, by dtype of the output
     Dot dot[3][3];          // by dtype of a, by dtype of b
+    EntmaxLoops entmax;
     GramKernels gram;
     NnlsLoops nnls;
 };

@@ -69,6 +69,18 @@ inline MatrixView matrix(const std::string& argument, py::array& array, DType dt
 template <class T>
 using Vector = py::array_t<T, py::array::c_style>;
 
+template <class T>
+RowsView<const T> const_rows(const std::string& argument, const Vector<T>& array) {
+    if (array.ndim() != 2) throw std::invalid_argument(argument + ": expected a matrix");
+    return {array.data(), array.shape(0), array.shape(1)};
+}
+
+template <class T>
+RowsView<T> rows(const std::string& argument, Vector<T>& array) {
+    if (array.ndim() != 2) throw std::invalid_argument(argument + ": expected a matrix");
+    return {array.mutable_data(), array.shape(0), array.shape(1)};
+}
+
 inline CsrView csr(const Vector<std::int64_t>& indptr, const Vector<std::int32_t>& indices,
                    const Vector<float>& values, std::int64_t cols) {
     if (indptr.ndim() != 1 || indptr.size() < 1)

@@ -22,6 +22,22 @@ def compose_code_gradient(
     bank_dtype: str,
     threads: int,
 ) -> NDArray[np.float64]: ...
+def entmax(
+    logits: NDArray[np.floating],
+    out: NDArray[np.floating],
+    alpha: float,
+    temperature: float,
+    epsilon: float,
+    threads: int,
+) -> None: ...
+def entmax_backward(
+    probabilities: NDArray[np.floating],
+    gradient: NDArray[np.floating],
+    out: NDArray[np.floating],
+    alpha: float,
+    temperature: float,
+    threads: int,
+) -> None: ...
 def gram_add(
     vectors: NDArray[np.float32] | NDArray[np.uint16],
     dtype: str,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "globe/compose.hpp"
+#include "globe/entmax.hpp"
 #include "globe/isa.hpp"
 #include "globe/parallel.hpp"
 #include "globe/view.hpp"

@@ -36,6 +36,17 @@ constexpr std::int64_t row_bytes(const View& view) {
     return (view.stride != 0 ? view.stride : view.cols) * static_cast<std::int64_t>(size_of(view.dtype));
 }
 
+// rows x cols numbers of one type, const or not; stride as above.
+template <class T>
+struct RowsView {
+    T* data;
+    std::int64_t rows;
+    std::int64_t cols;
+    std::int64_t stride = 0;
+
+    constexpr std::int64_t pitch() const { return stride != 0 ? stride : cols; }
+};
+
 // Compressed sparse rows: row i holds entries indptr[i] .. indptr[i + 1].
 struct CsrView {
     const std::int64_t* indptr;   // rows + 1 offsets, indptr[0] = 0
