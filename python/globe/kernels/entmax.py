@@ -6,15 +6,26 @@ Martins and Astudillo, "From softmax to sparsemax", ICML 2016 (alpha = 2).
 
 from __future__ import annotations
 
+import importlib
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-_STEPS = 60
+from globe import _native
+from globe.kernels.backends import check_threads, choose
 
 
-def entmax(logits: NDArray[Any], alpha: float = 1.5, *, temperature: float = 1.0, epsilon: float = 0.0) -> NDArray[Any]:
+def entmax(
+    logits: NDArray[Any],
+    alpha: float = 1.5,
+    *,
+    temperature: float = 1.0,
+    epsilon: float = 0.0,
+    backend: str = "auto",
+    threads: int | None = None,
+) -> NDArray[Any]:
     """Map logits to sparse probabilities along the last axis.
 
     Solves ``argmax_p ⟨p, z/T⟩ + H_α(p)`` over the probability simplex, with Tsallis entropy H_α. The
@@ -25,17 +36,22 @@ def entmax(logits: NDArray[Any], alpha: float = 1.5, *, temperature: float = 1.0
     logits : array_like, shape (..., d)
         float32 and float64 keep their dtype, other real dtypes give float64. −inf gives probability 0.
     alpha : float
-        In (1, 2]; 2 is sparsemax. 1.5 and 2 are solved exactly by sorting, others by bisection.
+        In (1, 2]; 2 is sparsemax.
     temperature : float
         T > 0.
     epsilon : float
         In [0, 1): probabilities below it become 0 and the rest is scaled to sum to 1. The largest
         probability is always kept.
+    backend : {"auto", "native", "numba", "reference"}
+        Implementation; see :func:`globe.kernels.available`. The reference computes in float64 and rounds at the
+        end, the others compute in the dtype of the result.
+    threads : int, optional
+        Threads to use; one per hardware thread by default. The reference has one.
 
     Returns
     -------
     ndarray, shape (..., d)
-        Rows sum to 1.
+        Rows sum to 1. The bits do not depend on the number of threads.
 
     Raises
     ------
@@ -45,36 +61,32 @@ def entmax(logits: NDArray[Any], alpha: float = 1.5, *, temperature: float = 1.0
     _check(alpha, temperature)
     if not 0.0 <= epsilon < 1.0:
         raise ValueError(f"epsilon: found {epsilon}; expected a number in [0, 1)")
-    array = np.asarray(logits)
-    dtype = array.dtype if array.dtype in (np.float32, np.float64) else np.dtype(np.float64)
-    if array.ndim == 0 or array.shape[-1] == 0:
-        raise ValueError(f"logits: found shape {array.shape}; expected (..., d) with d of at least 1")
-    z = array.astype(np.float64)
-    top = z.max(axis=-1, keepdims=True, initial=-np.inf)
-    if not np.all(np.isfinite(top)):  # max passes NaN on
-        raise ValueError(
-            "logits: found a row with NaN or +inf, or all −inf; expected at least one finite logit per row"
-        )
-    # Probabilities are 0 from one unit below the maximum on, so cutting at two changes nothing.
-    z = np.maximum((z - top) * ((alpha - 1.0) / temperature), -2.0)
-
-    if alpha == 2.0:
-        p = np.maximum(z - _threshold_2(z), 0.0)
-    elif alpha == 1.5:
-        p = np.square(np.maximum(z - _threshold_15(z), 0.0))
+    shape, z = _rows("logits", logits)
+    if z.shape[1] == 0:
+        raise ValueError(f"logits: found shape {shape}; expected (..., d) with d of at least 1")
+    out = np.empty_like(z)
+    chosen, count = choose(backend), check_threads(threads)
+    if chosen == "native":
+        _native.entmax(z, out, alpha, temperature, epsilon, count)
     else:
-        power = 1.0 / (alpha - 1.0)
-        p = np.maximum(z - _threshold_bisect(z, power), 0.0) ** power
-    p /= p.sum(axis=-1, keepdims=True)
-    if epsilon > 0.0:
-        p[p < np.minimum(epsilon, p.max(axis=-1, keepdims=True))] = 0.0
-        p /= p.sum(axis=-1, keepdims=True)
-    result: NDArray[Any] = p.astype(dtype, copy=False)
-    return result
+        implementation = importlib.import_module(f"globe.kernels.{chosen}.entmax")
+        row = implementation.entmax(z, out, float(alpha), float(temperature), float(epsilon), count)
+        if row < len(z):
+            raise ValueError(
+                f"logits: found NaN, +inf or nothing but -inf in row {row}; "
+                "expected at least one finite logit per row, the others finite or -inf"
+            )
+    return out.reshape(shape)
 
 
 def entmax_backward(
-    probabilities: NDArray[Any], gradient: NDArray[Any], alpha: float = 1.5, *, temperature: float = 1.0
+    probabilities: NDArray[Any],
+    gradient: NDArray[Any],
+    alpha: float = 1.5,
+    *,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    threads: int | None = None,
 ) -> NDArray[Any]:
     """Pull a gradient back through :func:`entmax`.
 
@@ -83,11 +95,13 @@ def entmax_backward(
     Parameters
     ----------
     probabilities : array_like, shape (..., d)
-        Output y of :func:`entmax`.
+        Output y of :func:`entmax` with ``epsilon=0``; its dtype is that of the result.
     gradient : array_like, shape (..., d)
-        Derivative dy of a scalar with respect to y.
+        Derivative dy of a scalar with respect to y; not looked at where y is 0.
     alpha, temperature : float
         As given to :func:`entmax`.
+    backend, threads
+        As for :func:`entmax`.
 
     Returns
     -------
@@ -100,16 +114,18 @@ def entmax_backward(
         If shapes differ or an argument is out of range.
     """
     _check(alpha, temperature)
-    y, dy = np.asarray(probabilities), np.asarray(gradient)
-    if y.shape != dy.shape or y.ndim == 0:
-        raise ValueError(f"gradient: found shape {dy.shape}; expected {y.shape}, the shape of probabilities")
-    dtype = y.dtype if y.dtype in (np.float32, np.float64) else np.dtype(np.float64)
-    y64 = y.astype(np.float64)
-    s = np.power(y64, 2.0 - alpha, out=np.zeros_like(y64), where=y64 > 0.0)
-    on_support = np.where(s > 0.0, dy, 0.0)
-    mean = (s * on_support).sum(axis=-1, keepdims=True) / s.sum(axis=-1, keepdims=True)
-    result: NDArray[Any] = (s * (on_support - mean) / temperature).astype(dtype)
-    return result
+    shape, y = _rows("probabilities", probabilities)
+    if np.shape(gradient) != shape:
+        raise ValueError(f"gradient: found shape {np.shape(gradient)}; expected {shape}, the shape of probabilities")
+    _, dy = _rows("gradient", gradient, y.dtype)
+    out = np.empty_like(y)
+    chosen, count = choose(backend), check_threads(threads)
+    if chosen == "native":
+        _native.entmax_backward(y, dy, out, alpha, temperature, count)
+    else:
+        implementation = importlib.import_module(f"globe.kernels.{chosen}.entmax")
+        implementation.entmax_backward(y, dy, out, float(alpha), float(temperature), count)
+    return out.reshape(shape)
 
 
 def entmax_inverse(probabilities: NDArray[Any], alpha: float = 1.5, *, temperature: float = 1.0) -> NDArray[Any]:
@@ -137,7 +153,7 @@ def entmax_inverse(probabilities: NDArray[Any], alpha: float = 1.5, *, temperatu
     """
     _check(alpha, temperature)
     p = np.asarray(probabilities)
-    dtype = p.dtype if p.dtype in (np.float32, np.float64) else np.dtype(np.float64)
+    dtype = _working(p.dtype)
     p64 = p.astype(np.float64)
     if p64.ndim == 0 or not np.all(p64 >= 0.0) or not np.allclose(p64.sum(axis=-1), 1.0, rtol=0.0, atol=1e-3):
         raise ValueError("probabilities: expected non-negative rows that sum to 1; divide each row by its sum")
@@ -148,51 +164,20 @@ def entmax_inverse(probabilities: NDArray[Any], alpha: float = 1.5, *, temperatu
 def _check(alpha: float, temperature: float) -> None:
     if not 1.0 < alpha <= 2.0:
         raise ValueError(f"alpha: found {alpha}; expected a number in (1, 2]; 1.5 is the usual choice")
-    if not 0.0 < temperature < np.inf:
+    if not 0.0 < temperature < math.inf:
         raise ValueError(f"temperature: found {temperature}; expected a finite number above 0")
 
 
-def _threshold_2(z: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Find τ with Σ max(z − τ, 0) = 1 (Martins and Astudillo, algorithm 1)."""
-    descending = -np.sort(-z, axis=-1)
-    rank = np.arange(1, z.shape[-1] + 1)
-    tau = (np.cumsum(descending, axis=-1) - 1.0) / rank
-    size = (descending > tau).sum(axis=-1, keepdims=True)
-    return np.take_along_axis(tau, size - 1, axis=-1)
+def _working(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    return dtype if dtype in (np.float32, np.float64) else np.dtype(np.float64)
 
 
-def _threshold_15(z: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Find τ with Σ max(z − τ, 0)² = 1 (Peters et al., algorithm 2)."""
-    descending = -np.sort(-z, axis=-1)
-    rank = np.arange(1, z.shape[-1] + 1)
-    mean = np.cumsum(descending, axis=-1) / rank
-    scatter = np.cumsum(np.square(descending), axis=-1) - rank * np.square(mean)
-    tau = mean - np.sqrt(np.maximum((1.0 - scatter) / rank, 0.0))
-    size = (tau <= descending).sum(axis=-1, keepdims=True)
-    return np.take_along_axis(tau, size - 1, axis=-1)
-
-
-def _threshold_bisect(z: NDArray[np.float64], power: float) -> NDArray[np.float64]:
-    """Find τ with Σ max(z − τ, 0)^power = 1; z has maximum 0.
-
-    Bisection on [−1, −d^(−1/power)], with a Newton step wherever that stays inside the bracket. Only
-    logits above −1 can have a share, so only the largest few are looked at.
-    """
-    size = int((z > -1.0).sum(axis=-1).max())
-    if size < z.shape[-1]:
-        z = np.partition(z, z.shape[-1] - size, axis=-1)[..., -size:]
-    low = np.full((*z.shape[:-1], 1), -1.0)
-    high = np.full_like(low, -(float(size) ** (-1.0 / power)))
-    tau = low
-    for _ in range(_STEPS):
-        share = np.maximum(z - tau, 0.0)
-        slope = share ** (power - 1.0)
-        excess = (slope * share).sum(axis=-1, keepdims=True) - 1.0
-        low = np.where(excess >= 0.0, tau, low)
-        high = np.where(excess >= 0.0, high, tau)
-        done = np.abs(excess) <= 1e-12
-        if done.all():
-            break
-        newton = tau + excess / (power * np.maximum(slope.sum(axis=-1, keepdims=True), 1e-300))
-        tau = np.where(done, tau, np.where((newton > low) & (newton < high), newton, 0.5 * (low + high)))
-    return tau
+def _rows(
+    argument: str, array: NDArray[Any], dtype: np.dtype[Any] | None = None
+) -> tuple[tuple[int, ...], NDArray[Any]]:
+    """The shape, and the rows along the last axis as a contiguous matrix; not copied where it is one already."""
+    found = np.asarray(array)
+    if found.ndim == 0 or np.iscomplexobj(found):
+        raise ValueError(f"{argument}: found shape {found.shape} of {found.dtype}; expected real numbers, (..., d)")
+    matrix = np.require(found, dtype or _working(found.dtype), ["C", "A"])
+    return found.shape, matrix.reshape(math.prod(found.shape[:-1]), found.shape[-1])
