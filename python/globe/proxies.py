@@ -48,7 +48,10 @@ def scan(family: Family, settings: Settings, advance: Advance) -> Scan:
     ranked = np.zeros(family.p)
     energy = np.zeros(len(family))
     for number in range(len(family)):
-        rows = family.read(number).float().pow(2).sum(1, dtype=torch.float64).numpy()
+        weights = family.read(number).float()
+        rows = weights.pow(2).sum(1, dtype=torch.float64).numpy()
+        if not np.isfinite(rows).all():  # or the squares were too large for fp32
+            rows = weights.double().pow(2).sum(1).numpy()
         if not np.isfinite(rows).all():
             expert, row = family.experts[number], int(np.flatnonzero(~np.isfinite(rows))[0])
             raise GlobeError(
