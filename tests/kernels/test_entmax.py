@@ -183,6 +183,19 @@ def test_dtypes_shapes_and_layouts(backend):
     assert np.array_equal(entmax(z, backend=backend), p)
 
 
+def test_writes_where_it_is_told(backend):
+    z = np.random.default_rng(7).standard_normal((3, 4, 50)).astype(np.float32)
+    y, dz = np.full_like(z, 7), np.full_like(z, 7)
+    assert entmax(z, out=y, backend=backend) is y and np.array_equal(y, entmax(z, backend=backend))
+    assert entmax_backward(y, z, out=dz, backend=backend) is dz
+    assert np.array_equal(dz, entmax_backward(y, z, backend=backend))
+    both = np.zeros((2, 5))
+    for out in (np.zeros(5), np.zeros((2, 5), np.float32), np.zeros((5, 2)).T, np.broadcast_to(0.0, (2, 5)), both):
+        for call in (lambda out=out: entmax(both, out=out), lambda out=out: entmax_backward(both + 1, both, out=out)):
+            with pytest.raises(ValueError, match="^out: found"):
+                call()
+
+
 def test_epsilon_prunes_and_renormalises(backend):
     z = np.log([0.6, 0.3, 0.1]) * 1.01
     p = entmax(z, 1.05, epsilon=0.15, backend=backend)

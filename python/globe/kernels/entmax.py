@@ -23,6 +23,7 @@ def entmax(
     *,
     temperature: float = 1.0,
     epsilon: float = 0.0,
+    out: NDArray[Any] | None = None,
     backend: str = "auto",
     threads: int | None = None,
 ) -> NDArray[Any]:
@@ -42,6 +43,9 @@ def entmax(
     epsilon : float
         In [0, 1): probabilities below it become 0 and the rest is scaled to sum to 1. The largest
         probability is always kept.
+    out : ndarray, shape (..., d), optional
+        Where to write, C-contiguous, in the dtype of the result; spares the cost of fresh memory, which is
+        more than half of the time where it exceeds the caches. Must not overlap the logits.
     backend : {"auto", "native", "numba", "reference"}
         Implementation; see :func:`globe.kernels.available`. The reference computes in float64 and rounds at the
         end, the others compute in the dtype of the result.
@@ -64,19 +68,19 @@ def entmax(
     shape, z = _rows("logits", logits)
     if z.shape[1] == 0:
         raise ValueError(f"logits: found shape {shape}; expected (..., d) with d of at least 1")
-    out = np.empty_like(z)
+    result, target = _output(out, shape, z)
     chosen, count = choose(backend), check_threads(threads)
     if chosen == "native":
-        _native.entmax(z, out, alpha, temperature, epsilon, count)
+        _native.entmax(z, target, alpha, temperature, epsilon, count)
     else:
         implementation = importlib.import_module(f"globe.kernels.{chosen}.entmax")
-        row = implementation.entmax(z, out, float(alpha), float(temperature), float(epsilon), count)
+        row = implementation.entmax(z, target, float(alpha), float(temperature), float(epsilon), count)
         if row < len(z):
             raise ValueError(
                 f"logits: found NaN, +inf or nothing but -inf in row {row}; "
                 "expected at least one finite logit per row, the others finite or -inf"
             )
-    return out.reshape(shape)
+    return result
 
 
 def entmax_backward(
@@ -85,6 +89,7 @@ def entmax_backward(
     alpha: float = 1.5,
     *,
     temperature: float = 1.0,
+    out: NDArray[Any] | None = None,
     backend: str = "auto",
     threads: int | None = None,
 ) -> NDArray[Any]:
@@ -100,8 +105,8 @@ def entmax_backward(
         Derivative dy of a scalar with respect to y; not looked at where y is 0.
     alpha, temperature : float
         As given to :func:`entmax`.
-    backend, threads
-        As for :func:`entmax`.
+    out, backend, threads
+        As for :func:`entmax`; out must overlap neither argument.
 
     Returns
     -------
@@ -118,14 +123,14 @@ def entmax_backward(
     if np.shape(gradient) != shape:
         raise ValueError(f"gradient: found shape {np.shape(gradient)}; expected {shape}, the shape of probabilities")
     _, dy = _rows("gradient", gradient, y.dtype)
-    out = np.empty_like(y)
+    result, target = _output(out, shape, y, dy)
     chosen, count = choose(backend), check_threads(threads)
     if chosen == "native":
-        _native.entmax_backward(y, dy, out, alpha, temperature, count)
+        _native.entmax_backward(y, dy, target, alpha, temperature, count)
     else:
         implementation = importlib.import_module(f"globe.kernels.{chosen}.entmax")
-        implementation.entmax_backward(y, dy, out, float(alpha), float(temperature), count)
-    return out.reshape(shape)
+        implementation.entmax_backward(y, dy, target, float(alpha), float(temperature), count)
+    return result
 
 
 def entmax_inverse(probabilities: NDArray[Any], alpha: float = 1.5, *, temperature: float = 1.0) -> NDArray[Any]:
@@ -181,3 +186,21 @@ def _rows(
         raise ValueError(f"{argument}: found shape {found.shape} of {found.dtype}; expected real numbers, (..., d)")
     matrix = np.require(found, dtype or _working(found.dtype), ["C", "A"])
     return found.shape, matrix.reshape(math.prod(found.shape[:-1]), found.shape[-1])
+
+
+def _output(
+    out: NDArray[Any] | None, shape: tuple[int, ...], *inputs: NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The result to return, and its rows to be filled."""
+    like = inputs[0]
+    if out is None:
+        result = np.empty(shape, like.dtype)
+    elif out.shape != shape or out.dtype != like.dtype:
+        raise ValueError(f"out: found shape {out.shape} of {out.dtype}; expected {shape} of {like.dtype}")
+    elif not (out.flags.carray and out.flags.writeable):
+        raise ValueError("out: found a strided or read-only array; expected a writeable one in C order")
+    elif any(np.may_share_memory(out, array) for array in inputs):
+        raise ValueError("out: found memory of another argument; expected memory of its own")
+    else:
+        result = out
+    return result, result.reshape(like.shape)
