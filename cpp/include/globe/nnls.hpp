@@ -15,8 +15,8 @@ struct NnlsProblem {
     const double* correlations;  // n x m, finite
     std::int64_t m;              // 1 or more
     std::int64_t n;
-    double l1 = 0.0;             // 0 or more; 0 with simplex
-    bool simplex = false;        // sum(a) = 1
+    double l1 = 0.0;       // 0 or more; 0 with simplex
+    bool simplex = false;  // sum(a) = 1
 };
 
 struct NnlsOptions {
@@ -31,12 +31,12 @@ struct NnlsOptions {
 
 enum class NnlsStatus : std::int8_t {
     optimal = 0,
-    singular = 1,       // an atom that should enter depends on those in use: set aside, the rest is optimal
+    singular = 1,  // no minimum, the Gram matrix being singular: an atom is set aside, the rest is optimal
     not_converged = 2,  // max_iterations reached, or rounding kept the residual above the tolerance
-    support_limit = 3,  // max_support reached: optimal among the atoms in use
+    support_limit = 3,  // max_support kept an atom out: optimal among the atoms in use
 };
 
-// Where the results go; each but codes may be null.
+// Where the results go; any may be null.
 struct NnlsResult {
     double* codes;             // n x m
     NnlsStatus* status;        // n
@@ -46,10 +46,10 @@ struct NnlsResult {
 };
 
 // Blocks of atoms are exchanged while that makes progress, in the manner of block principal pivoting (Kim and
-// Park, SIAM J. Sci. Comput. 33, 2011); where it does not, the active-set method of Lawson and Hanson goes on,
-// which cannot cycle. Everything is float64 and nothing is regularised. Rows are solved on their own: the
-// result of a row depends neither on the other rows nor on the number of threads (0: one per hardware thread).
-// Throws std::invalid_argument, naming the argument, where a value is out of its range.
+// Park, SIAM J. Sci. Comput. 33, 2011); where it does not, the active-set method of Lawson and Hanson goes
+// on, which cannot cycle. Everything is float64 and nothing is regularised. Rows are solved on their own: the
+// result of a row depends neither on the other rows nor on the number of threads (0: one per hardware
+// thread). Throws std::invalid_argument, naming the argument, where a value is out of its range.
 void nnls(const NnlsProblem& problem, const NnlsOptions& options, const NnlsResult& result, int threads = 0);
 
 // Rows [begin, end) of nnls, on the calling thread alone.

@@ -27,6 +27,16 @@ GLOBE_INLINE F64 splat(double value) {
     return value - F64{};
 }
 
+GLOBE_INLINE double total(const F64& value) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_pd(bits_of<__m512d>(value));
+#else
+    double sum = value[0] + value[1];
+    for (int i = 2; i < width; i += 2) sum += value[i] + value[i + 1];
+    return sum;
+#endif
+}
+
 GLOBE_INLINE double* panel(double* factor, std::int64_t number) {
     return factor + width * width * number * (number + 1) / 2;
 }
@@ -59,17 +69,10 @@ inline void gather(const NnlsGram& gram, const std::int64_t* atoms, std::int64_t
     }
 }
 
-// Rows [width * row, width * (row + 1)) of `panels` panels from `first` on, given all rows above.
-// On the diagonal (first == row) returns how many pivots are larger than `floors`, else `width`.
+// The rows of `panels` panels from `first` on that belong to panel `row`, less what the rows above explain.
 template <int panels>
-GLOBE_INLINE std::int64_t factor_tile(double* factor, std::int64_t row, std::int64_t first,
-                                      const double* floors) {
-    const double* left = panel(factor, row);
-    double* targets[panels];
-    for (int v = 0; v < panels; ++v) targets[v] = panel(factor, first + v);
-
-    F64 sums[width][panels];
-    const std::int64_t above = width * row;
+GLOBE_INLINE void eliminate(const double* left, double* const* targets, std::int64_t above,
+                            F64 (&sums)[width][panels]) {
     for (int i = 0; i < width; ++i) {
         for (int v = 0; v < panels; ++v) sums[i][v] = load<F64>(targets[v] + (above + i) * width);
     }
@@ -81,46 +84,88 @@ GLOBE_INLINE std::int64_t factor_tile(double* factor, std::int64_t row, std::int
             for (int v = 0; v < panels; ++v) sums[i][v] -= weight * entries[v];
         }
     }
+}
 
-    if (first != row) {
-        const double* corner = left + above * width;
-        for (int i = 0; i < width; ++i) {
-            const F64 reciprocal = splat(corner[i * width + i]);
-            for (int v = 0; v < panels; ++v) sums[i][v] *= reciprocal;
-            for (int l = i + 1; l < width; ++l) {
-                const F64 weight = splat(corner[i * width + l]);
-                for (int v = 0; v < panels; ++v) sums[l][v] -= weight * sums[i][v];
-            }
-            for (int v = 0; v < panels; ++v) store(targets[v] + (above + i) * width, sums[i][v]);
-        }
-        return width;
-    }
-
-    std::int64_t good = 0;
+// Rows of the factor right of the diagonal.
+template <int panels>
+void right_tile(double* factor, std::int64_t row, std::int64_t first) {
+    const double* left = panel(factor, row);
+    double* targets[panels];
+    for (int v = 0; v < panels; ++v) targets[v] = panel(factor, first + v);
+    const std::int64_t above = width * row;
+    F64 sums[width][panels];
+    eliminate<panels>(left, targets, above, sums);
+    const double* corner = left + above * width;
     for (int i = 0; i < width; ++i) {
-        const double pivot = sums[i][0][i];
-        if (good == i && pivot > floors[i]) ++good;
-        const double reciprocal = 1.0 / __builtin_sqrt(good > i ? pivot : 1.0);
-        for (int v = 0; v < panels; ++v) sums[i][v] *= splat(reciprocal);
+        const F64 reciprocal = splat(corner[i * width + i]);
+        for (int v = 0; v < panels; ++v) sums[i][v] *= reciprocal;
         for (int l = i + 1; l < width; ++l) {
-            const F64 weight = splat(sums[i][0][l]);
+            const F64 weight = splat(corner[i * width + l]);
             for (int v = 0; v < panels; ++v) sums[l][v] -= weight * sums[i][v];
         }
         for (int v = 0; v < panels; ++v) store(targets[v] + (above + i) * width, sums[i][v]);
-        targets[0][(above + i) * width + i] = reciprocal;
+    }
+}
+
+// Rows of the factor from the diagonal on. Returns how many pivots come before the first that is not larger
+// than its floor.
+template <int panels>
+std::int64_t diagonal_tile(double* factor, std::int64_t row, const double* floors) {
+    double* targets[panels];
+    for (int v = 0; v < panels; ++v) targets[v] = panel(factor, row + v);
+    const std::int64_t above = width * row;
+    F64 sums[width][panels];
+    eliminate<panels>(targets[0], targets, above, sums);
+    double pivots[width];
+    for (int i = 0; i < width; ++i) {
+        pivots[i] = sums[i][0][i];
+        const double reciprocal = 1.0 / pivots[i];
+        for (int l = i + 1; l < width; ++l) {
+            const F64 weight = splat(sums[i][0][l] * reciprocal);
+            for (int v = 0; v < panels; ++v) sums[l][v] -= weight * sums[i][v];
+        }
+    }
+    std::int64_t good = 0;
+    while (good < width && pivots[good] > floors[good]) ++good;
+    for (int i = 0; i < width; ++i) {
+        const double reciprocal = 1.0 / __builtin_sqrt(pivots[i]);
+        double* to = targets[0] + (above + i) * width;
+        for (int v = 0; v < panels; ++v) {
+            store(targets[v] + (above + i) * width, sums[i][v] * splat(reciprocal));
+        }
+        to[i] = reciprocal;
     }
     return good;
 }
 
-inline std::int64_t any_tile(int panels, double* factor, std::int64_t row, std::int64_t first,
-                             const double* floors) {
+void right_tiles(int panels, double* factor, std::int64_t first) {
+    for (std::int64_t row = 0; row < first; ++row) {
+        switch (panels) {
+            case 1:
+                right_tile<1>(factor, row, first);
+                break;
+            case 2:
+                right_tile<2>(factor, row, first);
+                break;
+            case 3:
+                right_tile<3>(factor, row, first);
+                break;
+            default:
+                right_tile<tile_panels>(factor, row, first);
+        }
+    }
+}
+
+std::int64_t diagonal_tiles(int panels, double* factor, std::int64_t row, const double* floors) {
     switch (panels) {
-        case 1: return factor_tile<1>(factor, row, first, floors);
-        case 2: return factor_tile<2>(factor, row, first, floors);
-#if !defined(__AVX2__)
-        case 4: return factor_tile<4>(factor, row, first, floors);
-#endif
-        default: return factor_tile<3>(factor, row, first, floors);
+        case 1:
+            return diagonal_tile<1>(factor, row, floors);
+        case 2:
+            return diagonal_tile<2>(factor, row, floors);
+        case 3:
+            return diagonal_tile<3>(factor, row, floors);
+        default:
+            return diagonal_tile<tile_panels>(factor, row, floors);
     }
 }
 
@@ -133,7 +178,7 @@ std::int64_t extend(const NnlsGram& gram, const std::int64_t* atoms, std::int64_
     for (std::int64_t first = kept / width; first < panels; first += tile_panels) {
         const int wide = static_cast<int>(panels - first < tile_panels ? panels - first : tile_panels);
         for (int v = 0; v < wide; ++v) gather(gram, atoms, count, first + v, panel(factor, first + v));
-        for (std::int64_t row = 0; row < first; ++row) any_tile(wide, factor, row, first, nullptr);
+        right_tiles(wide, factor, first);
         for (int v = 0; v < wide; ++v) {
             double floors[width];
             const std::int64_t begin = (first + v) * width;
@@ -142,11 +187,26 @@ std::int64_t extend(const NnlsGram& gram, const std::int64_t* atoms, std::int64_
                 const double size = real ? gram.data[atoms[begin + i] * (gram.size + 1)] + gram.shift : 0.0;
                 floors[i] = rounding * static_cast<double>(begin + i + 1) * size;
             }
-            const std::int64_t good = any_tile(wide - v, factor, first + v, first + v, floors);
+            const std::int64_t good = diagonal_tiles(wide - v, factor, first + v, floors);
             if (good < width) return begin + good;
         }
     }
     return count;
+}
+
+// The triangles on the diagonal, in steps known to the compiler, so that `rest` stays in registers.
+template <int i = 0>
+GLOBE_INLINE void forward_corner(const double* corner, double (&rest)[width], double* y) {
+    const double value = y[i] = rest[i] * corner[i * width + i];
+    for (int l = i + 1; l < width; ++l) rest[l] -= value * corner[i * width + l];
+    if constexpr (i + 1 < width) forward_corner<i + 1>(corner, rest, y);
+}
+
+template <int i = width - 1>
+GLOBE_INLINE void backward_corner(const double* corner, double (&rest)[width], double* x) {
+    const double value = x[i] = rest[i] * corner[i * width + i];
+    for (int l = 0; l < i; ++l) rest[l] -= value * corner[l * width + i];
+    if constexpr (i > 0) backward_corner<i - 1>(corner, rest, x);
 }
 
 // Solves Uᵀ y = b, where the first `kept` entries of y are known and the others hold b.
@@ -156,15 +216,12 @@ void forward(const double* factor, std::int64_t count, std::int64_t kept, double
         const std::int64_t above = row * width;
         F64 sums[4] = {load<F64>(y + above)};
         for (std::int64_t k = 0; k < above; k += width) {
-            for (int i = 0; i < width; ++i) sums[i % 4] -= splat(y[k + i]) * load<F64>(entries + (k + i) * width);
+            for (int i = 0; i < width; ++i)
+                sums[i % 4] -= splat(y[k + i]) * load<F64>(entries + (k + i) * width);
         }
-        F64 rest = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-        const double* corner = entries + above * width;
-        for (int i = 0; i < width; ++i) {
-            const double value = rest[i] * corner[i * width + i];
-            y[above + i] = value;
-            rest -= splat(value) * load<F64>(corner + i * width);
-        }
+        double rest[width];
+        store(rest, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+        forward_corner(entries + above * width, rest, y + above);
     }
 }
 
@@ -173,20 +230,16 @@ void backward(const double* factor, std::int64_t count, const double* y, double*
     const std::int64_t panels = (count + width - 1) / width;
     for (std::int64_t row = panels - 1; row >= 0; --row) {
         const std::int64_t above = row * width;
-        F64 sums[width] = {};
+        F64 sums[width];
+        for (int i = 0; i < width; ++i) sums[i] = F64{};
         for (std::int64_t right = row + 1; right < panels; ++right) {
             const double* entries = panel(factor, right) + above * width;
             const F64 known = load<F64>(x + right * width);
             for (int i = 0; i < width; ++i) sums[i] += load<F64>(entries + i * width) * known;
         }
-        const double* corner = panel(factor, row) + above * width;
         double rest[width];
-        for (int i = 0; i < width; ++i) rest[i] = y[above + i] - sum_of(sums[i]);
-        for (int i = width - 1; i >= 0; --i) {
-            const double value = rest[i] * corner[i * width + i];
-            x[above + i] = value;
-            for (int l = 0; l < i; ++l) rest[l] -= value * corner[l * width + i];
-        }
+        for (int i = 0; i < width; ++i) rest[i] = y[above + i] - total(sums[i]);
+        backward_corner(panel(factor, row) + above * width, rest, x + above);
     }
 }
 

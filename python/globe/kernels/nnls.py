@@ -113,7 +113,7 @@ def nnls(
     backend : {"auto", "native", "numba", "reference"}
         Implementation; see :func:`globe.kernels.available`.
     threads : int, optional
-        Threads to use; one per hardware thread by default.
+        Threads to use; as set by :func:`set_num_threads` by default.
 
     Returns
     -------
@@ -135,7 +135,7 @@ def nnls(
         bool(simplex),
         float(tolerance),
         10 * m + 30 if max_iterations is None else int(max_iterations),
-        min(max_support or 0, m),
+        0 if max_support is None or max_support >= m else int(max_support),
         None if warm_start is None else _supports(warm_start, targets.shape),
     )
     count = check_threads(threads)
@@ -181,7 +181,7 @@ def _validate(gram: ArrayLike, correlations: ArrayLike) -> tuple[Floats, Floats]
         raise ValueError(f"gram: found an asymmetry of {asymmetry:.3g}; expected a symmetric matrix; use (G + Gᵀ)/2")
     if (matrix.diagonal() < 0.0).any():
         raise ValueError("gram: found a negative diagonal entry; expected a positive semidefinite matrix")
-    return np.ascontiguousarray(0.5 * (matrix + matrix.T)), targets
+    return np.ascontiguousarray(0.5 * matrix + 0.5 * matrix.T), targets
 
 
 def _check_options(
