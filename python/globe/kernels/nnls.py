@@ -12,6 +12,7 @@ them.
 from __future__ import annotations
 
 import importlib
+import operator
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -127,15 +128,16 @@ def nnls(
     """
     matrix, targets = _validate(gram, correlations)
     n, m = targets.shape
-    _check_options(l1, simplex, tolerance, max_iterations, max_support)
+    _check_options(l1, simplex, tolerance)
+    bound = _count("max_support", max_support, m)
     problem = NnlsProblem(
         matrix,
         targets,
         float(l1),
         bool(simplex),
         float(tolerance),
-        10 * m + 30 if max_iterations is None else int(max_iterations),
-        0 if max_support is None or max_support >= m else int(max_support),
+        _count("max_iterations", max_iterations, 10 * m + 30),
+        bound if bound < m else 0,
         None if warm_start is None else _supports(warm_start, targets.shape),
     )
     count = check_threads(threads)
@@ -163,8 +165,7 @@ def nnls(
 
 
 def _validate(gram: ArrayLike, correlations: ArrayLike) -> tuple[Floats, Floats]:
-    matrix = np.asarray(gram, dtype=np.float64)
-    targets = np.ascontiguousarray(correlations, dtype=np.float64)
+    matrix, targets = _floats("gram", gram), _floats("correlations", correlations)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
         raise ValueError(f"gram: found shape {matrix.shape}; expected (m, m) with m of at least 1")
     m = matrix.shape[0]
@@ -184,19 +185,37 @@ def _validate(gram: ArrayLike, correlations: ArrayLike) -> tuple[Floats, Floats]
     return np.ascontiguousarray(0.5 * matrix + 0.5 * matrix.T), targets
 
 
-def _check_options(
-    l1: float, simplex: bool, tolerance: float, max_iterations: int | None, max_support: int | None
-) -> None:
+def _floats(argument: str, numbers: ArrayLike) -> Floats:
+    try:
+        array = np.asarray(numbers)
+        if array.dtype.kind not in "cOUS":
+            return np.ascontiguousarray(array, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{argument}: found {type(numbers).__name__}; expected a matrix of numbers ({error})"
+        ) from None
+    raise ValueError(f"{argument}: found {array.dtype}; expected a matrix of real numbers")
+
+
+def _count(argument: str, value: int | None, default: int) -> int:
+    if value is None:
+        return default
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"{argument}: found {value!r}; expected an integer of at least 1, or None")
+    return count
+
+
+def _check_options(l1: float, simplex: bool, tolerance: float) -> None:
     if not 0.0 <= l1 < np.inf:
         raise ValueError(f"l1: found {l1}; expected a finite number of at least 0")
     if simplex and l1 > 0.0:
         raise ValueError(f"l1: found {l1} with simplex=True; expected 0, because the sum is fixed; drop one of the two")
     if not 0.0 < tolerance < 1.0:
         raise ValueError(f"tolerance: found {tolerance}; expected a number between 0 and 1; 1e-10 is a good choice")
-    if max_iterations is not None and max_iterations < 1:
-        raise ValueError(f"max_iterations: found {max_iterations}; expected at least 1, or None for the default")
-    if max_support is not None and max_support < 1:
-        raise ValueError(f"max_support: found {max_support}; expected at least 1, or None for no bound")
 
 
 def _supports(warm_start: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.bool_]:
