@@ -49,7 +49,10 @@ GLOBE_INLINE bool find_maxima(const T* row, std::int64_t cols, T* maxima, T& top
     };
     std::int64_t i = 0;
     for (; i + wide <= cols; i += wide) {
-        for (int group = 0; group < groups; ++group) look(group, load<Vector>(row + i + group * count));
+        for (int group = 0; group < groups; ++group) {
+            __builtin_prefetch(row + i + group * count + 2 * cols);  // prefetchers stop at a page's end
+            look(group, load<Vector>(row + i + group * count));
+        }
     }
     for (int group = 0; i < cols; ++group, i += count) {
         look(group, i + count <= cols ? load<Vector>(row + i) : load_some(row + i, cols - i, -infinity));
