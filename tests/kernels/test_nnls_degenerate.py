@@ -164,6 +164,8 @@ def test_a_problem_without_minimum_is_reported(backend):
 def test_zeros(backend):
     result = nnls(np.zeros((3, 3)), np.zeros((2, 3)), backend=backend)
     assert not result.codes.any() and (result.status == 0).all() and not result.kkt_residual.any()
+    warm = nnls(np.eye(3), np.zeros((1, 3)), warm_start=np.ones((1, 3), bool), backend=backend)
+    assert not warm.codes.any() and warm.status[0] == NnlsStatus.OPTIMAL
     np.testing.assert_allclose(nnls(np.zeros((2, 2)), [[0.0, 1.0]], simplex=True, backend=backend).codes, [[0, 1]])
     zero_atom = nnls(np.diag([1.0, 0.0]), [[0.25, 0.0]], simplex=True, backend=backend)
     np.testing.assert_allclose(zero_atom.codes, [[0.25, 0.75]])

@@ -1,13 +1,13 @@
 """A Cholesky factor that grows with its index set: L Lᵀ = G_PP + shift, reciprocals on the diagonal of L.
 
-Row i holds zeros right of the diagonal up to a multiple of eight, so that products of rows run over whole
-vectors. Sums may be reordered (the result does not depend on threads: every row is worked on by one).
+Sums may be reordered; the result does not depend on threads, because every row of a problem is one thread's.
 """
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 from numba import njit
 
 _EPS = 2.220446049250313e-16
@@ -16,76 +16,73 @@ _FAST = {"contract", "reassoc"}
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
 def extend(gram, shift, atoms, count, kept, factor):  # type: ignore[no-untyped-def]
-    """Append atoms to a factor whose first `kept` are right.
+    """Append atoms to a factor whose first `kept` are right, in blocks of four rows and eight columns.
 
     Returns how many atoms come before the first that depends on those before it, to rounding; count if none.
+    All arrays have room for eight more entries, which may be read but not used.
     """
-    begin = kept
-    while begin < count:
-        if 4 <= count < begin + 4 and begin + 1 < count:
-            begin = count - 4  # four rows once more are faster than two alone
-        end = begin + 4 if begin + 4 <= count else begin + 1
-        factor[begin:end, : (end + 7) & -8] = 0.0
-        done = 0
-        if end == begin + 4:
-            done = _four_rows(gram, shift, atoms, begin, factor)
-        for i in range(begin, end):
-            row, entries = factor[i], gram[atoms[i]]
-            for j in range(done, i):
-                row[j] = (entries[atoms[j]] + shift - _dot(row, factor[j], j)) * factor[j, j]
-            size = entries[atoms[i]] + shift
-            pivot = size - _dot(row, row, i)
-            if not pivot > 4.0 * _EPS * (i + 1) * size:
-                return i
-            row[i] = 1.0 / math.sqrt(pivot)
-        begin = end
+    rest = np.empty((4, 8))
+    for begin in range(kept, count, 4):
+        end = min(begin + 4, count)
+        for first in range(0, end, 8):
+            _subtract_columns(gram, shift, atoms, begin, first, min(first + 8, end), factor, rest)
+            _solve_columns(begin, first, min(first + 8, begin), factor, rest)
+            for i in range(max(begin, first), end):
+                row, terms = factor[i], rest[i - begin]
+                for j in range(max(begin, first), min(first + 8, i + 1)):
+                    other = factor[j]
+                    value = terms[j - first]
+                    for k in range(first, j):
+                        value -= row[k] * other[k]
+                    if j < i:
+                        row[j] = value * other[j]
+                    elif value > 4.0 * _EPS * (i + 1) * (gram[atoms[i], atoms[i]] + shift):
+                        row[i] = 1.0 / math.sqrt(value)
+                    else:
+                        return i
     return count
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def _four_rows(gram, shift, atoms, begin, factor):  # type: ignore[no-untyped-def]
-    """Solve for four rows left of column `begin`, two columns at a time; returns the columns solved for."""
+def _subtract_columns(gram, shift, atoms, begin, first, stop, factor, rest):  # type: ignore[no-untyped-def]
+    """rest = the Gram matrix of four rows and the columns [first, stop), less what the columns before explain."""
     r0, r1, r2, r3 = factor[begin], factor[begin + 1], factor[begin + 2], factor[begin + 3]
     g0, g1 = gram[atoms[begin]], gram[atoms[begin + 1]]
     g2, g3 = gram[atoms[begin + 2]], gram[atoms[begin + 3]]
-    for j in range(0, begin - 1, 2):
+    for j in range(first, stop, 2):
         left, right = factor[j], factor[j + 1]
-        s0, s1, s2, s3, t0, t1, t2, t3 = _eight_dots(r0, r1, r2, r3, left, right, j)
-        a, b, d, e, u = atoms[j], atoms[j + 1], left[j], right[j + 1], right[j]
-        r0[j] = (g0[a] + shift - s0) * d
-        r1[j] = (g1[a] + shift - s1) * d
-        r2[j] = (g2[a] + shift - s2) * d
-        r3[j] = (g3[a] + shift - s3) * d
-        r0[j + 1] = (g0[b] + shift - t0 - u * r0[j]) * e
-        r1[j + 1] = (g1[b] + shift - t1 - u * r1[j]) * e
-        r2[j + 1] = (g2[b] + shift - t2 - u * r2[j]) * e
-        r3[j + 1] = (g3[b] + shift - t3 - u * r3[j]) * e
-    return begin // 2 * 2
+        s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = 0.0
+        for k in range(first):
+            x, y = left[k], right[k]
+            s0 += r0[k] * x
+            s1 += r1[k] * x
+            s2 += r2[k] * x
+            s3 += r3[k] * x
+            t0 += r0[k] * y
+            t1 += r1[k] * y
+            t2 += r2[k] * y
+            t3 += r3[k] * y
+        a, b, place = atoms[j], atoms[j + 1], j - first
+        rest[0, place], rest[0, place + 1] = g0[a] + shift - s0, g0[b] + shift - t0
+        rest[1, place], rest[1, place + 1] = g1[a] + shift - s1, g1[b] + shift - t1
+        rest[2, place], rest[2, place + 1] = g2[a] + shift - s2, g2[b] + shift - t2
+        rest[3, place], rest[3, place + 1] = g3[a] + shift - s3, g3[b] + shift - t3
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def _eight_dots(r0, r1, r2, r3, left, right, count):  # type: ignore[no-untyped-def]
-    s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = 0.0
-    for k in range((count + 7) & -8):
-        x, y = left[k], right[k]
-        s0 += r0[k] * x
-        s1 += r1[k] * x
-        s2 += r2[k] * x
-        s3 += r3[k] * x
-        t0 += r0[k] * y
-        t1 += r1[k] * y
-        t2 += r2[k] * y
-        t3 += r3[k] * y
-    return s0, s1, s2, s3, t0, t1, t2, t3
-
-
-@njit(nogil=True, cache=True, fastmath=_FAST)
-def _dot(a, b, count):  # type: ignore[no-untyped-def]
-    """Product of the first `count` entries; those after, up to a multiple of eight, must add nothing."""
-    total = 0.0
-    for k in range((count + 7) & -8):
-        total += a[k] * b[k]
-    return total
+def _solve_columns(begin, first, stop, factor, rest):  # type: ignore[no-untyped-def]
+    r0, r1, r2, r3 = factor[begin], factor[begin + 1], factor[begin + 2], factor[begin + 3]
+    for j in range(first, stop):
+        other, place = factor[j], j - first
+        v0, v1, v2, v3 = rest[0, place], rest[1, place], rest[2, place], rest[3, place]
+        for k in range(first, j):
+            u = other[k]
+            v0 -= r0[k] * u
+            v1 -= r1[k] * u
+            v2 -= r2[k] * u
+            v3 -= r3[k] * u
+        d = other[j]
+        r0[j], r1[j], r2[j], r3[j] = v0 * d, v1 * d, v2 * d, v3 * d
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)

@@ -149,11 +149,7 @@ def _exchange_blocks(s):  # type: ignore[no-untyped-def]
             entering += w[j] > least
         leaving = 0
         for k in range(s.count[0]):
-            if values[k] < -_EPS * size:
-                leaving += 1
-                values[k] = 0.0
-            else:
-                values[k] = max(values[k], _TINY)
+            leaving += values[k] < -_EPS * size
         if leaving + entering == 0:
             return True
         if leaving + entering < fewest:
@@ -163,6 +159,8 @@ def _exchange_blocks(s):  # type: ignore[no-untyped-def]
         else:
             patience -= 1
         if leaving > 0:
+            for k in range(s.count[0]):
+                values[k] = 0.0 if values[k] < -_EPS * size else max(values[k], _TINY)
             _keep_positive(s)
         _enter_steepest(s, candidates[:entering], max(s.count[0], _FIRST_BLOCK))
 
@@ -172,15 +170,36 @@ def _enter_steepest(s, candidates, most):  # type: ignore[no-untyped-def]
     w = s.w
     least, ties = 0.0, len(candidates)  # ties to accept at the least gradient itself
     if len(candidates) > most:
-        steepness = w[candidates]
-        least = np.partition(steepness, len(candidates) - most)[len(candidates) - most]
-        ties = most
+        steepness = s.minimum[: len(candidates)]
+        for i in range(len(candidates)):
+            steepness[i] = w[candidates[i]]
+        least, ties = _nth_largest(steepness, most), most
         for value in steepness:
             ties -= value > least
     for atom in candidates:
         if w[atom] > least or (w[atom] == least and ties > 0):
             ties -= w[atom] == least
             _add(s, atom, 0.0)
+
+
+@_jit
+def _nth_largest(values, n):  # type: ignore[no-untyped-def]
+    """Hoare's selection; np.partition allocates, which takes longer for so few. Reorders the values."""
+    low, high = 0, len(values) - 1
+    while low < high:
+        pivot, i, j = values[(low + high) // 2], low, high
+        while i <= j:
+            while values[i] > pivot:
+                i += 1
+            while values[j] < pivot:
+                j -= 1
+            if i <= j:
+                values[i], values[j] = values[j], values[i]
+                i, j = i + 1, j - 1
+        if n - 1 > j and n - 1 < i:
+            break
+        low, high = (low, j) if n - 1 <= j else (i, high)
+    return values[n - 1]
 
 
 @_jit
