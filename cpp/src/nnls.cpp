@@ -1,6 +1,7 @@
 #include "globe/nnls.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 
@@ -17,7 +18,11 @@ void require(bool condition, const std::string& message) {
 void validate(const NnlsProblem& problem, const NnlsOptions& options) {
     require(problem.m >= 1, "m: found " + std::to_string(problem.m) + "; expected at least 1");
     require(problem.n >= 0, "n: found " + std::to_string(problem.n) + "; expected at least 0");
-    require(problem.l1 >= 0.0, "l1: found " + std::to_string(problem.l1) + "; expected at least 0");
+    require(problem.gram != nullptr, "gram: found a null pointer; expected m x m numbers");
+    require(problem.correlations != nullptr || problem.n == 0,
+            "correlations: found a null pointer; expected n x m numbers");
+    require(problem.l1 >= 0.0 && std::isfinite(problem.l1),
+            "l1: found " + std::to_string(problem.l1) + "; expected a finite number of at least 0");
     require(!problem.simplex || problem.l1 == 0.0,
             "l1: found " + std::to_string(problem.l1) + " with simplex; expected 0");
     require(options.tolerance > 0.0 && options.tolerance < 1.0,

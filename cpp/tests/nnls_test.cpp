@@ -213,7 +213,10 @@ void refuses() {
     };
     refused("m", [](auto& problem, auto&) { problem.m = 0; });
     refused("n", [](auto& problem, auto&) { problem.n = -1; });
+    refused("gram", [](auto& problem, auto&) { problem.gram = nullptr; });
+    refused("correlations", [](auto& problem, auto&) { problem.correlations = nullptr; });
     refused("l1", [](auto& problem, auto&) { problem.l1 = -1.0; });
+    refused("l1", [](auto& problem, auto&) { problem.l1 = std::numeric_limits<double>::infinity(); });
     refused("l1", [](auto& problem, auto&) { problem.l1 = 1.0, problem.simplex = true; });
     refused("tolerance", [](auto&, auto& options) { options.tolerance = 0.0; });
     refused("tolerance", [](auto&, auto& options) { options.tolerance = std::nan(""); });
