@@ -7,7 +7,7 @@ import numpy as np
 import scipy.linalg
 import scipy.optimize
 
-from globe.kernels import nnls
+from globe.kernels import available, nnls
 
 try:
     import spams
@@ -32,6 +32,8 @@ class Nnls:
     param_names = ("m", "targets", "simplex", "backend")
 
     def setup(self, m, targets, simplex, backend):
+        if backend not in available()["backends"]:
+            raise NotImplementedError(f"{backend} is not installed")
         _, _, self.gram, self.correlations = problem(m, targets)
         self.supports = self.solve(simplex, backend).codes > 0
 
@@ -57,29 +59,33 @@ class Nnls:
         return float(self.solve(simplex, backend).iterations.mean())
 
 
-class Peer:
+class Scipy:
     params = ([64, 256], ["gaussian", "mixed"])
     param_names = ("m", "targets")
 
     def setup(self, m, targets):
-        atoms, points, gram, correlations = problem(m, targets)
-        self.atoms, self.points, self.gram, self.correlations = (
-            np.asfortranarray(array.T) for array in (atoms, points, gram, correlations)
-        )
+        _, _, gram, correlations = problem(m, targets)
         lower = scipy.linalg.cholesky(gram, lower=True)
         self.root, self.sides = lower.T, scipy.linalg.solve_triangular(lower, correlations.T, lower=True).T
 
-    def time_scipy(self, m, targets):
+    def time_cholesky_factor(self, m, targets):
         for side in self.sides:
             scipy.optimize.nnls(self.root, side)
 
-    def time_spams_lasso(self, m, targets):
+
+class Spams:
+    params = ([64, 256], ["gaussian", "mixed"])
+    param_names = ("m", "targets")
+
+    def setup(self, m, targets):
         if spams is None:
             raise NotImplementedError("spams is not installed")
+        arrays = (np.asfortranarray(array.T) for array in problem(m, targets))
+        self.atoms, self.points, self.gram, self.correlations = arrays
+
+    def time_lasso(self, m, targets):
         options = {"lambda1": 0.0, "mode": spams.PENALTY, "pos": True, "numThreads": 1}
         spams.lasso(self.points, Q=self.gram, q=self.correlations, **options)
 
-    def time_spams_simplex(self, m, targets):
-        if spams is None:
-            raise NotImplementedError("spams is not installed")
+    def time_simplex(self, m, targets):
         spams.decompSimplex(self.points, self.atoms, computeXtX=True, numThreads=1)
