@@ -139,7 +139,7 @@ void compose(const CsrView& codes, const ConstMatrixView& bank, const MatrixView
             const std::int64_t next = offset + width;
             const std::int64_t next_bytes = std::min(wide, bank.cols - next) * in_bytes;
             detail::Ahead ahead{atoms + next * in_bytes, used.data(),
-                                next_bytes > 0 ? static_cast<std::int64_t>(used.size()) : 0, next_bytes,
+                                next_bytes > 0 ? static_cast<std::int64_t>(used.size()) : 0, next_bytes + 63,
                                 lines_a_step};
             compose_tile({packed, terms.data(), starts.data(), codes.rows, width},
                          target + offset * out_bytes, row_bytes(out), stream, ahead);

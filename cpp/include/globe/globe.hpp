@@ -3,6 +3,8 @@
 
 #include "globe/compose.hpp"
 #include "globe/entmax.hpp"
+#include "globe/gram.hpp"
 #include "globe/isa.hpp"
+#include "globe/nnls.hpp"
 #include "globe/parallel.hpp"
 #include "globe/view.hpp"
