@@ -24,9 +24,7 @@ using F32 = float __attribute__((vector_size(4 * lanes)));
 using U32 = std::uint32_t __attribute__((vector_size(4 * lanes)));
 using I32 = std::int32_t __attribute__((vector_size(4 * lanes)));
 using U16 = std::uint16_t __attribute__((vector_size(2 * lanes)));
-using U16x2 = std::uint16_t __attribute__((vector_size(4 * lanes)));
 using F64 = double __attribute__((vector_size(4 * lanes)));  // lanes / 2 of them
-using Half = float __attribute__((vector_size(2 * lanes)));  // lanes / 2 of them
 
 #define GLOBE_INLINE inline __attribute__((always_inline))
 
