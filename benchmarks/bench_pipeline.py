@@ -13,7 +13,7 @@ from globe.codes import initial_codes
 from globe.gemm import bank_gram
 from globe.lefts import fit_lefts
 from globe.proxies import scan, split_rows
-from globe.seeds import ts_pca
+from globe.seeds import METHODS, SeedTask
 from globe.sweep import State, measure, sweep
 
 from .synthetic import LIKE, write_synthetic
@@ -38,11 +38,13 @@ class Stages:
         self.scanned = scan(self.family, SETTINGS, nothing)
         rank = SETTINGS.resolve_rank(self.family.p, self.family.d)
         self.rows = split_rows(self.family.p, rank, self.scanned.row_energy, SETTINGS)
-        self.seeds = ts_pca(self.family, self.rows, 8, torch.device("cpu"), nothing)
-        self.gram = bank_gram(self.seeds.bank)
-        codes = initial_codes(self.gram, self.seeds.correlations, "nnls")
-        self.state = State(self.seeds.bank, codes, 1.0)
         self.target = Path(tempfile.mkdtemp()) / "out"
+        cpu, scratch = torch.device("cpu"), self.target.parent
+        self.task = SeedTask(self.family, self.rows, 8, SETTINGS, cpu, 1 << 28, scratch, nothing, nothing)
+        self.seeds = METHODS["ts-pca"](self.task)
+        self.gram = bank_gram(self.seeds.bank)
+        self.correlations = self.seeds.codes @ self.gram
+        self.state = State(self.seeds.bank, self.seeds.codes, 1.0)
 
     def teardown(self, root):
         shutil.rmtree(self.target.parent)
@@ -54,10 +56,10 @@ class Stages:
         scan(self.family, SETTINGS, nothing)
 
     def time_seeds(self, root):
-        ts_pca(self.family, self.rows, 8, torch.device("cpu"), nothing)
+        METHODS["ts-pca"](self.task)
 
     def time_codes(self, root):
-        initial_codes(self.gram, self.seeds.correlations, "nnls")
+        initial_codes(self.gram, self.correlations, "nnls")
 
     def time_left_factors(self, root):
         weights = torch.stack([self.family.read(0).float()])

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from globe.checkpoint import Checkpoint, Family
 from globe.dictionary import unit_atoms
 from globe.proxies import Rows, scan, split_rows
+from globe.seeds import SeedTask
 from globe.settings import Settings
 from globe.sweep import State
 
@@ -21,7 +22,7 @@ Array = NDArray[np.float64]
 CPU = torch.device("cpu")
 
 
-def silent(steps: int) -> None:
+def silent(steps: float) -> None:
     """Report no progress."""
 
 
@@ -62,6 +63,14 @@ def make_family(directory: Path, weights: Array, name: str = "gate") -> Family:
 def make_rows(family: Family, rank: int, settings: Settings) -> Rows:
     """Split a family's rows as a run would."""
     return split_rows(family.p, rank, scan(family, settings, silent).row_energy, settings)
+
+
+def seed_task(
+    family: Family, rows: Rows, size: int, *, block_bytes: int = 1 << 28, scratch: Path = Path("."), **changed: Any
+) -> SeedTask:
+    """Seed a family on the CPU; other keywords are settings, or `advance`."""
+    advance = changed.pop("advance", silent)
+    return SeedTask(family, rows, size, Settings(**changed), CPU, block_bytes, scratch, advance, lambda line: None)
 
 
 def random_state(seed: int, *, experts: int, atoms: int, rank: int, d: int, temperature: float = 1.0) -> State:

@@ -25,10 +25,10 @@ from safetensors import deserialize  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from checkpoints import LAYOUTS, make_tiny  # noqa: E402
-from globe import Settings, compress, evaluate, export, kernels  # noqa: E402
+from families import seed_task  # noqa: E402
+from globe import Settings, compress, evaluate, export  # noqa: E402
 from globe.checkpoint import Checkpoint, read_layouts  # noqa: E402
 from globe.cli import cli  # noqa: E402
-from globe.gemm import bank_gram  # noqa: E402
 from globe.proxies import scan, split_rows  # noqa: E402
 from globe.seeds import ts_pca  # noqa: E402
 
@@ -333,7 +333,7 @@ def test_metrics_have_what_was_promised(trips: Callable[..., Trip]) -> None:
     assert 0 < ratio["touched"] < ratio["experts"] < ratio["checkpoint"] < 1
     assert len(metrics["stages"]) >= 6
     for stage in metrics["stages"]:
-        assert set(stage) == {"name", "seconds", "peak_rss_bytes"}
+        assert set(stage) == {"name", "seconds", "bytes_read", "peak_rss_bytes"}
         assert stage["seconds"] >= 0 and stage["peak_rss_bytes"] > 1 << 20
     assert metrics["settings"] == Settings(rank=0.5, bank_size=3, outer_loops=2, device="cpu").as_dict()
     assert metrics["source"]["layout"] == "olmoe"
@@ -414,8 +414,8 @@ def test_no_loops_leaves_seeds_and_nnls_codes(codes: str, tmp_path: Path) -> Non
     assert found["relative_error"] == pytest.approx(found["init"]["relative_error"], rel=5e-3)
     family = Checkpoint(source).family("gate")
     rows = split_rows(family.p, 16, scan(family, settings, lambda steps: None).row_energy, settings)
-    seeds = ts_pca(family, rows, 4, torch.device("cpu"), lambda steps: None)
-    wanted = kernels.nnls(bank_gram(seeds.bank), seeds.correlations).codes
+    seeds = ts_pca(seed_task(family, rows, 4))
+    wanted = seeds.codes
     stored = {key: tensor.values() for key, tensor in read_directory(tmp_path / "out").items() if "globe.gate" in key}
     codes_found = np.zeros_like(wanted)
     for i in range(len(wanted)):

@@ -78,7 +78,7 @@ def test_proxies_are_the_chosen_rows_whatever_the_block(budget: int, tmp_path: P
     family = Checkpoint(write_checkpoint(tmp_path, torch.bfloat16, layers=1, gate=weights)).family("gate")
     chosen = np.array([1, 2, 5, 6, 11])
     stacked = np.zeros((7, 5, 9), np.float32)
-    for span, block in proxy_blocks(family, chosen, CPU, budget, silent):
+    for span, block in proxy_blocks(family, chosen, CPU, budget):
         assert block.dtype == torch.float32
         assert block.nbytes <= max(budget, 4 * 7 * 9)
         stacked[:, span] = block.view(7, -1, 9).numpy()

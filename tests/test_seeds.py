@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from families import CPU, Array, make_family, make_rows, planted, silent
-from globe import seeds as seeds_module
+from families import Array, make_family, make_rows, planted, seed_task, silent
 from globe.checkpoint import Family
 from globe.errors import GlobeError
 from globe.metrics import proxy_error
@@ -32,7 +31,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     weights = scales * (planted(3, experts=20, p=40, d=24, rank=8, atoms=9) + 3.0)
     family = make_family(tmp_path_factory.mktemp("seeds"), weights.astype(np.float32).astype(np.float64))
     rows = make_rows(family, RANK, Settings(selector=request.param))
-    return weights, family, rows, ts_pca(family, rows, SIZE, CPU, silent)
+    return weights, family, rows, ts_pca(seed_task(family, rows, SIZE))
 
 
 def test_atoms_are_the_leading_singular_vectors(case: tuple[Array, Family, Rows, Seeds]) -> None:
@@ -42,7 +41,8 @@ def test_atoms_are_the_leading_singular_vectors(case: tuple[Array, Family, Rows,
     atoms = seeds.bank.numpy().reshape(SIZE, -1).astype(np.float64)
     np.testing.assert_allclose(np.linalg.norm(atoms, axis=1), 1, rtol=1e-6)
     np.testing.assert_allclose(np.abs((atoms * right).sum(1)), 1, rtol=1e-5)
-    np.testing.assert_allclose(seeds.correlations, x @ atoms.T, atol=2e-6)
+    wanted = np.array([scipy.optimize.nnls(atoms.T, row)[0] for row in x])
+    np.testing.assert_allclose(seeds.codes, wanted, atol=1e-5)
 
 
 def test_the_positive_part_carries_most_energy(case: tuple[Array, Family, Rows, Seeds]) -> None:
@@ -60,14 +60,13 @@ def test_explained_variance(case: tuple[Array, Family, Rows, Seeds]) -> None:
     assert seeds.explained_variance == pytest.approx(energies[:SIZE].sum() / energies.sum(), rel=1e-6)
 
 
-def test_streamed_in_small_blocks(case: tuple[Array, Family, Rows, Seeds], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streamed_in_small_blocks(case: tuple[Array, Family, Rows, Seeds]) -> None:
     _, family, rows, whole = case
-    monkeypatch.setattr(seeds_module, "_BLOCK_BYTES", 1)
-    steps: list[int] = []
-    streamed = ts_pca(family, rows, SIZE, CPU, steps.append)
-    assert len(steps) == sum(steps) == 2 * RANK
+    steps: list[float] = []
+    streamed = ts_pca(seed_task(family, rows, SIZE, block_bytes=1, advance=steps.append))
+    assert len(steps) == 2 * RANK and sum(steps) == pytest.approx(2)
     np.testing.assert_allclose(streamed.bank.numpy(), whole.bank.numpy(), atol=1e-5)
-    np.testing.assert_allclose(streamed.correlations, whole.correlations, atol=1e-5)
+    np.testing.assert_allclose(streamed.codes, whole.codes, atol=1e-4)
 
 
 def test_proxy_error_is_that_of_scipy_nnls(case: tuple[Array, Family, Rows, Seeds]) -> None:
@@ -76,7 +75,7 @@ def test_proxy_error_is_that_of_scipy_nnls(case: tuple[Array, Family, Rows, Seed
     bank = seeds.bank.roll(1, 1).contiguous()  # not the seeds themselves
     atoms = bank.numpy().reshape(SIZE, -1).astype(np.float64)
     wanted = np.mean([scipy.optimize.nnls(atoms.T, row)[1] ** 2 for row in x])
-    assert proxy_error(family, rows, bank, silent) == pytest.approx(wanted, abs=2e-6)
+    assert proxy_error(family, rows, bank, 1 << 20, silent) == pytest.approx(wanted, abs=2e-6)
 
 
 def test_experts_of_zeros_weigh_nothing(tmp_path: Path) -> None:
@@ -87,12 +86,12 @@ def test_experts_of_zeros_weigh_nothing(tmp_path: Path) -> None:
     for name, experts in (("plain", weights), ("padded", padded)):
         family = make_family(tmp_path / name, experts)
         rows = make_rows(family, 4, settings)
-        seeds = ts_pca(family, rows, 3, CPU, silent)
-        found.append((seeds, proxy_error(family, rows, seeds.bank, silent)))
+        seeds = ts_pca(seed_task(family, rows, 3))
+        found.append((seeds, proxy_error(family, rows, seeds.bank, 1 << 20, silent)))
     (plain, plain_error), (with_zeros, padded_error) = found
     assert with_zeros.explained_variance == pytest.approx(plain.explained_variance, rel=1e-6)
     np.testing.assert_allclose(with_zeros.bank.numpy(), plain.bank.numpy(), atol=1e-5)
-    np.testing.assert_allclose(with_zeros.correlations[:12], plain.correlations, atol=1e-5)
+    np.testing.assert_allclose(with_zeros.codes[:12], plain.codes, atol=1e-5)
     assert padded_error == pytest.approx(plain_error, rel=1e-5)
 
 
@@ -100,6 +99,6 @@ def test_more_atoms_than_directions_are_refused(tmp_path: Path) -> None:
     five = planted(5, experts=5, p=20, d=16, rank=4, atoms=5)
     family = make_family(tmp_path, np.concatenate([five, 2 * five]))
     rows = make_rows(family, 4, Settings())
-    assert len(ts_pca(family, rows, 5, CPU, silent).bank) == 5
+    assert len(ts_pca(seed_task(family, rows, 5)).bank) == 5
     with pytest.raises(GlobeError, match="span 5 directions, fewer than the 6 atoms"):
-        ts_pca(family, rows, 6, CPU, silent)
+        ts_pca(seed_task(family, rows, 6))

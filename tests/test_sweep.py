@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from families import CPU, Array, make_family, make_rows, planted, random_state, silent
+from families import Array, make_family, make_rows, planted, random_state, seed_task, silent
 from globe import sweep as sweep_module
 from globe.checkpoint import Family
 from globe.codes import coding_step, initial_codes
@@ -151,8 +151,7 @@ def poisoned(weights: Array, tmp_path_factory: pytest.TempPathFactory) -> Family
 def everything_learnt(family: Family, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """Seeds and the states of every loop, with what is said of the training rows."""
     rows = make_rows(family, RANK, settings)
-    seeds = ts_pca(family, rows, ATOMS, CPU, silent)
-    codes = initial_codes(bank_gram(seeds.bank), seeds.correlations, settings.init_codes)
+    seeds = ts_pca(seed_task(family, rows, ATOMS, init_codes=settings.init_codes))
     states: list[State] = []
 
     def spy(family: Family, rows: Rows, state: State, *rest: Any) -> Any:
@@ -161,7 +160,7 @@ def everything_learnt(family: Family, settings: Settings, monkeypatch: pytest.Mo
 
     with monkeypatch.context() as patch:
         patch.setattr("globe.training.sweep", spy)
-        training = train(family, rows, State(seeds.bank, codes, settings.temperature), settings, silent)
+        training = train(family, rows, State(seeds.bank, seeds.codes, settings.temperature), settings, silent)
     return {
         "rows": [rows.proxy.tolist(), rows.validation.tolist()],
         "banks": [state.bank for state in states],

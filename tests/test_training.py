@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from families import CPU, make_family, make_rows, planted, random_state, silent
+from families import make_family, make_rows, planted, random_state, seed_task, silent
 from globe import kernels, training
 from globe.checkpoint import Family
-from globe.codes import entmax_alpha, initial_codes, supports
-from globe.gemm import bank_gram
+from globe.codes import entmax_alpha, supports
 from globe.proxies import Rows
 from globe.seeds import ts_pca
 from globe.settings import Settings
@@ -34,8 +33,7 @@ def run(family: Family, **settings: Any) -> tuple[Training, list[State], list[st
     """Train from TS-PCA seeds; also every state, the last one included, and the lines logged."""
     chosen = Settings(**{"patience": 1000, "support": 5, **settings})
     rows = make_rows(family, RANK, chosen)
-    seeds = ts_pca(family, rows, ATOMS, CPU, silent)
-    codes = initial_codes(bank_gram(seeds.bank), seeds.correlations, chosen.init_codes)
+    seeds = ts_pca(seed_task(family, rows, ATOMS, init_codes=chosen.init_codes))
     states: list[State] = []
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -47,7 +45,7 @@ def run(family: Family, **settings: Any) -> tuple[Training, list[State], list[st
                 return original(family, rows, state, *rest)
 
             patch.setattr(training, name, spy)
-        state = State(seeds.bank, codes, chosen.temperature)
+        state = State(seeds.bank, seeds.codes, chosen.temperature)
         found = train(family, rows, state, chosen, silent, lines.append)
     return found, states, lines
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from globe.errors import GlobeError
-from globe.tensorfile import FileHeader, TensorInfo, read_header, read_tensor
+from globe.tensorfile import TORCH_DTYPES, FileHeader, TensorInfo, read_header, read_tensor
 
 FAMILIES = ("gate", "up")
 INDEX_NAME = "model.safetensors.index.json"
@@ -83,6 +83,14 @@ class Family:
         expert = self.experts[number]
         first, last = rows if rows is not None else (0, self.p)
         return read_tensor(expert.info, (expert.first_row + first, expert.first_row + last), expert.index)
+
+    def read_some(self, span: slice) -> torch.Tensor:
+        """Read W_i for i in a slice, (n, p, d), in the checkpoint's dtype."""
+        count = span.stop - span.start
+        stacked = torch.empty(count, self.p, self.d, dtype=TORCH_DTYPES[self.experts[0].info.dtype])
+        for place in range(count):
+            stacked[place] = self.read(span.start + place)
+        return stacked
 
     def batches(self, size: int) -> Iterator[range]:
         """The experts' numbers in runs of at most `size`."""

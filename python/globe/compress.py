@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,22 @@ import torch
 from globe import __version__
 from globe.card import model_card
 from globe.checkpoint import Checkpoint, Family
-from globe.codes import initial_codes
 from globe.errors import UsageError
 from globe.factored import FORMAT_VERSION, MANIFEST
-from globe.gemm import bank_gram, pick_device, set_threads
+from globe.gemm import pick_device, set_threads
 from globe.metrics import proxy_error, stored_report, training_report
 from globe.output import copy_companions, output_directory
 from globe.proxies import Scan, scan, split_rows
 from globe.ratios import Ratios, Shape, ratios, stored_elements
-from globe.seeds import ts_pca
+from globe.seeds import METHODS, SeedTask
 from globe.settings import Settings
 from globe.stages import Display, Stages
 from globe.sweep import State
 from globe.tensorfile import write_text
 from globe.training import train
 from globe.write import Fit, manifest, rounded, write_weights
+
+_BLOCK_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def compress(
         fits: dict[str, Fit] = {}
         reports: dict[str, dict[str, Any]] = {}
         for name, family in families.items():
-            fits[name], reports[name] = _factor(family, shapes[name], scans[name], settings, device, stages)
+            fits[name], reports[name] = _factor(family, shapes[name], scans[name], settings, device, stages, target)
         with stages.stage("write", sum(len(family) for family in families.values())) as advance:
             written = write_weights(checkpoint, fits, target, settings, advance)
         for name, report in reports.items():
@@ -156,20 +158,28 @@ def _needed_bytes(checkpoint: Checkpoint, families: dict[str, Family], shapes: d
 
 
 def _factor(
-    family: Family, shape: Shape, scanned: Scan, settings: Settings, device: torch.device, stages: Stages
+    family: Family,
+    shape: Shape,
+    scanned: Scan,
+    settings: Settings,
+    device: torch.device,
+    stages: Stages,
+    scratch: Path,
 ) -> tuple[Fit, dict[str, Any]]:
     name = family.name
     rows = split_rows(family.p, shape.rank, scanned.row_energy, settings)
-    with stages.stage(f"{name}: seeds", 2 * shape.rank) as advance:
-        seeds = ts_pca(family, rows, shape.bank, device, advance)
-    codes = initial_codes(bank_gram(seeds.bank), seeds.correlations, settings.init_codes)
-    state = State(seeds.bank, codes, settings.temperature)
+    with stages.stage(f"{name}: seeds", 2) as advance, tempfile.TemporaryDirectory(dir=scratch) as folder:
+        task = SeedTask(
+            family, rows, shape.bank, settings, device, _BLOCK_BYTES, Path(folder), advance, stages.display.log
+        )
+        seeds = METHODS[settings.method](task)
+    state = State(seeds.bank, seeds.codes, settings.temperature)
     with stages.stage(f"{name}: loops", (settings.outer_loops + 1) * len(family)) as advance:
         training = train(family, rows, state, settings, advance, stages.display.log)
     fit = Fit(family, rounded(training.state))
     report = training_report(shape, rows, seeds, training)
-    with stages.stage(f"{name}: proxies", shape.rank) as advance:
-        report["proxy_error"] = proxy_error(family, rows, fit.state.bank, advance)
+    with stages.stage(f"{name}: proxies", 1) as advance:
+        report["proxy_error"] = proxy_error(family, rows, fit.state.bank, _BLOCK_BYTES, advance)
     if training.measure.ridged:
         stages.display.log(f"{name}: {training.measure.ridged} left factors were ill-conditioned and took a ridge")
     return fit, report

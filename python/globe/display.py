@@ -29,7 +29,7 @@ class RichDisplay:
         self._console = Console(stderr=True)
 
     @contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Advance]:
+    def stage(self, name: str, total: float) -> Iterator[Advance]:
         """Show one stage."""
         columns = (
             TextColumn("{task.description:<16}"),

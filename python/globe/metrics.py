@@ -12,9 +12,10 @@ from globe import kernels
 from globe.checkpoint import Family
 from globe.codes import supports
 from globe.gemm import bank_gram, correlations
-from globe.proxies import Advance, Rows, proxy_blocks
+from globe.proxies import Rows, proxy_blocks
 from globe.ratios import Shape
 from globe.seeds import Seeds
+from globe.stages import Advance
 from globe.training import Training
 from globe.write import Fit, Written
 
@@ -23,8 +24,6 @@ Array = NDArray[np.float64]
 
 def training_report(shape: Shape, rows: Rows, seeds: Seeds, training: Training) -> dict[str, Any]:
     """Seeds and loops: explained variance, errors at the start, and every loop."""
-    gram = bank_gram(seeds.bank)
-    codes = kernels.nnls(gram, seeds.correlations).codes
     return {
         "rank": shape.rank,
         "bank": shape.bank,
@@ -32,7 +31,7 @@ def training_report(shape: Shape, rows: Rows, seeds: Seeds, training: Training) 
         "explained_variance": seeds.explained_variance,
         "init": {
             "relative_error": training.initial.relative_error,
-            "proxy_error": _coding_error(gram, seeds.correlations, codes, seeds.energy > 0),
+            "proxy_error": seeds.proxy_error,
         },
         "temperature": training.state.temperature,
         "stopped": training.stopped,
@@ -61,18 +60,15 @@ def stored_report(name: str, fit: Fit, written: Written) -> dict[str, Any]:
     }
 
 
-def _coding_error(gram: Array, correlation: Array, codes: Array, there: NDArray[np.bool_]) -> float:
-    """Relative error of codes on the unit vectors that are `there` (not zero), from Gram and correlations alone."""
-    error = 1 - 2 * (codes * correlation).sum(1) + np.einsum("ij,jk,ik->i", codes, gram, codes)
-    return float(error[there].mean())
-
-
-def proxy_error(family: Family, rows: Rows, bank: torch.Tensor, advance: Advance) -> float:
+def proxy_error(family: Family, rows: Rows, bank: torch.Tensor, block_bytes: int, advance: Advance) -> float:
     """Relative error of the NNLS codes of the normalised proxies on a bank."""
     products, energy = np.zeros((len(family), len(bank))), np.zeros(len(family))
-    for span, block in proxy_blocks(family, rows.proxy, bank.device, 256 << 20, advance):
+    for span, block in proxy_blocks(family, rows.proxy, bank.device, block_bytes):
         products += correlations(block, bank[:, span].contiguous())
+        advance((span.stop - span.start) / len(rows.proxy))
         energy += block.pow(2).sum(1).cpu().double().numpy()
     products /= np.sqrt(np.where(energy > 0, energy, 1.0))[:, None]
     gram = bank_gram(bank)
-    return _coding_error(gram, products, kernels.nnls(gram, products).codes, energy > 0)
+    codes = kernels.nnls(gram, products).codes
+    errors = 1 - 2 * (codes * products).sum(1) + np.einsum("ij,jk,ik->i", codes, gram, codes)
+    return float(errors[energy > 0].mean())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from globe.checkpoint import Family
 from globe.errors import GlobeError
 from globe.settings import Settings
-
-Advance = Callable[[int], None]
+from globe.stages import Advance
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def split_rows(p: int, rank: int, row_energy: NDArray[np.float64], settings: Set
 
 
 def proxy_blocks(
-    family: Family, rows: NDArray[np.int64], device: torch.device, budget: int, advance: Advance
+    family: Family, rows: NDArray[np.int64], device: torch.device, budget: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """The proxies B_i⁰ = S W_i of all experts, a block of rows at a time.
 
@@ -113,4 +112,3 @@ def proxy_blocks(
         for number in range(len(family)):
             stacked[number] = family.read(number, (start, stop))[local].float()
         yield slice(first, first + len(chosen)), stacked.flatten(1).to(device)
-        advance(len(chosen))

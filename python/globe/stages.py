@@ -10,13 +10,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-Advance = Callable[[int], None]
+from globe.tensorfile import bytes_read
+
+Advance = Callable[[float], None]
 
 
 class Display(Protocol):
     """Shows a stage of `total` steps while it runs, and single lines between."""
 
-    def stage(self, name: str, total: int) -> AbstractContextManager[Advance]:
+    def stage(self, name: str, total: float) -> AbstractContextManager[Advance]:
         """Show a stage; the value is called with the steps done."""
 
     def log(self, line: str) -> None:
@@ -26,7 +28,7 @@ class Display(Protocol):
 class Silent:
     """Shows nothing."""
 
-    def stage(self, name: str, total: int) -> AbstractContextManager[Advance]:
+    def stage(self, name: str, total: float) -> AbstractContextManager[Advance]:
         """Show nothing."""
         return nullcontext(lambda steps: None)
 
@@ -36,10 +38,11 @@ class Silent:
 
 @dataclass(frozen=True)
 class Stage:
-    """A finished stage: wall seconds, and the process's peak resident memory at its end."""
+    """A finished stage: wall seconds, bytes of tensors read, and the process's peak resident memory at its end."""
 
     name: str
     seconds: float
+    bytes_read: int
     peak_rss_bytes: int
 
 
@@ -51,12 +54,12 @@ class Stages:
         self.records: list[Stage] = []
 
     @contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Advance]:
+    def stage(self, name: str, total: float) -> Iterator[Advance]:
         """Time a stage of `total` steps."""
-        started = time.perf_counter()
+        started, read = time.perf_counter(), bytes_read()
         with self.display.stage(name, total) as advance:
             yield advance
-        self.records.append(Stage(name, time.perf_counter() - started, peak_rss_bytes()))
+        self.records.append(Stage(name, time.perf_counter() - started, bytes_read() - read, peak_rss_bytes()))
 
     def as_list(self) -> list[dict[str, Any]]:
         """The records as plain values."""

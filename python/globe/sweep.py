@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +12,10 @@ from globe.checkpoint import Family
 from globe.codes import coding_step
 from globe.gemm import bank_gram, correlations, matmul, mixtures, spd_inverse
 from globe.lefts import fit_lefts, squared_errors
-from globe.proxies import Advance, Rows
+from globe.proxies import Rows
 from globe.settings import Settings
+from globe.stages import Advance
+from globe.stream import expert_batches
 
 Array = NDArray[np.float64]
 _BATCH_BYTES = 48 << 20
@@ -57,17 +58,15 @@ class Sums:
     left_grams: torch.Tensor | None
 
 
-def expert_batches(family: Family, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The experts in small batches (n, p, d), fp32 on the device."""
-    size = max(1, _BATCH_BYTES // (4 * family.p * family.d))
-    for batch in family.batches(size):
-        yield slice(batch.start, batch.stop), torch.stack([family.read(i).float() for i in batch]).to(device)
+def _batch(family: Family) -> int:
+    return max(1, _BATCH_BYTES // (4 * family.p * family.d))
 
 
 def measure(family: Family, rows: Rows, state: State, settings: Settings, advance: Advance) -> Measure:
     """Refit every left factor and measure the error; one pass."""
     meter = _Meter(family, rows)
-    for span, weights in expert_batches(family, state.bank.device):
+    for span, weights in expert_batches(family, _batch(family), state.bank.device):
+        weights = weights.float()
         mixed = mixtures(state.codes[span], state.bank)
         fit = fit_lefts(weights, mixed, settings)
         meter.add(span, weights, fit.lefts, mixed, fit.ridged)
@@ -89,7 +88,8 @@ def sweep(family: Family, rows: Rows, state: State, settings: Settings, advance:
     rank = state.bank.shape[1]
     exact = settings.mod == "exact"
     left_grams = torch.empty(len(family), rank, rank, device=device) if exact else None
-    for span, weights in expert_batches(family, device):
+    for span, weights in expert_batches(family, _batch(family), device):
+        weights = weights.float()
         mixed = mixtures(state.codes[span], state.bank)
         fit = fit_lefts(weights, mixed, settings)
         meter.add(span, weights, fit.lefts, mixed, fit.ridged)

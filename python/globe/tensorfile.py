@@ -12,6 +12,7 @@ import json
 import math
 import os
 import struct
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,8 +117,18 @@ def _entry(path: Path, origin: int, name: str, entry: dict[str, Any]) -> TensorI
     return TensorInfo(path, dtype, tuple(shape), origin + first, last - first)
 
 
+_bytes_read = 0
+_counting = threading.Lock()
+
+
+def bytes_read() -> int:
+    """Bytes of tensor data that this process has read so far."""
+    return _bytes_read
+
+
 def read_bytes(info: TensorInfo, offset: int, nbytes: int) -> bytearray:
     """Read `nbytes` of a tensor's data from its byte `offset`."""
+    global _bytes_read
     data = bytearray(nbytes)
     view, done = memoryview(data), 0
     with info.file.open("rb", buffering=0) as file:
@@ -127,6 +138,8 @@ def read_bytes(info: TensorInfo, offset: int, nbytes: int) -> bytearray:
             if not got:
                 raise GlobeError(f"{info.file}: ended early while reading; the file changed during the run")
             done += got
+    with _counting:
+        _bytes_read += nbytes
     return data
 
 

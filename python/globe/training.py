@@ -14,8 +14,9 @@ import torch
 from globe.checkpoint import Family
 from globe.codes import supports, update_temperature
 from globe.dictionary import mod, mod_exact, unit_atoms
-from globe.proxies import Advance, Rows
+from globe.proxies import Rows
 from globe.settings import Settings
+from globe.stages import Advance
 from globe.sweep import Measure, State, Sums, measure, sweep
 
 

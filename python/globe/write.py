@@ -25,9 +25,9 @@ from globe.factored import (
 )
 from globe.gemm import mixtures
 from globe.lefts import fit_lefts, squared_errors
-from globe.proxies import Advance
 from globe.ratios import Shape
 from globe.settings import Settings
+from globe.stages import Advance
 from globe.sweep import State
 from globe.tensorfile import DTYPE_NAMES, TensorInfo, TensorWriter, copy_chunks, write_text
 

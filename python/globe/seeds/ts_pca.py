@@ -2,44 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import scipy.linalg
 import torch
 from numpy.typing import NDArray
 
 from globe import kernels
-from globe.checkpoint import Family
 from globe.errors import GlobeError
-from globe.proxies import Advance, Rows, proxy_blocks
-
-_BLOCK_BYTES = 256 << 20
-
-
-@dataclass(frozen=True)
-class Seeds:
-    """A bank to start from.
-
-    Parameters
-    ----------
-    bank : torch.Tensor, shape (m, r, d), fp32
-        Atoms of unit Frobenius norm.
-    correlations : array, shape (N, m)
-        ⟨x_i, B_j⟩ of the normalised proxies x_i.
-    energy : array, shape (N,)
-        ‖B_i⁰‖² of the proxies before they are normalised.
-    explained_variance : float
-        Share of the normalised proxies' energy in the m leading principal directions.
-    """
-
-    bank: torch.Tensor
-    correlations: NDArray[np.float64]
-    energy: NDArray[np.float64]
-    explained_variance: float
+from globe.proxies import proxy_blocks
+from globe.seeds.task import Seeds, SeedTask, code_seeds
 
 
-def ts_pca(family: Family, rows: Rows, size: int, device: torch.device, advance: Advance) -> Seeds:
+def ts_pca(task: SeedTask) -> Seeds:
     """The m leading principal directions of the normalised proxies x_i = vec(B_i⁰)/‖B_i⁰‖.
 
     With X = [x_1 … x_N] and C = XᵀX = V Λ Vᵀ, atom j is X v_j λ_j^(-1/2), its sign such that the positive part
@@ -51,9 +25,11 @@ def ts_pca(family: Family, rows: Rows, size: int, device: torch.device, advance:
     GlobeError
         If the proxies span fewer than m directions.
     """
+    family, rows, size = task.family, task.rows, task.size
     gram = np.zeros((len(family), len(family)))
-    for _, block in proxy_blocks(family, rows.proxy, device, _BLOCK_BYTES, advance):
-        gram += kernels.gram(block.numpy()) if device.type == "cpu" else _device_gram(block)
+    for span, block in proxy_blocks(family, rows.proxy, task.device, task.block_bytes):
+        gram += kernels.gram(block.numpy()) if task.device.type == "cpu" else _device_gram(block)
+        task.advance((span.stop - span.start) / task.rank)
     energy = np.diag(gram).copy()
     norms = np.sqrt(np.where(energy > 0, energy, 1.0))
     gram /= np.outer(norms, norms)
@@ -67,12 +43,13 @@ def ts_pca(family: Family, rows: Rows, size: int, device: torch.device, advance:
         )
     signs = np.where((np.maximum(vectors, 0) ** 2).sum(0) >= 0.5 * (vectors**2).sum(0), 1.0, -1.0)
     vectors = vectors * signs
-    weights = torch.from_numpy((vectors / np.sqrt(values) / norms[:, None]).T.astype(np.float32)).to(device)
-    bank = torch.empty(size, len(rows.proxy), family.d, device=device)
-    for span, block in proxy_blocks(family, rows.proxy, device, _BLOCK_BYTES, advance):
+    weights = torch.from_numpy((vectors / np.sqrt(values) / norms[:, None]).T.astype(np.float32)).to(task.device)
+    bank = torch.empty(size, task.rank, family.d, device=task.device)
+    for span, block in proxy_blocks(family, rows.proxy, task.device, task.block_bytes):
         bank[:, span] = (weights @ block).view(size, -1, family.d)
+        task.advance((span.stop - span.start) / task.rank)
     bank /= bank.flatten(1).norm(dim=1)[:, None, None]
-    return Seeds(bank, vectors * np.sqrt(values), energy, float(values.sum() / np.trace(gram)))
+    return code_seeds(task, bank, vectors * np.sqrt(values), energy > 0)
 
 
 def _device_gram(block: torch.Tensor) -> NDArray[np.float64]:

@@ -1,0 +1,10 @@
+"""Warm starts (specification, A to F): a family in, a bank and codes out. One method, one file, one signature."""
+
+from collections.abc import Callable
+
+from globe.seeds.task import Seeds, SeedTask
+from globe.seeds.ts_pca import ts_pca
+
+METHODS: dict[str, Callable[[SeedTask], Seeds]] = {"ts-pca": ts_pca}
+
+__all__ = ["METHODS", "SeedTask", "Seeds", "ts_pca"]

@@ -1,0 +1,97 @@
+"""What a seeding method is given, and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from globe import kernels
+from globe.checkpoint import Family
+from globe.codes import initial_codes
+from globe.gemm import bank_gram
+from globe.proxies import Rows
+from globe.settings import Settings
+from globe.stages import Advance
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class SeedTask:
+    """A family to be seeded with a bank of `size` atoms.
+
+    Parameters
+    ----------
+    family : Family
+    rows : Rows
+        The r rows that make a row-sampled proxy are `rows.proxy`; r is the rank of the bank.
+    size : int
+        Atoms m.
+    settings : Settings
+    device : torch.device
+        Where the large products run.
+    block_bytes : int
+        What one block of proxies, of whatever kind, may take in memory.
+    scratch : Path
+        A directory for files of the method's own; the caller removes it.
+    advance : callable
+        Called with the passes over the family done since the last call, as a fraction (0.1 is a tenth of a pass).
+    log : callable
+        Shows a line.
+    """
+
+    family: Family
+    rows: Rows
+    size: int
+    settings: Settings
+    device: torch.device
+    block_bytes: int
+    scratch: Path
+    advance: Advance
+    log: Callable[[str], None]
+
+    @property
+    def rank(self) -> int:
+        """r, the rows of a proxy and of an atom."""
+        return len(self.rows.proxy)
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """A bank to start from, with codes.
+
+    Parameters
+    ----------
+    bank : torch.Tensor, shape (m, r, d), fp32
+        Atoms of unit Frobenius norm.
+    codes : array, shape (N, m)
+        Codes of the method's targets (normalised proxies for most) on the bank; not negative, no row empty.
+    explained_variance : float
+        Share of the targets' energy in the span of the bank.
+    proxy_error : float
+        Mean relative error of the targets' NNLS codes.
+    """
+
+    bank: torch.Tensor
+    codes: Array
+    explained_variance: float
+    proxy_error: float
+
+
+def code_seeds(task: SeedTask, bank: torch.Tensor, correlations: Array, there: NDArray[np.bool_]) -> Seeds:
+    """Seeds from a bank and the correlations ⟨x_i, B_j⟩ (N, m) of unit targets x_i; `there` (N,) are not zero."""
+    gram = bank_gram(bank)
+    codes = kernels.nnls(gram, correlations).codes
+    error = 1 - 2 * (codes * correlations).sum(1) + np.einsum("ij,jk,ik->i", codes, gram, codes)
+    projected = np.einsum("ij,ij->i", correlations @ np.linalg.pinv(gram, hermitian=True), correlations)
+    return Seeds(
+        bank,
+        initial_codes(gram, correlations, task.settings.init_codes),
+        float(projected[there].mean()),
+        float(error[there].mean()),
+    )
