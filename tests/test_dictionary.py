@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from families import Array
+from globe.budget import Blocks
 from globe.dictionary import mod, mod_exact, unit_atoms
 
 EXPERTS, ROWS, RANK, WIDTH, ATOMS = 24, 12, 5, 7, 6
@@ -50,9 +52,11 @@ class Problem:
         matrix += np.diag(np.repeat(self.shifts(ridge), RANK))
         return np.linalg.solve(matrix, self.right_side.reshape(ATOMS * RANK, -1)).reshape(self.bank.shape)
 
-    def exact(self, ridge: float, steps: int) -> Array:
-        arguments = (torch.from_numpy(array.astype(np.float32)) for array in (self.normal, self.right_side, self.bank))
-        return mod_exact(self.codes, *arguments, ridge, steps).double().numpy()
+    def exact(self, ridge: float, steps: int, dtype: torch.dtype = torch.float32, **more: Any) -> Array:
+        mixtures = np.einsum("ij,jrd->ird", self.codes, self.bank)
+        residual = self.right_side - np.einsum("ij,irs,isd->jrd", self.codes, self.normal, mixtures)
+        normal, vector, bank = (torch.from_numpy(a.astype(np.float32)) for a in (self.normal, residual, self.bank))
+        return mod_exact(self.codes, normal.to(dtype), vector, bank, ridge, steps, **more).double().numpy()
 
 
 def make(seed: int, uses: int = 3) -> Problem:
@@ -88,6 +92,26 @@ def test_every_cg_step_lowers_the_objective() -> None:
     assert values == sorted(values, reverse=True)
     best = problem.objective(problem.dense_solution(1e-4), shift)
     assert values[-1] - best < 1e-3 * (values[0] - best)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 100])
+def test_blocks_of_columns_are_solved_on_their_own(columns: int) -> None:
+    problem = make(9)
+    found = problem.exact(1e-4, 200, blocks=Blocks(columns=columns))
+    assert relative(found, problem.dense_solution(1e-4)) < 2e-5
+
+
+def test_over_relaxation_goes_past_the_solution() -> None:
+    problem = make(10)
+    solution = problem.dense_solution(1e-4)
+    found = problem.exact(1e-4, 200, over_relaxation=0.5)
+    assert relative(found, problem.bank + 1.5 * (solution - problem.bank)) < 2e-5
+
+
+def test_bf16_products_change_the_step_by_less_than_a_hundredth() -> None:
+    problem = make(11)
+    step = problem.exact(1e-4, 8) - problem.bank
+    assert relative(problem.exact(1e-4, 8, torch.bfloat16) - problem.bank, step) < 1e-2
 
 
 @pytest.mark.parametrize("ridge", [0.0, 0.1])
@@ -146,7 +170,7 @@ def test_mod_leaves_unused_atoms_in_place_and_solves_for_the_rest() -> None:
     codes=hnp.arrays(np.float64, (5, 4), elements=st.floats(0, 4, width=16)),
 )
 def test_unit_atoms_keep_the_mixtures(bank: np.ndarray, codes: Array) -> None:  # type: ignore[type-arg]
-    unit, rescaled = unit_atoms(torch.from_numpy(bank), codes)
+    unit, rescaled = unit_atoms(torch.from_numpy(bank.copy()), codes)
     norms = np.linalg.norm(unit.double().numpy().reshape(4, -1), axis=1)
     zero = ~bank.any((1, 2))
     np.testing.assert_allclose(norms, np.where(zero, 0, 1), rtol=1e-6)

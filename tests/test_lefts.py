@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from families import Array
 from globe.gemm import spd_inverse
-from globe.lefts import LeftFit, fit_lefts, squared_errors
+from globe.lefts import LeftFit, fit_lefts, row_energies, squared_errors
 from globe.settings import Settings
 
 EXPERTS, ROWS, RANK, WIDTH = 5, 9, 6, 14
@@ -44,12 +44,27 @@ def test_left_factors_are_least_squares(seed: int, scale: float) -> None:
 def test_errors_are_those_of_the_residual_row_by_row() -> None:
     rng = np.random.default_rng(1)
     weights, mixtures = rng.standard_normal((EXPERTS, ROWS, WIDTH)), rng.standard_normal((EXPERTS, RANK, WIDTH))
-    lefts = fit(weights, mixtures).lefts
+    fitted = fit(weights, mixtures)
     tensors = [torch.from_numpy(array.astype(np.float32)) for array in (weights, mixtures)]
-    found = squared_errors(tensors[0], lefts, tensors[1])
-    wanted = ((weights - by_numpy(weights, mixtures) @ mixtures) ** 2).sum(2)
-    assert found.dtype == torch.float64
-    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-4)
+    for lefts in (fitted.lefts, fitted.lefts.bfloat16().float()):
+        found = squared_errors(tensors[0], row_energies(tensors[0]), tensors[1], fitted, lefts)
+        wanted = ((weights - lefts.double().numpy() @ mixtures) ** 2).sum(2)
+        assert found.dtype == torch.float64
+        np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-5, 1e-2])
+def test_small_errors_are_those_of_the_residual(noise: float) -> None:
+    rng = np.random.default_rng(5)
+    mixtures = rng.standard_normal((EXPERTS, RANK, WIDTH))
+    weights = rng.standard_normal((EXPERTS, ROWS, RANK)) @ mixtures + noise * rng.standard_normal(
+        (EXPERTS, ROWS, WIDTH)
+    )
+    tensors = [torch.from_numpy(array.astype(np.float32)) for array in (weights, mixtures)]
+    fitted = fit(weights, mixtures)
+    found = squared_errors(tensors[0], row_energies(tensors[0]), tensors[1], fitted, fitted.lefts)
+    wanted = ((weights - by_numpy(weights, mixtures) @ mixtures) ** 2).sum((1, 2))
+    np.testing.assert_allclose(found.sum(1), wanted, rtol=1e-3, atol=1e-11 * (weights**2).sum())
 
 
 def test_only_the_ill_conditioned_expert_takes_a_ridge() -> None:

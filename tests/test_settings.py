@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from globe.errors import UsageError
-from globe.settings import Settings, read_settings
+from globe.settings import Settings, parse_bytes, read_settings
 
 DOCS = Path(__file__).parent.parent / "docs" / "settings.md"
 NAMES = [field.name for field in dataclasses.fields(Settings)]
@@ -40,6 +40,7 @@ COUNTS = {
     "temperature_every": 1,
     "cg_steps": 1,
     "patience": 1,
+    "max_memory": 1 << 20,
     "seed": 0,
     "threads": 1,
 }
@@ -51,6 +52,7 @@ CHOICES = {
     "init_codes": ["nnls", "simplex"],
     "codes": ["entmax", "sparsemax", "nnls", "simplex"],
     "device": ["auto", "cpu", "mps", "cuda"],
+    "precision": ["auto", "fp32"],
     "calibrate": ["none"],
 }
 
@@ -164,6 +166,20 @@ def test_resolved_bank(given_as: dict[str, Any], experts: int, found: int) -> No
 def test_refused_bank() -> None:
     with pytest.raises(UsageError, match="bank size is 121; expected 1 to the family's 120 experts"):
         Settings(bank_size=121).resolve_bank(120)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("6GiB", 6 << 30), ("500 MB", 500_000_000), ("2G", 2 << 30), ("1.5KiB", 1536), ("8388608", 8 << 20)],
+)
+def test_sizes_as_people_write_them(text: str, found: int) -> None:
+    assert parse_bytes(text) == found
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "6 gigs", "1e9"])
+def test_refused_sizes(text: str) -> None:
+    with pytest.raises(UsageError, match="expected bytes or a size such as 6GiB"):
+        parse_bytes(text)
 
 
 def read(tmp_path: Path, text: str, **overrides: Any) -> Settings:

@@ -12,6 +12,7 @@ import torch
 
 from families import Array, make_family, make_rows, planted, random_state, seed_task, silent
 from globe import sweep as sweep_module
+from globe.budget import Blocks
 from globe.checkpoint import Family
 from globe.codes import coding_step, initial_codes
 from globe.gemm import bank_gram
@@ -62,24 +63,25 @@ class Reference:
         else:
             targets = np.linalg.pinv(lefts[:, rows.train]) @ trained
         self.codes = initial_codes(bank_gram(state.bank), np.einsum("ird,jrd->ij", targets, bank), "nnls")
-        summand = lefts[:, rows.train].transpose(0, 2, 1) @ trained if mod == "exact" else targets
+        if mod == "exact":
+            summand = lefts[:, rows.train].transpose(0, 2, 1) @ trained
+            summand -= self.left_grams @ np.einsum("ij,jrd->ird", self.codes, bank)
+        else:
+            summand = targets
         self.right_side = np.einsum("ij,ird->jrd", self.codes, summand)
 
     def error(self, rows: Any) -> float:
         return float(self.errors[:, rows].sum() / self.energies[:, rows].sum())
 
 
-@pytest.mark.parametrize("batch_bytes", [1, 3 * 4 * ROWS * WIDTH, 1 << 30])
+@pytest.mark.parametrize("experts", [1, 3, 100])
 @pytest.mark.parametrize("mod", MODS)
-def test_a_sweep_is_what_numpy_finds(
-    mod: str, batch_bytes: int, weights: Array, family: Family, state: State, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sweep_module, "_BATCH_BYTES", batch_bytes)
-    settings = settings_for(mod, validation_share=0.1)
+def test_a_sweep_is_what_numpy_finds(mod: str, experts: int, weights: Array, family: Family, state: State) -> None:
+    settings = settings_for(mod, validation_share=0.1, precision="fp32")
     rows = make_rows(family, RANK, settings)
     wanted = Reference(weights, rows, state, mod)
     steps: list[int] = []
-    found, sums = sweep(family, rows, state, settings, steps.append)
+    found, sums = sweep(family, rows, state, settings, steps.append, Blocks(experts=experts))
     assert sum(steps) == EXPERTS
     assert len(rows.validation) == 6
     assert found.relative_error == pytest.approx(wanted.error(slice(None)), rel=1e-5)
@@ -125,10 +127,10 @@ def test_ridged_left_factors_are_counted(family: Family, state: State) -> None:
 def test_irregular_codes_are_counted_over_all_batches(
     family: Family, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep_module, "_BATCH_BYTES", 1)
     monkeypatch.setattr(sweep_module, "coding_step", lambda *rest: replace(coding_step(*rest), irregular=2))
     settings = settings_for("exact")
-    _, sums = sweep(family, make_rows(family, RANK, settings), state, settings, silent)
+    rows = make_rows(family, RANK, settings)
+    _, sums = sweep(family, rows, state, settings, silent, Blocks(experts=1))
     assert sums.irregular == 2 * EXPERTS
 
 

@@ -76,7 +76,7 @@ def test_normalising_atoms_and_codes_moves_no_mixture_but_by_a_factor(codes: str
     left_grams = torch.eye(3).expand(6, 3, 3).contiguous()
     coded = rng.uniform(0.1, 1, (6, 5))
     right_side = torch.from_numpy(rng.standard_normal((5, 3, 4)).astype(np.float32))
-    found = training._dictionary_step(state, Sums(coded, 0, right_side, left_grams), settings, 0.0)
+    found = training._dictionary_step(state, Sums(coded, 0, right_side.clone(), left_grams), settings, 0.0)
     raw = training.mod_exact(coded, left_grams, right_side, state.bank, settings.mod_ridge, settings.cg_steps)
     before = np.einsum("ij,jrd->ird", coded, raw.double()).reshape(6, -1)
     after = np.einsum("ij,jrd->ird", found.codes, found.bank.double()).reshape(6, -1)
@@ -96,10 +96,10 @@ def test_the_dictionary_step_overshoots_by_its_relaxation() -> None:
     rng = np.random.default_rng(1)
     left_grams = torch.eye(3).expand(6, 3, 3).contiguous()
     right_side = torch.from_numpy(rng.standard_normal((5, 3, 4)).astype(np.float32))
-    sums = Sums(rng.uniform(0.1, 1, (6, 5)), 0, right_side, left_grams)
-    settings = Settings(codes="nnls")
-    solved = training.mod_exact(sums.codes, left_grams, sums.right_side, state.bank, settings.mod_ridge, 8)
+    codes, settings = rng.uniform(0.1, 1, (6, 5)), Settings(codes="nnls")
+    solved = training.mod_exact(codes, left_grams, right_side.clone(), state.bank, settings.mod_ridge, 8)
     for relaxation in (0.0, 0.6):
+        sums = Sums(codes, 0, right_side.clone(), left_grams)
         found = training._dictionary_step(state, sums, settings, relaxation).bank
         wanted = directions(solved + relaxation * (solved - state.bank))
         np.testing.assert_allclose(found, wanted, atol=1e-5)

@@ -78,19 +78,22 @@ class Family:
         """2 for bf16 and fp16, 4 for fp32."""
         return 4 if self.experts[0].info.dtype == "F32" else 2
 
-    def read(self, number: int, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """Read W_i (or its rows from the first to before the last), in the checkpoint's dtype."""
+    def read(self, number: int, rows: tuple[int, int] | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Read W_i (or its rows from the first to before the last), in the checkpoint's dtype, into `out` if given."""
         expert = self.experts[number]
         first, last = rows if rows is not None else (0, self.p)
-        return read_tensor(expert.info, (expert.first_row + first, expert.first_row + last), expert.index)
+        return read_tensor(expert.info, (expert.first_row + first, expert.first_row + last), expert.index, out)
 
-    def read_some(self, span: slice) -> torch.Tensor:
-        """Read W_i for i in a slice, (n, p, d), in the checkpoint's dtype."""
-        count = span.stop - span.start
-        stacked = torch.empty(count, self.p, self.d, dtype=TORCH_DTYPES[self.experts[0].info.dtype])
-        for place in range(count):
-            stacked[place] = self.read(span.start + place)
-        return stacked
+    @property
+    def dtype(self) -> torch.dtype:
+        """The checkpoint's dtype of the experts."""
+        return TORCH_DTYPES[self.experts[0].info.dtype]
+
+    def read_some(self, span: slice, out: torch.Tensor) -> torch.Tensor:
+        """Read W_i for i in a slice into the first entries of `out` (n, p, d), in the checkpoint's dtype."""
+        for place in range(span.stop - span.start):
+            self.read(span.start + place, out=out[place])
+        return out[: span.stop - span.start]
 
     def batches(self, size: int) -> Iterator[range]:
         """The experts' numbers in runs of at most `size`."""

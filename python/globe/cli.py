@@ -126,6 +126,8 @@ def inspect(model: Path, as_json: bool, quiet: bool) -> None:
 @click.option("--support", type=int, help="Target median support.  [default: 12]")
 @click.option("--calibrate", type=click.Choice(["none"]), help="Activation statistics.  [default: none]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "mps", "cuda"]), help="[default: auto]")
+@click.option("--precision", type=click.Choice(["auto", "fp32"]), help="fp32 refuses bf16 products.  [default: auto]")
+@click.option("--max-memory", help="Ceiling of resident memory, e.g. 6GiB.  [default: half of the machine's]")
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--threads", type=int, help="CPU threads.  [default: all]")
 @click.option("--config", type=_PATH, help="Settings as YAML; options win over it.")

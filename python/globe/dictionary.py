@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import scipy.linalg
 import torch
 from numpy.typing import NDArray
 
-from globe.gemm import matmul, spd_inverse
+from globe.budget import BLOCKS, Blocks
+from globe.gemm import matmul, mixtures, scatter_add, spd_inverse
+from globe.stream import Workers
 
 Array = NDArray[np.float64]
-_BATCH_BYTES = 256 << 20
+_ROW_BLOCK_BYTES = 64 << 20
+_EXPERTS_AT_ONCE = 64
 
 
 def mod(codes: Array, right_side: torch.Tensor, bank: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -24,83 +27,149 @@ def mod(codes: Array, right_side: torch.Tensor, bank: torch.Tensor, ridge: float
     Parameters
     ----------
     codes : array, shape (N, m)
-    right_side, bank : torch.Tensor, shape (m, r, d)
+    right_side : torch.Tensor, shape (m, r, d)
+        Is overwritten: the result takes its memory.
+    bank : torch.Tensor, shape (m, r, d)
     ridge : float
     """
     normal = codes.T @ codes
     used = np.flatnonzero(np.diag(normal) > 0)
     inner = normal[np.ix_(used, used)]
     inner[np.diag_indices_from(inner)] += ridge * np.diag(inner).mean()
-    inverse = scipy.linalg.pinvh(inner)
-    solved = torch.from_numpy(inverse.astype(np.float32)).to(bank.device) @ right_side[used].flatten(1)
-    updated = bank.clone()
-    updated[used] = solved.view(len(used), *bank.shape[1:])
-    return updated
+    inverse = torch.from_numpy(scipy.linalg.pinvh(inner).astype(np.float32)).to(bank.device)
+    rows = max(1, _ROW_BLOCK_BYTES // (4 * len(bank) * bank.shape[2]))
+    for span in _spans(bank.shape[1], rows):
+        part = right_side[:, span]
+        solved = bank[:, span].clone()
+        solved[used] = (inverse @ part[used].flatten(1)).view(len(used), *part.shape[1:])
+        right_side[:, span] = solved
+    return right_side
 
 
 def mod_exact(
-    codes: Array, left_grams: torch.Tensor, right_side: torch.Tensor, bank: torch.Tensor, ridge: float, steps: int
+    codes: Array,
+    left_grams: torch.Tensor,
+    residual: torch.Tensor,
+    bank: torch.Tensor,
+    ridge: float,
+    steps: int,
+    over_relaxation: float = 0.0,
+    blocks: Blocks = BLOCKS,
 ) -> torch.Tensor:
     """B = argmin Σ_i ‖W_i − A_i Σ_j α_ij B_j‖² + Σ_j λ_j ‖B_j‖², by preconditioned conjugate gradients from `bank`.
 
-    The normal equations are Σ_i α_ij A_iᵀA_i (Σ_k α_ik B_k) + λ_j B_j = Σ_i α_ij A_iᵀW_i. The preconditioner is
-    the diagonal block Σ_i α_ij² A_iᵀA_i + λ_j I of every atom; λ_j is `ridge` times that block's mean diagonal.
-    Needs no pass over W.
+    The normal equations are Σ_i α_ij A_iᵀA_i (Σ_k α_ik B_k) + λ_j B_j = Σ_i α_ij A_iᵀW_i: an equation of its own
+    for every column of the atoms, so blocks of columns are solved one after the other. What is solved for is the
+    change of the bank, from the residual at the bank as it is. The preconditioner is the diagonal block
+    Σ_i α_ij² A_iᵀA_i + λ_j I of every atom; λ_j is `ridge` times that block's mean diagonal. Needs no pass over W.
 
     Parameters
     ----------
     codes : array, shape (N, m)
-    left_grams : torch.Tensor, shape (N, r, r), fp32
-        A_iᵀA_i.
-    right_side, bank : torch.Tensor, shape (m, r, d), fp32
+    left_grams : torch.Tensor, shape (N, r, r), fp32 or bf16
+        A_iᵀA_i. In bf16, products inside the iteration are bf16 products: they change the change of the bank by
+        less than a hundredth, which is below what a few CG steps leave.
+    residual : torch.Tensor, shape (m, r, d), fp32
+        Σ_i α_ij (A_iᵀW_i − A_iᵀA_i Σ_k α_ik B_k). Is overwritten: the result takes its memory.
+    bank : torch.Tensor, shape (m, r, d), fp32
     ridge : float
     steps : int
-        CG steps; fewer are taken once the residual is at rounding.
+        CG steps of every block; fewer are taken once the residual is at rounding.
+    over_relaxation : float
+        Fraction of its own step by which the result goes past the solution.
+    blocks : Blocks
+        `columns` in hand at a time.
     """
-    size, rank, width = bank.shape
-    weights = torch.from_numpy(codes.astype(np.float32)).to(bank.device)
-    blocks = (weights.T.pow(2) @ left_grams.flatten(1)).view(size, rank, rank)
-    shift = ridge * blocks.diagonal(dim1=1, dim2=2).mean(1)
-    used = shift > 0 if ridge > 0 else blocks.diagonal(dim1=1, dim2=2).mean(1) > 0
-    shift = torch.where(used, shift, torch.ones_like(shift))
-    blocks.diagonal(dim1=1, dim2=2).add_(shift[:, None])
-    inverse, _ = spd_inverse(blocks, ridge=1e-6, rcond=1e-12)
-    batch = max(1, _BATCH_BYTES // (4 * rank * width))
+    rank = bank.shape[1]
+    inverse, shift, used = _preconditioner(codes, left_grams, ridge)
+    with Workers(bank.device) as workers:
+        for span in _spans(bank.shape[2], blocks.columns):
+            start = bank[:, :, span].contiguous()
+            mixed, products = (
+                torch.empty(_EXPERTS_AT_ONCE, rank, start.shape[2], dtype=left_grams.dtype, device=bank.device)
+                for _ in range(2)
+            )
+            room = torch.empty(_EXPERTS_AT_ONCE, rank, start.shape[2], device=bank.device)
 
-    def operator(atoms: torch.Tensor) -> torch.Tensor:
-        total = shift[:, None] * atoms.flatten(1)
-        for span in _spans(len(weights), batch):
-            mixed = (weights[span] @ atoms.flatten(1)).view(-1, rank, width)
-            total += weights[span].T @ matmul(left_grams[span], mixed).flatten(1)
-        return total.view_as(atoms)
+            def operator(
+                atoms: torch.Tensor,
+                mixed: torch.Tensor = mixed,
+                products: torch.Tensor = products,
+                room: torch.Tensor = room,
+            ) -> torch.Tensor:
+                total: torch.Tensor = shift * atoms
+                atoms = atoms.to(left_grams.dtype)
+                for some in _spans(len(codes), _EXPERTS_AT_ONCE):
+                    mixtures(codes[some], atoms, mixed)
 
-    solution = bank.clone()
-    residual = right_side - operator(solution)
-    direction = preconditioned = matmul(inverse, residual)
+                    def apply(k: int, first: int = some.start) -> None:
+                        torch.mm(left_grams[first + k], mixed[k], out=products[k])
+
+                    for _ in workers.map(apply, some.stop - some.start):
+                        pass
+                    scatter_add(codes[some], products[: some.stop - some.start], total, room)
+                return total
+
+            change = _conjugate_gradients(
+                operator, lambda vector: matmul(inverse, vector), residual[:, :, span] - shift * start, steps
+            )
+            residual[:, :, span] = start + torch.where(used, (1 + over_relaxation) * change, torch.zeros_like(change))
+    return residual
+
+
+def _preconditioner(
+    codes: Array, left_grams: torch.Tensor, ridge: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The inverse blocks (m, r, r), λ_j and whether any expert uses the atom, both (m, 1, 1)."""
+    rank = left_grams.shape[1]
+    blocks = torch.zeros(codes.shape[1], rank, rank, device=left_grams.device)
+    room = torch.empty(_EXPERTS_AT_ONCE, rank, rank, device=left_grams.device)
+    for some in _spans(len(codes), _EXPERTS_AT_ONCE):
+        scatter_add(codes[some] ** 2, left_grams[some], blocks, room)
+    mean = blocks.diagonal(dim1=1, dim2=2).mean(1)
+    used = ridge * mean > 0 if ridge > 0 else mean > 0
+    shift = torch.where(used, ridge * mean, torch.ones_like(mean))
+    for block, amount in zip(blocks, shift, strict=True):
+        block.diagonal().add_(amount)
+        block[...] = spd_inverse(block[None], ridge=1e-6, rcond=1e-12)[0][0]
+    return blocks, shift[:, None, None], used[:, None, None]
+
+
+def _conjugate_gradients(
+    operator: Callable[[torch.Tensor], torch.Tensor],
+    precondition: Callable[[torch.Tensor], torch.Tensor],
+    residual: torch.Tensor,
+    steps: int,
+) -> torch.Tensor:
+    """The solution from zero; `residual` is the right side at first and is overwritten."""
+    solution = torch.zeros_like(residual)
+    direction = preconditioned = precondition(residual)
     strength = _dot(residual, preconditioned)
-    floor = torch.finfo(torch.float32).eps ** 2 * _dot(right_side, matmul(inverse, right_side))
-    for _ in range(steps):
+    floor = torch.finfo(torch.float32).eps ** 2 * strength
+    for step_number in range(steps):
         if strength <= floor:
             break
         image = operator(direction)
         step = strength / _dot(direction, image)
-        solution += step * direction
-        residual -= step * image
-        preconditioned = matmul(inverse, residual)
+        solution.add_(direction, alpha=step)
+        if step_number == steps - 1:
+            break
+        residual.sub_(image, alpha=step)
+        preconditioned = precondition(residual)
         previous, strength = strength, _dot(residual, preconditioned)
-        direction = preconditioned + (strength / previous) * direction
-    return torch.where(used[:, None, None], solution, bank)
+        direction = preconditioned.add(direction, alpha=strength / previous)
+    return solution
 
 
 def unit_atoms(bank: torch.Tensor, codes: Array) -> tuple[torch.Tensor, Array]:
-    """Atoms of unit Frobenius norm, the codes rescaled so that every product stays the same."""
-    norms = bank.flatten(1).norm(dim=1)
+    """Atoms of unit Frobenius norm, in place, and the codes rescaled so that every product stays the same."""
+    norms = torch.linalg.vector_norm(bank.flatten(1), dim=1)
     norms = torch.where(norms > 0, norms, torch.ones_like(norms))
-    return bank / norms[:, None, None], codes * norms.cpu().double().numpy()
+    return bank.div_(norms[:, None, None]), codes * norms.cpu().double().numpy()
 
 
 def _dot(left: torch.Tensor, right: torch.Tensor) -> float:
-    return float(sum((a * b).sum().cpu().double() for a, b in zip(left, right, strict=True)))
+    return float(sum(torch.dot(a.flatten(), b.flatten()).cpu().double() for a, b in zip(left, right, strict=True)))
 
 
 def _spans(count: int, size: int) -> Iterator[slice]:

@@ -1,16 +1,29 @@
-"""The one place that knows devices: large products in fp32 there, small factorisations in fp64 on the CPU."""
+"""The one place that knows devices and precision: large products there, small factorisations in fp64 on the CPU."""
 
 from __future__ import annotations
 
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import ml_dtypes
 import numpy as np
+import scipy.sparse
 import torch
 from numpy.typing import NDArray
 
 from globe import kernels
-from globe.errors import UsageError
+from globe.errors import GlobeError, UsageError
 
 # Apple's matmul returned wrong numbers from an inner dimension of 32,767 on (pytorch#195163).
 _MPS_INNER = 16_384
+_FP32_RUN = 4096  # columns whose products are summed in fp32 before fp64 takes over
+
+Precision = Literal["fp32", "bf16x2"]
+_precision: Precision = "fp32"
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 
 def pick_device(name: str) -> torch.device:
@@ -29,6 +42,28 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def check_device(device: torch.device) -> None:
+    """Multiply two matrices on a device and on the CPU, with an inner dimension that took wrong turns on some Macs.
+
+    Raises
+    ------
+    GlobeError
+        If the results differ by more than rounding.
+    """
+    if device.type == "cpu":
+        return
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(shape, generator=generator) for shape in ((64, 40_000), (40_000, 48)))
+    wanted = left.double() @ right.double()
+    found = matmul(left.to(device), right.to(device)).cpu().double()
+    error = float((found - wanted).norm() / wanted.norm())
+    if not error < 1e-4:
+        raise GlobeError(
+            f"device {device}: a product of 64 × 40,000 and 40,000 × 48 matrices is off by {error:.1e} of its norm, "
+            "expected rounding (1e-6); update torch or the system, or use --device cpu"
+        )
+
+
 def set_threads(threads: int | None) -> None:
     """Let torch and the kernels use this many CPU threads; None changes nothing."""
     if threads is not None:
@@ -36,8 +71,56 @@ def set_threads(threads: int | None) -> None:
         kernels.set_num_threads(threads)
 
 
+def pick_precision(wanted: str, device: torch.device) -> Precision:
+    """How products of bf16 weights and fp32 matrices are computed.
+
+    ``bf16x2`` splits the fp32 matrix in two bf16 parts, x ≈ h + l with |x − h − l| ≤ 2⁻¹⁷ |x|, multiplies both by
+    the weights as they are, and sums in fp32. ``auto`` takes it where the CPU multiplies bf16 matrices at more than
+    twice its fp32 rate, which is where it has matrix tiles (AMX): with AVX-512 bf16 dot products alone, twice the
+    rate for twice the products gains nothing.
+    """
+    tiles = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return "bf16x2" if wanted == "bf16x2" or (wanted == "auto" and tiles) else "fp32"
+
+
+def dictionary_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The dtype of products inside the exact dictionary step: bf16 on a CPU with bf16 dot products, unless refused."""
+    return torch.bfloat16 if wanted == "auto" and device.type == "cpu" and _bf16_dots() else torch.float32
+
+
+def _bf16_dots() -> bool:
+    return str(kernels.available()["isa"]).endswith("_bf16")
+
+
+def set_precision(precision: Precision) -> None:
+    """Let :func:`weights_operand` and :func:`matmul` work in a precision of :func:`pick_precision`."""
+    global _precision
+    _precision = precision
+
+
+def weights_operand(weights: torch.Tensor) -> torch.Tensor:
+    """Expert matrices as :func:`matmul` takes them: bf16 as it is under ``bf16x2``, fp32 otherwise."""
+    return weights if _precision == "bf16x2" and weights.dtype == torch.bfloat16 else weights.float()
+
+
+def keep_memory() -> None:
+    """Let the process keep freed memory for the next product, where its C library is glibc, and use pages of 2 MiB.
+
+    Otherwise every intermediate result of some MiB is fresh memory, and its page faults take as long as the product.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    for option, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 256 << 20), (_M_ARENA_MAX, 1)):
+        mallopt(option, value)
+
+
 def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right on their device, the inner dimension in chunks on MPS."""
+    """left @ right in fp32 on their device, the inner dimension in chunks on MPS; a bf16 operand is exact."""
+    if torch.bfloat16 in (left.dtype, right.dtype):
+        return _split_product(left, right)
     inner = left.shape[-1]
     chunk = _MPS_INNER if left.device.type == "mps" else inner
     total: torch.Tensor = left[..., :chunk] @ right[..., :chunk, :]
@@ -46,37 +129,109 @@ def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def mixtures(codes: NDArray[np.float64], bank: torch.Tensor, epsilon: float = 0.0) -> torch.Tensor:
-    """B̃_i = Σ_j α_ij B_j for a batch of experts, shape (n, r, d), fp32 on the bank's device."""
+def _split_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    with _bf16_products():
+        if left.dtype == torch.bfloat16:
+            exact, parts = left.float(), _bf16_parts(right)
+            return exact @ parts[0] + exact @ parts[1]
+        exact, parts = right.float(), _bf16_parts(left)
+        return parts[0] @ exact + parts[1] @ exact
+
+
+def _bf16_parts(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    high = matrix.bfloat16().float()
+    return high, (matrix - high).bfloat16().float()
+
+
+@contextmanager
+def _bf16_products() -> Iterator[None]:
+    """Let oneDNN multiply fp32 matrices as bf16 (ours hold bf16 values) and sum in fp32, where the CPU has tiles."""
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+def grams(matrices: torch.Tensor) -> torch.Tensor:
+    """X_i X_iᵀ (n, k, k) of X (n, k, c): fp32 inside runs of columns, fp64 across them; fp64 on the CPU."""
+    if matrices.device.type == "cpu":
+        threads = torch.get_num_threads()
+        products = [kernels.gram(matrix.numpy(), threads=threads) for matrix in matrices.contiguous()]
+        return torch.from_numpy(np.stack(products))
+    total = torch.zeros(len(matrices), matrices.shape[1], matrices.shape[1], dtype=torch.float64)
+    for part in matrices.split(_FP32_RUN, 2):
+        total += (part @ part.mT).cpu().double()
+    return (total + total.mT) / 2
+
+
+def mixtures(codes: NDArray[np.float64], bank: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """B̃_i = Σ_j α_ij B_j for a batch of experts, shape (n, r, d), in the bank's dtype (fp32 or bf16) and device.
+
+    `out` (n or more, r, d) is written in its first n entries, which are returned.
+    """
+    if out is None:
+        out = torch.empty(len(codes), *bank.shape[1:], dtype=bank.dtype, device=bank.device)
+    out = out[: len(codes)]
     if bank.device.type == "cpu":
-        composed = kernels.compose(codes.astype(np.float32), bank.numpy(), epsilon=epsilon)
-        return torch.from_numpy(composed)
-    weights = torch.from_numpy(codes.astype(np.float32)).to(bank.device)
-    weights = torch.where(weights.abs() < epsilon, torch.zeros_like(weights), weights)
-    mixed: torch.Tensor = weights @ bank.flatten(1)
-    return mixed.view(len(codes), *bank.shape[1:])
+        kernels.compose(codes.astype(np.float32), _array(bank), out=_array(out), threads=torch.get_num_threads())
+    else:
+        weights = torch.from_numpy(codes.astype(np.float32)).to(bank.device)
+        torch.mm(weights.to(bank.dtype), bank.flatten(1), out=out.view(len(codes), -1))
+    return out
+
+
+def scatter_add(codes: NDArray[np.float64], summands: torch.Tensor, total: torch.Tensor, room: torch.Tensor) -> None:
+    """total_j += Σ_i α_ij S_i for all atoms j: the adjoint of :func:`mixtures`, in place.
+
+    Parameters
+    ----------
+    codes : array, shape (n, m)
+    summands : torch.Tensor, shape (n, r, d), fp32 or bf16
+    total : torch.Tensor, shape (m, r, d), fp32
+    room : torch.Tensor, shape (one or more, r, d), fp32
+        Is overwritten.
+    """
+    if total.device.type != "cpu":
+        weights = torch.from_numpy(codes.T.astype(np.float32)).to(total.device)
+        total.view(len(total), -1).addmm_(weights, summands.flatten(1).float())
+        return
+    transposed = scipy.sparse.csr_array(codes.T.astype(np.float32))
+    used = np.flatnonzero(np.diff(transposed.indptr))
+    for first in range(0, len(used), len(room)):
+        rows = used[first : first + len(room)]
+        part = room[: len(rows)].numpy()
+        kernels.compose(transposed[rows], _array(summands), out=part, threads=torch.get_num_threads())
+        for row, sums in zip(rows, room, strict=False):
+            total[row] += sums
+
+
+def _array(tensor: torch.Tensor) -> NDArray[Any]:
+    """The tensor's memory as NumPy sees it, which has no bf16 of its own."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
 def bank_gram(bank: torch.Tensor) -> NDArray[np.float64]:
-    """⟨B_j, B_k⟩ for all atoms, fp32 inside a block of columns and fp64 across blocks."""
-    flat = bank.flatten(1)
-    total = np.zeros((len(bank), len(bank)))
-    for block in flat.split(_MPS_INNER, 1):
-        total += (block @ block.T).cpu().numpy().astype(np.float64)
-    return (total + total.T) / 2
+    """⟨B_j, B_k⟩ for all atoms, fp32 inside runs of columns and fp64 across them."""
+    gram: NDArray[np.float64] = grams(bank.flatten(1)[None])[0].numpy()
+    return gram
 
 
 def correlations(targets: torch.Tensor, bank: torch.Tensor) -> NDArray[np.float64]:
-    """⟨T_i, B_j⟩ for a batch of targets, shape (n, m), fp32 inside a block of columns and fp64 across."""
-    total = np.zeros((len(targets), len(bank)))
-    pairs = zip(targets.flatten(1).split(_MPS_INNER, 1), bank.flatten(1).split(_MPS_INNER, 1), strict=True)
-    for left, right in pairs:
-        total += (left @ right.T).cpu().numpy().astype(np.float64)
-    return total
+    """⟨T_i, B_j⟩ for a batch of targets, shape (n, m), fp32 inside runs of columns and fp64 across them."""
+    total = torch.zeros(len(targets), len(bank), dtype=torch.float64)
+    for left, right in zip(targets.flatten(1).split(_FP32_RUN, 1), bank.flatten(1).split(_FP32_RUN, 1), strict=True):
+        total += (left @ right.T).cpu().double()
+    products: NDArray[np.float64] = total.numpy()
+    return products
 
 
 def spd_inverse(matrices: torch.Tensor, ridge: float, rcond: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverses of symmetric positive definite matrices through fp64 Cholesky on the CPU.
+    """Inverses of symmetric positive definite matrices through fp64 Cholesky on the CPU, one after the other.
 
     Where a factor fails, or its diagonal says that 1/cond is below `rcond`, `ridge` times the mean diagonal
     is added first.
@@ -84,6 +239,7 @@ def spd_inverse(matrices: torch.Tensor, ridge: float, rcond: float) -> tuple[tor
     Parameters
     ----------
     matrices : torch.Tensor, shape (n, r, r)
+        Their lower triangles are read.
     ridge, rcond : float
 
     Returns
@@ -92,20 +248,25 @@ def spd_inverse(matrices: torch.Tensor, ridge: float, rcond: float) -> tuple[tor
     ridged : torch.Tensor of bool, shape (n,)
         Which needed the ridge.
     """
-    work = matrices.cpu().double()
-    work = (work + work.mT) / 2
-    factors, info = torch.linalg.cholesky_ex(work)
-    diagonal = factors.diagonal(dim1=1, dim2=2)
-    ridged = (info > 0) | ~((diagonal.amin(1) / diagonal.amax(1)) ** 2 > rcond)
-    if ridged.any():
-        bad = work[ridged]
-        mean = bad.diagonal(dim1=1, dim2=2).mean(1)
-        shift = torch.where(mean > 0, max(ridge, 1e-12) * mean, torch.ones_like(mean))
-        bad = bad + shift[:, None, None] * torch.eye(work.shape[1], dtype=torch.float64)
-        retried, info = torch.linalg.cholesky_ex(bad)
-        if (info > 0).any():  # fp32 noise below the ridge: lift the spectrum by that noise
-            noise = work.shape[1] * torch.finfo(torch.float32).eps * mean
-            retried = torch.linalg.cholesky(bad + noise[:, None, None] * torch.eye(work.shape[1], dtype=torch.float64))
-        factors[ridged] = retried
-    inverses = torch.cholesky_inverse(factors)
-    return inverses.float().to(matrices.device), ridged
+    inverses: torch.Tensor = torch.empty(matrices.shape, dtype=torch.float32)
+    ridged = torch.zeros(len(matrices), dtype=torch.bool)
+    for number, matrix in enumerate(matrices):
+        work = matrix.cpu().double()
+        factor, info = torch.linalg.cholesky_ex(work)
+        diagonal = factor.diagonal()
+        if info > 0 or not (diagonal.min() / diagonal.max()) ** 2 > rcond:
+            ridged[number] = True
+            factor = _ridged_factor(work, ridge)
+        inverses[number] = torch.cholesky_inverse(factor)
+    return inverses.to(matrices.device), ridged
+
+
+def _ridged_factor(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
+    mean = float(matrix.diagonal().mean())
+    identity = torch.eye(len(matrix), dtype=torch.float64)
+    shifted = matrix + (max(ridge, 1e-12) * mean if mean > 0 else 1.0) * identity
+    factor: torch.Tensor
+    factor, info = torch.linalg.cholesky_ex(shifted)
+    if info > 0:  # fp32 noise below the ridge: lift the spectrum by that noise
+        factor = torch.linalg.cholesky(shifted + len(matrix) * torch.finfo(torch.float32).eps * mean * identity)
+    return factor

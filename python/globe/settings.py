@@ -81,6 +81,11 @@ class Settings:
         ... for this many loops in a row ends the loop early.
     device : {"auto", "cpu", "mps", "cuda"}
         Where the large GEMMs run.
+    precision : {"auto", "fp32"}
+        auto: bf16 products where the CPU has them and they are exact or lose nothing that matters; fp32 refuses them.
+    max_memory : int, optional
+        Ceiling of the process's resident memory in bytes (on the command line and in YAML also as 6GiB); half of the
+        machine's memory if not given.
     seed : int
         Seed of the random row selector.
     threads : int, optional
@@ -118,11 +123,15 @@ class Settings:
     support_tolerance: float = 1.0
     patience: int = 3
     device: Literal["auto", "cpu", "mps", "cuda"] = "auto"
+    precision: Literal["auto", "fp32"] = "auto"
+    max_memory: int | None = None
     seed: int = 0
     threads: int | None = None
     calibrate: Literal["none"] = "none"
 
     def __post_init__(self) -> None:
+        if isinstance(self.max_memory, str):
+            object.__setattr__(self, "max_memory", parse_bytes(self.max_memory))  # type: ignore[unreachable]
         _require(isinstance(self.families, list | tuple), "families", self.families, "gate, up or both")
         object.__setattr__(self, "families", tuple(self.families))
         hints = typing.get_type_hints(Settings)
@@ -198,7 +207,24 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("patience", 1, 100_000),
     ("seed", 0, 2**63 - 1),
     ("threads", 1, 4096),
+    ("max_memory", 1 << 20, 1 << 50),
 )
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size as people write it: 6GiB, 500 MB, 6G (1024³), 123456.
+
+    Raises
+    ------
+    UsageError
+        If it is not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)(B?)\s*", text)
+    if match is None:
+        raise UsageError(f"max_memory is {text!r}; expected bytes or a size such as 6GiB")
+    number, prefix, binary, byte = match.groups()
+    base = 1000 if byte and not binary else 1024
+    return int(float(number) * base ** " KMGT".index(prefix.upper() or " "))
 
 
 class _Loader(yaml.SafeLoader):

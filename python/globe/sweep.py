@@ -8,17 +8,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from globe.budget import BLOCKS, Blocks
 from globe.checkpoint import Family
 from globe.codes import coding_step
-from globe.gemm import bank_gram, correlations, matmul, mixtures, spd_inverse
-from globe.lefts import fit_lefts, squared_errors
+from globe.gemm import (
+    bank_gram,
+    correlations,
+    dictionary_dtype,
+    grams,
+    matmul,
+    mixtures,
+    scatter_add,
+    spd_inverse,
+    weights_operand,
+)
+from globe.lefts import LeftFit, fit_lefts, row_energies, squared_errors
 from globe.proxies import Rows
 from globe.settings import Settings
 from globe.stages import Advance
-from globe.stream import expert_batches
+from globe.stream import Workers, expert_batches
 
 Array = NDArray[np.float64]
-_BATCH_BYTES = 48 << 20
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,9 @@ class Measure:
 class Sums:
     """What the dictionary step needs: new codes, the right side (m, r, d), and A_iᵀA_i (exact only).
 
-    `irregular` counts the experts whose coding problem was singular or did not converge.
+    The right side is Σ_i α_ij T_i; for `exact` Σ_i α_ij (A_iᵀW_i − A_iᵀA_i Σ_k α_ik B_k), the residual of the normal
+    equations at the bank as it is. `irregular` counts the experts whose coding problem was singular or did not
+    converge.
     """
 
     codes: Array
@@ -58,62 +70,106 @@ class Sums:
     left_grams: torch.Tensor | None
 
 
-def _batch(family: Family) -> int:
-    return max(1, _BATCH_BYTES // (4 * family.p * family.d))
-
-
-def measure(family: Family, rows: Rows, state: State, settings: Settings, advance: Advance) -> Measure:
+def measure(
+    family: Family, rows: Rows, state: State, settings: Settings, advance: Advance, blocks: Blocks = BLOCKS
+) -> Measure:
     """Refit every left factor and measure the error; one pass."""
     meter = _Meter(family, rows)
-    for span, weights in expert_batches(family, _batch(family), state.bank.device):
-        weights = weights.float()
-        mixed = mixtures(state.codes[span], state.bank)
-        fit = fit_lefts(weights, mixed, settings)
-        meter.add(span, weights, fit.lefts, mixed, fit.ridged)
-        advance(len(weights))
+    mixed_room = _room(family, state, blocks)
+    with Workers(state.bank.device) as workers:
+        for span, batch in expert_batches(family, blocks.experts, state.bank.device):
+            mixed = mixtures(state.codes[span], state.bank, mixed_room)
+
+            def refit(k: int, batch: torch.Tensor = batch, mixed: torch.Tensor = mixed) -> Refit:
+                weights = weights_operand(batch[k : k + 1])
+                return _refit(weights, mixed[k : k + 1], settings)[0]
+
+            for number, found in enumerate(workers.map(refit, len(batch)), span.start):
+                meter.add(number, found)
+                advance(1)
     return meter.result()
 
 
-def sweep(family: Family, rows: Rows, state: State, settings: Settings, advance: Advance) -> tuple[Measure, Sums]:
+def sweep(
+    family: Family, rows: Rows, state: State, settings: Settings, advance: Advance, blocks: Blocks = BLOCKS
+) -> tuple[Measure, Sums]:
     """Measure a state, code the targets that its left factors imply, and sum the dictionary step's right side.
 
     The targets are T_i = A_i⁺ W_i on the training rows (`exact`, `aligned`), or the normalised proxies
-    (`fixed`). The right side is Σ_i α_ij A_iᵀ W_i for `exact`, Σ_i α_ij T_i otherwise.
+    (`fixed`). One pass; an expert is measured, coded and summed while it is in hand.
     """
     device = state.bank.device
     meter, gram = _Meter(family, rows), bank_gram(state.bank)
-    train, proxy = (torch.from_numpy(index).to(device) for index in (rows.train, rows.proxy))
+    proxy, held = (torch.from_numpy(index).to(device) for index in (rows.proxy, rows.validation))
     codes, irregular = np.zeros_like(state.codes), 0
     right_side = torch.zeros_like(state.bank)
     rank = state.bank.shape[1]
     exact = settings.mod == "exact"
-    left_grams = torch.empty(len(family), rank, rank, device=device) if exact else None
-    for span, weights in expert_batches(family, _batch(family), device):
-        weights = weights.float()
-        mixed = mixtures(state.codes[span], state.bank)
-        fit = fit_lefts(weights, mixed, settings)
-        meter.add(span, weights, fit.lefts, mixed, fit.ridged)
-        if settings.mod == "fixed":
-            targets = weights[:, proxy]
-            norms = targets.flatten(1).norm(dim=1)
-            targets = targets / torch.where(norms > 0, norms, torch.ones_like(norms))[:, None, None]
-            summand = targets
-        else:
-            lefts = fit.lefts[:, train]
-            normal, summand = matmul(lefts.mT, lefts), matmul(lefts.mT, weights[:, train])
-            inverse, _ = spd_inverse(normal, settings.ridge, settings.ridge_rcond)
-            targets = matmul(inverse, summand)
-            if left_grams is not None:
-                left_grams[span] = normal
-            else:
-                summand = targets
-        coding = coding_step(gram, correlations(targets, state.bank), settings, state.temperature)
-        codes[span] = coding.codes
-        irregular += coding.irregular
-        shares = torch.from_numpy(codes[span].T.astype(np.float32)).to(device)
-        right_side += (shares @ summand.flatten(1)).view_as(right_side)
-        advance(len(weights))
+    kept = dictionary_dtype(settings.precision, device)
+    left_grams = torch.empty(len(family), rank, rank, dtype=kept, device=device) if exact else None
+    mixed_room, target_room = _room(family, state, blocks), _room(family, state, blocks)
+    summand_room = _room(family, state, blocks) if exact else target_room
+    gram_room = torch.empty(len(target_room), rank, rank, device=device) if exact else None
+    with Workers(device) as workers:
+        for span, batch in expert_batches(family, blocks.experts, device):
+            mixed = mixtures(state.codes[span], state.bank, mixed_room)
+            targets, summands = target_room[: len(batch)], summand_room[: len(batch)]
+
+            def work(k: int, batch: torch.Tensor = batch, mixed: torch.Tensor = mixed, span: slice = span) -> Refit:
+                one = slice(k, k + 1)
+                weights = weights_operand(batch[one])
+                found, fit = _refit(weights, mixed[one], settings)
+                if settings.mod == "fixed":
+                    chosen = batch[k, proxy].float()
+                    norm = chosen.norm()
+                    target_room[k] = chosen / torch.where(norm > 0, norm, torch.ones_like(norm))
+                    return found
+                transposed = fit.lefts.index_fill(1, held, 0.0).mT.contiguous()
+                normal, moved = grams(transposed), matmul(transposed, weights)
+                inverse, _ = spd_inverse(normal, settings.ridge, settings.ridge_rcond)
+                target_room[k] = matmul(inverse.to(device), moved)[0]
+                if gram_room is not None:
+                    summand_room[k], gram_room[k] = moved[0], normal[0]
+                return found
+
+            for number, found in enumerate(workers.map(work, len(batch)), span.start):
+                meter.add(number, found)
+                advance(1)
+            coding = coding_step(gram, correlations(targets, state.bank), settings, state.temperature)
+            codes[span] = coding.codes
+            irregular += coding.irregular
+            if left_grams is not None and gram_room is not None:
+                mixtures(codes[span], state.bank, mixed_room)
+                left_grams[span] = gram_room[: len(batch)]
+
+                def subtract(k: int) -> None:
+                    summand_room[k] -= matmul(gram_room[k], mixed_room[k])
+
+                for _ in workers.map(subtract, len(batch)):
+                    pass
+            scatter_add(codes[span], summands, right_side, mixed_room)
     return meter.result(), Sums(codes, irregular, right_side, left_grams)
+
+
+@dataclass(frozen=True)
+class Refit:
+    """An expert with its left factor refitted: ‖row‖² and squared error of every row (p,); whether it was ridged."""
+
+    energies: torch.Tensor
+    errors: torch.Tensor
+    ridged: bool
+
+
+def _refit(weights: torch.Tensor, mixed: torch.Tensor, settings: Settings) -> tuple[Refit, LeftFit]:
+    fit = fit_lefts(weights, mixed, settings)
+    energies = row_energies(weights)
+    errors = squared_errors(weights, energies, mixed, fit, fit.lefts)
+    return Refit(energies[0], errors[0], bool(fit.ridged[0])), fit
+
+
+def _room(family: Family, state: State, blocks: Blocks) -> torch.Tensor:
+    """Memory for a matrix of the bank's shape per expert in hand."""
+    return torch.empty(min(blocks.experts, len(family)), *state.bank.shape[1:], device=state.bank.device)
 
 
 class _Meter:
@@ -125,12 +181,9 @@ class _Meter:
         self._rows = rows
         self._ridged = 0
 
-    def add(
-        self, span: slice, weights: torch.Tensor, lefts: torch.Tensor, mixed: torch.Tensor, ridged: torch.Tensor
-    ) -> None:
-        self._errors[span] = squared_errors(weights, lefts, mixed)
-        self._energy[span] = weights.pow(2).sum(2).cpu().double()
-        self._ridged += int(ridged.sum())
+    def add(self, number: int, found: Refit) -> None:
+        self._energy[number], self._errors[number] = found.energies, found.errors
+        self._ridged += found.ridged
 
     def result(self) -> Measure:
         everything = slice(None)

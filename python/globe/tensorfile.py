@@ -128,28 +128,37 @@ def bytes_read() -> int:
 
 def read_bytes(info: TensorInfo, offset: int, nbytes: int) -> bytearray:
     """Read `nbytes` of a tensor's data from its byte `offset`."""
-    global _bytes_read
     data = bytearray(nbytes)
-    view, done = memoryview(data), 0
+    _read_into(info, offset, memoryview(data))
+    return data
+
+
+def _read_into(info: TensorInfo, offset: int, view: memoryview) -> None:
+    global _bytes_read
+    done = 0
     with info.file.open("rb", buffering=0) as file:
         file.seek(info.start + offset)
-        while done < nbytes:
+        while done < len(view):
             got = file.readinto(view[done:])
             if not got:
                 raise GlobeError(f"{info.file}: ended early while reading; the file changed during the run")
             done += got
     with _counting:
-        _bytes_read += nbytes
-    return data
+        _bytes_read += done
 
 
-def read_tensor(info: TensorInfo, rows: tuple[int, int] | None = None, index: int | None = None) -> torch.Tensor:
+def read_tensor(
+    info: TensorInfo,
+    rows: tuple[int, int] | None = None,
+    index: int | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Read a tensor, entry `index` of its first axis, or the `rows` (first, past the last) of what that leaves.
 
     Returns
     -------
     torch.Tensor
-        In the file's own dtype, on the CPU.
+        In the file's own dtype, on the CPU; `out`, contiguous and of that shape and dtype, where it is given.
     """
     dtype = TORCH_DTYPES[info.dtype]
     shape, offset = info.shape, 0
@@ -160,10 +169,12 @@ def read_tensor(info: TensorInfo, rows: tuple[int, int] | None = None, index: in
         row = math.prod(shape[1:]) * dtype.itemsize
         offset += rows[0] * row
         shape = (rows[1] - rows[0], *shape[1:])
-    nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes == 0:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(read_bytes(info, offset, nbytes), dtype=dtype).view(shape)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype)
+    assert out.shape == shape and out.dtype == dtype and out.is_contiguous()
+    if out.numel() > 0:
+        _read_into(info, offset, out.view(-1).view(torch.uint8).numpy().data)
+    return out
 
 
 class TensorWriter:

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from globe.checkpoint import Family
 from globe.codes import supports, update_temperature
@@ -124,9 +123,8 @@ def train(
 def _dictionary_step(state: State, sums: Sums, settings: Settings, relaxation: float) -> State:
     if sums.left_grams is not None:
         bank = mod_exact(
-            sums.codes, sums.left_grams, sums.right_side, state.bank, settings.mod_ridge, settings.cg_steps
+            sums.codes, sums.left_grams, sums.right_side, state.bank, settings.mod_ridge, settings.cg_steps, relaxation
         )
-        bank = torch.add(bank, bank - state.bank, alpha=relaxation)
     else:
         bank = mod(sums.codes, sums.right_side, state.bank, settings.mod_ridge)
     bank, codes = unit_atoms(bank, sums.codes)

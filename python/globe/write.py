@@ -23,8 +23,8 @@ from globe.factored import (
     rest_name,
     shard_name,
 )
-from globe.gemm import mixtures
-from globe.lefts import fit_lefts, squared_errors
+from globe.gemm import mixtures, weights_operand
+from globe.lefts import fit_lefts, row_energies, squared_errors
 from globe.ratios import Shape
 from globe.settings import Settings
 from globe.stages import Advance
@@ -135,12 +135,13 @@ def _write_experts(
             continue
         lefts = []
         for number in numbers:
-            weights = fit.family.read(number).float()[None].to(fit.state.bank.device)
+            weights = weights_operand(fit.family.read(number)[None].to(fit.state.bank.device))
             mixed = mixtures(fit.state.codes[[number]], fit.state.bank)
             solved = fit_lefts(weights, mixed, settings)
-            stored = solved.lefts.bfloat16()
-            written.errors[name][number] = float(squared_errors(weights, stored.float(), mixed).sum())
-            written.energies[name][number] = float(weights.pow(2).sum(dtype=torch.float32).double())
+            stored, energy = solved.lefts.bfloat16(), row_energies(weights)
+            errors = squared_errors(weights, energy, mixed, solved, stored.float())
+            written.errors[name][number] = float(errors.sum())
+            written.energies[name][number] = float(energy.sum())
             written.ridged[name] += int(solved.ridged.sum())
             lefts.append(stored[0].cpu())
             advance(1)

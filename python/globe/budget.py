@@ -1,0 +1,149 @@
+"""How much is in hand at a time, so that the process stays below a ceiling of memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from globe.checkpoint import Family
+from globe.errors import UsageError
+from globe.ratios import Shape
+from globe.settings import Settings
+
+_BASE = 768 << 20  # the interpreter with torch, and freed memory that the allocator keeps
+_SCATTER_EXPERTS = 64
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What a stage takes in hand at a time.
+
+    Parameters
+    ----------
+    experts : int
+        Experts of a pass that share one reading of the bank.
+    proxy_bytes : int
+        Bytes of one block of proxies.
+    columns : int
+        Columns of the bank in the exact dictionary step.
+    """
+
+    experts: int = 32
+    proxy_bytes: int = 256 << 20
+    columns: int = 512
+
+
+BLOCKS = Blocks()
+
+
+def machine_memory() -> int:
+    """Bytes of memory of this machine, or of the control group that the process is held in."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        held = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return total
+    return min(total, int(held)) if held.isdigit() else total
+
+
+def plan_blocks(
+    families: Mapping[str, Family], shapes: Mapping[str, Shape], settings: Settings, threads: int, exact_bytes: int
+) -> Blocks:
+    """The largest blocks with which no stage is expected above `settings.max_memory`, from the shapes alone.
+
+    Parameters
+    ----------
+    families, shapes : mapping
+        By family's name.
+    settings : Settings
+    threads : int
+        Experts worked on at the same time.
+    exact_bytes : int
+        Bytes of a number of A_iᵀA_i, 2 or 4.
+
+    Raises
+    ------
+    UsageError
+        If no block is small enough; says what would fit.
+    """
+    limit = settings.max_memory if settings.max_memory is not None else machine_memory() // 2
+    chosen = BLOCKS
+    for name, family in families.items():
+        cost = _Cost(family, shapes[name], settings, threads, exact_bytes)
+        smallest = Blocks(1, 1 << 20, 16)
+        if cost.peak(smallest) > limit:
+            raise UsageError(_advice(cost, settings, limit, cost.peak(smallest)))
+        for field in ("experts", "columns", "proxy_bytes"):
+            while cost.peak(replace(smallest, **{field: getattr(chosen, field)})) > limit:
+                chosen = replace(chosen, **{field: getattr(chosen, field) // 2})
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """Bytes that the stages of one family hold at their peaks."""
+
+    family: Family
+    shape: Shape
+    settings: Settings
+    threads: int
+    exact_bytes: int
+
+    @property
+    def bank(self) -> int:
+        return 4 * self.shape.bank * self.shape.rank * self.family.d
+
+    @property
+    def left_grams(self) -> int:
+        exact = self.settings.mod == "exact" and self.settings.outer_loops > 0
+        return len(self.family) * self.shape.rank**2 * self.exact_bytes if exact else 0
+
+    @property
+    def workers(self) -> int:
+        """What each worker makes of an expert: W, W B̃ᵀ, A and its transpose, A⁺W, r × r matrices in fp64."""
+        p, d, r = self.family.p, self.family.d, self.shape.rank
+        return self.threads * (4 * p * d + 20 * p * r + 12 * r * d + 40 * r * r)
+
+    def peak(self, blocks: Blocks) -> int:
+        """Of all stages."""
+        return _BASE + max(self.seeds(blocks), self.loop(blocks), self.dictionary(blocks), self.bank + self.workers)
+
+    def seeds(self, blocks: Blocks) -> int:
+        gram = 8 * 8 * len(self.family) ** 2
+        return 2 * self.bank + max(gram, 3 * blocks.proxy_bytes) + 4 * self.family.p * self.family.d * self.threads
+
+    def loop(self, blocks: Blocks) -> int:
+        p, d, r = self.family.p, self.family.d, self.shape.rank
+        read = 3 * p * d * self.family.bytes_per_weight
+        made = 4 * r * d * (3 if self.left_grams else 2) + (4 * r * r if self.left_grams else 0)
+        banks = 2 if self.settings.outer_loops > 0 else 1
+        return banks * self.bank + self.left_grams + blocks.experts * (read + made) + self.workers
+
+    def dictionary(self, blocks: Blocks) -> int:
+        if not self.left_grams:
+            return 2 * self.bank + (128 << 20)
+        r, m = self.shape.rank, self.shape.bank
+        columns = r * blocks.columns * (8 * 4 * m + 3 * 4 * _SCATTER_EXPERTS)
+        return 2 * self.bank + self.left_grams + 4 * m * r * r + columns + 4 * _SCATTER_EXPERTS * r * r
+
+
+def _advice(cost: _Cost, settings: Settings, limit: int, needed: int) -> str:
+    shape, bank = cost.shape, cost.shape.bank
+    while bank > 1 and replace(cost, shape=replace(shape, bank=bank)).peak(Blocks(1, 1 << 20, 16)) > limit:
+        bank -= max(1, bank // 20)
+    remedies = [f"--max-memory {_gib(needed)}"]
+    if replace(cost, shape=replace(shape, bank=bank)).peak(Blocks(1, 1 << 20, 16)) <= limit:
+        remedies.append(f"--bank-size {bank}")
+    aligned = replace(cost, settings=replace(settings, mod="aligned")).peak(Blocks(1, 1 << 20, 16))
+    if cost.left_grams and aligned <= limit:
+        remedies.append("--mod aligned")
+    return (
+        f"max_memory is {_gib(limit)}; family {cost.family.name} ({len(cost.family)} experts, rank {shape.rank}, bank "
+        f"{shape.bank}) needs at least {_gib(needed)}; use {' or '.join(remedies)}"
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{-(-size * 10 // 2**30) / 10:g}GiB"
