@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -47,13 +48,15 @@ def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def mixtures(codes: NDArray[np.float64], bank: torch.Tensor, epsilon: float = 0.0) -> torch.Tensor:
-    """B̃_i = Σ_j α_ij B_j for a batch of experts, shape (n, r, d), fp32 on the bank's device."""
+    """B̃_i = Σ_j α_ij B_j for a batch of experts, shape (n, r, d), fp32 on the bank's device; atoms in fp32 or bf16."""
     if bank.device.type == "cpu":
-        composed = kernels.compose(codes.astype(np.float32), bank.numpy(), epsilon=epsilon)
+        half = bank.dtype == torch.bfloat16
+        atoms = bank.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if half else bank.numpy()
+        composed = kernels.compose(codes.astype(np.float32), atoms, epsilon=epsilon, dtype=np.float32)
         return torch.from_numpy(composed)
     weights = torch.from_numpy(codes.astype(np.float32)).to(bank.device)
     weights = torch.where(weights.abs() < epsilon, torch.zeros_like(weights), weights)
-    mixed: torch.Tensor = weights @ bank.flatten(1)
+    mixed: torch.Tensor = weights @ bank.flatten(1).float()
     return mixed.view(len(codes), *bank.shape[1:])
 
 
@@ -62,6 +65,7 @@ def bank_gram(bank: torch.Tensor) -> NDArray[np.float64]:
     flat = bank.flatten(1)
     total = np.zeros((len(bank), len(bank)))
     for block in flat.split(_MPS_INNER, 1):
+        block = block.float()
         total += (block @ block.T).cpu().numpy().astype(np.float64)
     return (total + total.T) / 2
 
