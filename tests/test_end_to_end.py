@@ -333,7 +333,7 @@ def test_metrics_have_what_was_promised(trips: Callable[..., Trip]) -> None:
     assert 0 < ratio["touched"] < ratio["experts"] < ratio["checkpoint"] < 1
     assert len(metrics["stages"]) >= 6
     for stage in metrics["stages"]:
-        assert set(stage) == {"name", "seconds", "bytes_read", "peak_rss_bytes"}
+        assert set(stage) == {"name", "seconds", "bytes_read", "peak_rss_bytes", "resumed"} and not stage["resumed"]
         assert stage["seconds"] >= 0 and stage["peak_rss_bytes"] > 1 << 20
     assert metrics["settings"] == Settings(rank=0.5, bank_size=3, outer_loops=2, device="cpu").as_dict()
     assert metrics["source"]["layout"] == "olmoe"

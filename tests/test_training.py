@@ -124,7 +124,9 @@ def test_the_best_state_is_kept(loops: int, mod: str, family: Family) -> None:
     errors = [found.initial.relative_error, *(record.relative_error for record in found.history)]
     assert len(states) == len(errors) == loops + 1
     assert found.measure.relative_error == min(errors)
-    assert found.state is states[int(np.argmin(errors))]
+    best = states[int(np.argmin(errors))]
+    assert torch.equal(found.state.bank, best.bank) and found.state.temperature == best.temperature
+    assert (found.state.codes == best.codes).all()
     settings = Settings()
     again = measure(family, make_rows(family, RANK, settings), found.state, settings, silent)
     assert again.relative_error == pytest.approx(min(errors), rel=1e-9)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,33 +11,85 @@ import numpy as np
 import torch
 
 from globe import __version__
+from globe.budget import Blocks, plan_blocks
 from globe.card import model_card
-from globe.checkpoint import Checkpoint, Family
-from globe.errors import UsageError
+from globe.checkpoint import Checkpoint, Family, read_json
+from globe.errors import GlobeError, UsageError
+from globe.factor import factor, load_fit, scan_family
 from globe.factored import FORMAT_VERSION, MANIFEST
-from globe.gemm import pick_device, set_threads
-from globe.metrics import proxy_error, stored_report, training_report
-from globe.output import copy_companions, output_directory
-from globe.proxies import Scan, scan, split_rows
+from globe.gemm import (
+    check_device,
+    dictionary_dtype,
+    keep_memory,
+    pick_device,
+    pick_precision,
+    precision_report,
+    set_precision,
+    set_threads,
+)
+from globe.metrics import stored_report
+from globe.output import copy_companions, run_directory, run_key
 from globe.ratios import Ratios, Shape, ratios, stored_elements
-from globe.seeds import METHODS, SeedTask
 from globe.settings import Settings
 from globe.stages import Display, Stages
-from globe.sweep import State
 from globe.tensorfile import write_text
-from globe.training import train
-from globe.write import Fit, manifest, rounded, write_weights
-
-_BLOCK_BYTES = 256 << 20
+from globe.write import Fit, Written, manifest, write_weights
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished compression: where it lies, what metrics.json says, and the three ratios."""
+    """A finished compression: where it lies, what metrics.json says, and the three ratios.
+
+    `found` where it was finished before and nothing had to be done.
+    """
 
     directory: Path
     metrics: dict[str, Any]
     ratio: Ratios
+    found: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checkpoint and settings that fit each other, known from headers alone."""
+
+    checkpoint: Checkpoint
+    families: dict[str, Family]
+    shapes: dict[str, Shape]
+    device: torch.device
+    blocks: Blocks
+
+
+def plan(model_dir: Path, settings: Settings) -> Plan:
+    """Index a checkpoint and resolve the settings on it.
+
+    Raises
+    ------
+    UsageError
+        If a setting does not fit the checkpoint or saves nothing.
+    GlobeError
+        If the checkpoint cannot be used.
+    """
+    checkpoint = Checkpoint(model_dir)
+    families = {name: checkpoint.family(name) for name in settings.families}
+    shapes = {
+        name: Shape(
+            settings.resolve_rank(family.p, family.d),
+            settings.resolve_bank(len(family)),
+            len(family) * _expected_support(settings, len(family)),
+        )
+        for name, family in families.items()
+    }
+    planned = ratios(checkpoint, families, shapes)
+    if planned.touched >= 1:
+        raise UsageError(
+            f"rank {settings.rank} with these banks stores {planned.touched:.3f} of the touched matrices and saves "
+            "nothing; lower --rank or --bank-size (globe inspect shows the choices)"
+        )
+    device = pick_device(settings.device)
+    exact_bytes = dictionary_dtype(settings.precision, device).itemsize
+    blocks = plan_blocks(families, shapes, settings, settings.threads or torch.get_num_threads(), exact_bytes)
+    return Plan(checkpoint, families, shapes, device, blocks)
 
 
 def compress(
@@ -47,9 +98,14 @@ def compress(
     settings: Settings | None = None,
     *,
     overwrite: bool = False,
+    fresh: bool = False,
+    keep_run: bool = False,
     progress: Display | None = None,
 ) -> Result:
     """Factor the routed experts of a checkpoint: W_i ≈ A_i Σ_j α_ij B_j with one bank per family.
+
+    Every stage leaves its result in OUT/.globe-run, and the same call after a run that was stopped goes on from
+    there: the weight files are the same to the bit. Where OUT is finished already, its result is returned.
 
     Parameters
     ----------
@@ -60,7 +116,11 @@ def compress(
     settings : Settings, optional
         Defaults of the specification, section M.
     overwrite : bool
-        Replace an output that is not empty.
+        Replace an output that is not empty, whatever it holds.
+    fresh : bool
+        Start over where an earlier compression left an unfinished run or its output.
+    keep_run : bool
+        Keep OUT/.globe-run at the end.
     progress : Display, optional
         Shows stages and lines as they go.
 
@@ -71,78 +131,87 @@ def compress(
     Raises
     ------
     UsageError
-        If a setting does not fit the checkpoint or saves nothing.
+        If a setting does not fit the checkpoint or saves nothing, or OUT holds something else.
     GlobeError
         If the checkpoint or the output directory cannot be used.
     """
-    settings = settings or Settings()
+    settings, source, target = settings or Settings(), Path(model_dir), Path(out_dir)
     stages = Stages(progress)
     with stages.stage("index", 1):
-        checkpoint = Checkpoint(Path(model_dir))
-        families = {name: checkpoint.family(name) for name in settings.families}
-        shapes = {
-            name: Shape(
-                settings.resolve_rank(family.p, family.d),
-                settings.resolve_bank(len(family)),
-                len(family) * _expected_support(settings, len(family)),
-            )
-            for name, family in families.items()
-        }
-        planned = ratios(checkpoint, families, shapes)
-        if planned.touched >= 1:
-            raise UsageError(
-                f"rank {settings.rank} with these banks stores {planned.touched:.3f} of the touched matrices and saves "
-                "nothing; lower --rank or --bank-size (globe inspect shows the choices)"
-            )
-        device = pick_device(settings.device)
+        planned = plan(source, settings)
         set_threads(settings.threads)
-    needed = _needed_bytes(checkpoint, families, shapes)
-    with output_directory(Path(out_dir), Path(model_dir), overwrite=overwrite, needed_bytes=needed) as target:
-        scans: dict[str, Scan] = {}
-        for name, family in families.items():  # all families before the first is trained: a bad tensor ends it early
-            with stages.stage(f"{name}: scan", len(family)) as advance:
-                scans[name] = scan(family, settings, advance)
-        fits: dict[str, Fit] = {}
-        reports: dict[str, dict[str, Any]] = {}
-        for name, family in families.items():
-            fits[name], reports[name] = _factor(family, shapes[name], scans[name], settings, device, stages, target)
-        with stages.stage("write", sum(len(family) for family in families.values())) as advance:
-            written = write_weights(checkpoint, fits, target, settings, advance)
+        set_precision(pick_precision(settings.precision, planned.device))
+        keep_memory()
+        check_device(planned.device)
+        fingerprint = planned.checkpoint.fingerprint()
+        environment = {
+            "device": str(planned.device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "blocks": asdict(planned.blocks),
+            "precision": precision_report(settings.precision, planned.device),
+        }
+    with run_directory(
+        target,
+        source,
+        run_key(__version__, fingerprint, settings.as_dict()),
+        environment,
+        fresh=fresh,
+        overwrite=overwrite,
+        keep_run=keep_run,
+        needed_bytes=_needed_bytes(planned),
+        log=stages.display.log,
+    ) as store:
+        if store is None:
+            stages.display.log(f"{target} is finished already, with this source and these settings; nothing to do")
+            return _finished(target)
+        scans = {}
+        for name, family in planned.families.items():  # all before the first is trained: a bad tensor ends it early
+            scans[name] = scan_family(family, settings, stages, store)
+        reports = {}
+        for name, family in planned.families.items():
+            shape = planned.shapes[name]
+            reports[name] = factor(family, shape, scans[name], settings, planned.device, stages, store, planned.blocks)
+        fits = {name: load_fit(family, store, planned.device) for name, family in planned.families.items()}
+        written = write_weights(planned.checkpoint, fits, target, settings, stages, store, planned.blocks)
         for name, report in reports.items():
             report.update(stored_report(name, fits[name], written))
-        actual = ratios(
-            checkpoint,
-            families,
-            {
-                name: Shape(shape.rank, shape.bank, int(np.count_nonzero(fits[name].state.codes)))
-                for name, shape in shapes.items()
-            },
-        )
-        source = {"path": str(model_dir), "layout": checkpoint.layout.name, "fingerprint": checkpoint.fingerprint()}
-        width = next(iter(families.values())).bytes_per_weight
+        actual = _actual_ratios(planned, fits)
+        described = {"path": str(model_dir), "layout": planned.checkpoint.layout.name, "fingerprint": fingerprint}
         metrics = {
             "globe_version": __version__,
             "families": reports,
             "ratio": asdict(actual),
-            "bytes": {
-                "touched": sum(len(family) * family.p * family.d for family in families.values()) * width,
-                "experts": checkpoint.expert_elements() * width,
-                "checkpoint": sum(info.nbytes for info in checkpoint.tensors.values()),
-                "stored": sum(file.stat().st_size for file in target.glob("*.safetensors")),
-            },
-            "device": str(device),
-            "threads": torch.get_num_threads(),
+            "bytes": _bytes(planned, written),
+            "files": written.files,
+            "device": environment["device"],
+            "threads": environment["threads"],
+            "precision": environment["precision"],
+            "blocks": environment["blocks"],
             "settings": settings.as_dict(),
-            "source": source,
+            "source": described,
             "stages": stages.as_list(),
         }
-        copy_companions(checkpoint.directory, target)
-        _write_json(target / MANIFEST, manifest(checkpoint, families, shapes, settings, source))
+        copy_companions(planned.checkpoint.directory, target)
+        told = manifest(planned.checkpoint, planned.families, planned.shapes, settings, described)
+        _write_json(target / MANIFEST, told)
         _write_json(target / "metrics.json", metrics)
-        write_text(target / "README.md", model_card(Path(model_dir).resolve().name, metrics))
+        write_text(target / "README.md", model_card(source.resolve().name, metrics))
         quantization = {"quant_method": "globe", "format_version": FORMAT_VERSION}
-        _write_json(target / "config.json", {**checkpoint.config, "quantization_config": quantization})
-    return Result(Path(out_dir), metrics, actual)
+        _write_json(target / "config.json", {**planned.checkpoint.config, "quantization_config": quantization})
+    return Result(target, metrics, actual)
+
+
+def _finished(target: Path) -> Result:
+    metrics = read_json(target / "metrics.json")
+    for name, file in metrics.get("files", {}).items():
+        path = target / name
+        if not path.is_file() or path.stat().st_size != file["bytes"]:
+            raise GlobeError(
+                f"{path}: missing or not of the {file['bytes']:,} bytes that metrics.json states, in an output that "
+                "is otherwise finished; use --fresh to make it again"
+            )
+    return Result(target, metrics, Ratios(**metrics["ratio"]), found=True)
 
 
 def _expected_support(settings: Settings, experts: int) -> int:
@@ -151,38 +220,32 @@ def _expected_support(settings: Settings, experts: int) -> int:
     return min(bank, settings.support) if steered else bank // 2
 
 
-def _needed_bytes(checkpoint: Checkpoint, families: dict[str, Family], shapes: dict[str, Shape]) -> int:
-    everything = sum(info.nbytes for info in checkpoint.tensors.values())
+def _needed_bytes(planned: Plan) -> int:
+    """Disk that a run takes: three banks in fp32 while one family is trained, or the output; and all factors."""
+    families, shapes = planned.families, planned.shapes
+    everything = sum(info.nbytes for info in planned.checkpoint.tensors.values())
     touched = sum(len(family) * family.p * family.d * family.bytes_per_weight for family in families.values())
-    return everything - touched + 2 * sum(stored_elements(families[name], shapes[name]) for name in families)
+    output = everything - touched + 2 * sum(stored_elements(families[name], shapes[name]) for name in families)
+    banks = [shapes[name].bank * shapes[name].rank * family.d for name, family in families.items()]
+    return 2 * sum(banks) + max(output, 3 * 4 * max(banks))
 
 
-def _factor(
-    family: Family,
-    shape: Shape,
-    scanned: Scan,
-    settings: Settings,
-    device: torch.device,
-    stages: Stages,
-    scratch: Path,
-) -> tuple[Fit, dict[str, Any]]:
-    name = family.name
-    rows = split_rows(family.p, shape.rank, scanned.row_energy, settings)
-    with stages.stage(f"{name}: seeds", 2) as advance, tempfile.TemporaryDirectory(dir=scratch) as folder:
-        task = SeedTask(
-            family, rows, shape.bank, settings, device, _BLOCK_BYTES, Path(folder), advance, stages.display.log
-        )
-        seeds = METHODS[settings.method](task)
-    state = State(seeds.bank, seeds.codes, settings.temperature)
-    with stages.stage(f"{name}: loops", (settings.outer_loops + 1) * len(family)) as advance:
-        training = train(family, rows, state, settings, advance, stages.display.log)
-    fit = Fit(family, rounded(training.state))
-    report = training_report(shape, rows, seeds, training)
-    with stages.stage(f"{name}: proxies", 1) as advance:
-        report["proxy_error"] = proxy_error(family, rows, fit.state.bank, _BLOCK_BYTES, advance)
-    if training.measure.ridged:
-        stages.display.log(f"{name}: {training.measure.ridged} left factors were ill-conditioned and took a ridge")
-    return fit, report
+def _actual_ratios(planned: Plan, fits: dict[str, Fit]) -> Ratios:
+    stored = {
+        name: Shape(shape.rank, shape.bank, int(np.count_nonzero(fits[name].state.codes)))
+        for name, shape in planned.shapes.items()
+    }
+    return ratios(planned.checkpoint, planned.families, stored)
+
+
+def _bytes(planned: Plan, written: Written) -> dict[str, int]:
+    width = next(iter(planned.families.values())).bytes_per_weight
+    return {
+        "touched": sum(len(family) * family.p * family.d for family in planned.families.values()) * width,
+        "experts": planned.checkpoint.expert_elements() * width,
+        "checkpoint": sum(info.nbytes for info in planned.checkpoint.tensors.values()),
+        "stored": sum(file["bytes"] for file in written.files.values()),
+    }
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -92,6 +92,12 @@ def _bf16_dots() -> bool:
     return str(kernels.available()["isa"]).endswith("_bf16")
 
 
+def precision_report(wanted: str, device: torch.device) -> dict[str, str]:
+    """What metrics.json says: how weights are multiplied, how the dictionary step works, and the instruction set."""
+    step = "bf16" if dictionary_dtype(wanted, device) == torch.bfloat16 else "fp32"
+    return {"products": pick_precision(wanted, device), "dictionary": step, "isa": kernels.available()["isa"]}
+
+
 def set_precision(precision: Precision) -> None:
     """Let :func:`weights_operand` and :func:`matmul` work in a precision of :func:`pick_precision`."""
     global _precision
@@ -159,7 +165,7 @@ def grams(matrices: torch.Tensor) -> torch.Tensor:
     """X_i X_iᵀ (n, k, k) of X (n, k, c): fp32 inside runs of columns, fp64 across them; fp64 on the CPU."""
     if matrices.device.type == "cpu":
         threads = torch.get_num_threads()
-        products = [kernels.gram(matrix.numpy(), threads=threads) for matrix in matrices.contiguous()]
+        products = [kernels.gram(_array(matrix), threads=threads) for matrix in matrices.contiguous()]
         return torch.from_numpy(np.stack(products))
     total = torch.zeros(len(matrices), matrices.shape[1], matrices.shape[1], dtype=torch.float64)
     for part in matrices.split(_FP32_RUN, 2):
@@ -168,18 +174,19 @@ def grams(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def mixtures(codes: NDArray[np.float64], bank: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """B̃_i = Σ_j α_ij B_j for a batch of experts, shape (n, r, d), in the bank's dtype (fp32 or bf16) and device.
+    """B̃_i = Σ_j α_ij B_j for a batch of experts, shape (n, r, d), on the bank's device, summed in fp32.
 
-    `out` (n or more, r, d) is written in its first n entries, which are returned.
+    The bank may be in bf16 on the CPU. `out` (n or more, r, d; fp32, or bf16 on the CPU) is written in its first n
+    entries, which are returned.
     """
     if out is None:
-        out = torch.empty(len(codes), *bank.shape[1:], dtype=bank.dtype, device=bank.device)
+        out = torch.empty(len(codes), *bank.shape[1:], device=bank.device)
     out = out[: len(codes)]
     if bank.device.type == "cpu":
-        kernels.compose(codes.astype(np.float32), _array(bank), out=_array(out), threads=torch.get_num_threads())
+        kernels.compose(codes.astype(np.float32), _array(bank), out=_array(out))
     else:
         weights = torch.from_numpy(codes.astype(np.float32)).to(bank.device)
-        torch.mm(weights.to(bank.dtype), bank.flatten(1), out=out.view(len(codes), -1))
+        torch.mm(weights, bank.flatten(1), out=out.view(len(codes), -1))
     return out
 
 
@@ -203,7 +210,7 @@ def scatter_add(codes: NDArray[np.float64], summands: torch.Tensor, total: torch
     for first in range(0, len(used), len(room)):
         rows = used[first : first + len(room)]
         part = room[: len(rows)].numpy()
-        kernels.compose(transposed[rows], _array(summands), out=part, threads=torch.get_num_threads())
+        kernels.compose(transposed[rows], _array(summands), out=part)
         for row, sums in zip(rows, room, strict=False):
             total[row] += sums
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ from globe.codes import supports
 from globe.gemm import bank_gram, correlations
 from globe.proxies import Rows, proxy_blocks
 from globe.ratios import Shape
-from globe.seeds import Seeds
 from globe.stages import Advance
 from globe.training import Training
 from globe.write import Fit, Written
@@ -22,16 +22,16 @@ from globe.write import Fit, Written
 Array = NDArray[np.float64]
 
 
-def training_report(shape: Shape, rows: Rows, seeds: Seeds, training: Training) -> dict[str, Any]:
-    """Seeds and loops: explained variance, errors at the start, and every loop."""
+def training_report(shape: Shape, rows: Rows, seeds: Mapping[str, Any], training: Training) -> dict[str, Any]:
+    """Seeds (all fields but bank and codes) and loops: explained variance, errors at the start, and every loop."""
     return {
         "rank": shape.rank,
         "bank": shape.bank,
         "validation_rows": len(rows.validation),
-        "explained_variance": seeds.explained_variance,
+        "explained_variance": seeds["explained_variance"],
         "init": {
             "relative_error": training.initial.relative_error,
-            "proxy_error": seeds.proxy_error,
+            "proxy_error": seeds["proxy_error"],
         },
         "temperature": training.state.temperature,
         "stopped": training.stopped,

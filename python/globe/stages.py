@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from globe.tensorfile import bytes_read
@@ -38,12 +38,16 @@ class Silent:
 
 @dataclass(frozen=True)
 class Stage:
-    """A finished stage: wall seconds, bytes of tensors read, and the process's peak resident memory at its end."""
+    """A finished stage: wall seconds, bytes of tensors read, and the process's peak resident memory at its end.
+
+    `resumed` where an earlier process did the stage or a part of it; its seconds and bytes are counted.
+    """
 
     name: str
     seconds: float
     bytes_read: int
     peak_rss_bytes: int
+    resumed: bool = False
 
 
 class Stages:
@@ -52,14 +56,30 @@ class Stages:
     def __init__(self, display: Display | None = None) -> None:
         self.display: Display = display or Silent()
         self.records: list[Stage] = []
+        self._running: tuple[float, int, Stage] | None = None
 
     @contextmanager
-    def stage(self, name: str, total: float) -> Iterator[Advance]:
-        """Time a stage of `total` steps."""
-        started, read = time.perf_counter(), bytes_read()
+    def stage(self, name: str, total: float, earlier: dict[str, Any] | None = None) -> Iterator[Advance]:
+        """Time a stage of `total` steps, on top of the record of the part that an earlier process did."""
+        before = Stage(**earlier) if earlier is not None else Stage(name, 0.0, 0, 0)
+        self._running = (time.perf_counter(), bytes_read(), replace(before, resumed=earlier is not None))
         with self.display.stage(name, total) as advance:
             yield advance
-        self.records.append(Stage(name, time.perf_counter() - started, bytes_read() - read, peak_rss_bytes()))
+        self.records.append(Stage(**self.so_far()))
+
+    def so_far(self) -> dict[str, Any]:
+        """The record of the running stage as of now."""
+        assert self._running is not None, "no stage is running"
+        started, read, before = self._running
+        seconds = before.seconds + time.perf_counter() - started
+        peak = max(before.peak_rss_bytes, peak_rss_bytes())
+        return asdict(Stage(before.name, seconds, before.bytes_read + bytes_read() - read, peak, before.resumed))
+
+    def recall(self, record: dict[str, Any]) -> None:
+        """Add the record of a stage that an earlier process finished."""
+        stage = replace(Stage(**record), resumed=True)
+        self.records.append(stage)
+        self.display.log(f"{stage.name}: done before, in {stage.seconds:.1f} s")
 
     def as_list(self) -> list[dict[str, Any]]:
         """The records as plain values."""

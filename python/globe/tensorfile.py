@@ -8,12 +8,14 @@ https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import struct
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -188,7 +190,11 @@ class TensorWriter:
         All tensors, in the order in which they will be written.
     metadata : mapping of str to str
         The header's metadata.
+
+    `sha256` is that of the whole file, once it is written.
     """
+
+    sha256: str = ""
 
     def __init__(
         self,
@@ -206,8 +212,13 @@ class TensorWriter:
         raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         raw += b" " * (-len(raw) % 8)
         self._temporary = path.with_name(f".{path.name}.partial")
+        self._digest = hashlib.sha256()
         self._file = self._temporary.open("wb")
-        self._file.write(struct.pack("<Q", len(raw)) + raw)
+        self._put(struct.pack("<Q", len(raw)) + raw)
+
+    def _put(self, chunk: bytes | bytearray | memoryview) -> None:
+        self._file.write(chunk)
+        self._digest.update(chunk)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write the next tensor."""
@@ -220,7 +231,7 @@ class TensorWriter:
         assert name == expected, f"{name} written where {expected} was announced"
         written = 0
         for chunk in chunks:
-            self._file.write(chunk)
+            self._put(chunk)
             written += len(chunk)
         assert written == nbytes, f"{name}: {written} bytes written, {nbytes} announced"
 
@@ -236,8 +247,10 @@ class TensorWriter:
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self._temporary, self.path)
+            self.sha256 = self._digest.hexdigest()
         else:
-            self._file.close()
+            with suppress(OSError):  # closing writes what is buffered, and a full disk is full still
+                self._file.close()
             self._temporary.unlink(missing_ok=True)
 
 
@@ -254,5 +267,17 @@ def copy_chunks(info: TensorInfo, size: int = 1 << 24) -> Iterable[bytearray]:
 def write_text(path: Path, text: str) -> None:
     """Write a small file under a temporary name, then rename it."""
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()

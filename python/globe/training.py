@@ -5,37 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from globe.budget import BLOCKS, Blocks
 from globe.checkpoint import Family
 from globe.codes import supports, update_temperature
 from globe.dictionary import mod, mod_exact, unit_atoms
+from globe.progress import Progress, Record, States
 from globe.proxies import Rows
 from globe.settings import Settings
 from globe.stages import Advance
 from globe.sweep import Measure, State, Sums, measure, sweep
-
-
-@dataclass(frozen=True)
-class Record:
-    """One loop's line in metrics.json: the state it left, and its wall time in seconds."""
-
-    loop: int
-    relative_error: float
-    train_error: float
-    validation_error: float | None
-    support_median: float
-    temperature: float
-    over_relaxation: float
-    irregular_codes: int
-    seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -52,79 +34,92 @@ class Training:
 def train(
     family: Family,
     rows: Rows,
-    state: State,
+    start: State | Progress,
     settings: Settings,
     advance: Advance,
     log: Callable[[str], None] = lambda line: None,
+    states: States | None = None,
+    blocks: Blocks = BLOCKS,
 ) -> Training:
-    """Alternate codes, dictionary and left factors from `state`, and keep the best state.
+    """Alternate codes, dictionary and left factors from `start`, and keep the best state.
 
     A loop is one pass over W: the pass that codes the targets of a state also measures it. The best state has
     the lowest relative error over all rows, which is what is delivered; the held-out rows decide when to stop.
+    One state is in memory, `states` keeps the others; a `start` that is a progress goes on from those.
     """
-    best: tuple[State, Measure] | None = None
-    initial: Measure | None = None
-    history: list[Record] = []
-    relaxation, plateau, irregular, stopped = settings.over_relaxation, 0, 0, "outer_loops"
-    previous: Measure | None = None
     started = time.perf_counter()
-    for loop in range(settings.outer_loops + 1):
-        last = loop == settings.outer_loops
+    if isinstance(start, Progress):
+        assert states is not None, "progress without the states that it speaks of"
+        now, state = start, states.load(start.loop)
+        started -= now.seconds
+        advance(now.loop * len(family))
+    else:
+        states = states if states is not None else States(device=start.bank.device)
+        now, state = Progress(settings.over_relaxation), start
+        states.save(state, now)
+    del start  # a caller that has let go of it leaves one bank in memory
+    stopped = "outer_loops"
+    while True:
         sums: Sums | None = None
-        if last:
-            now = measure(family, rows, state, settings, advance)
+        if now.loop == settings.outer_loops:
+            measured = measure(family, rows, state, settings, advance, blocks)
         else:
-            now, sums = sweep(family, rows, state, settings, advance)
+            measured, sums = sweep(family, rows, state, settings, advance, blocks)
         median = float(np.median(supports(state.codes)))
-        validation = None if math.isnan(now.validation_error) else now.validation_error
         seconds, started = time.perf_counter() - started, time.perf_counter()
-        if loop:
-            history.append(
-                Record(
-                    loop,
-                    now.relative_error,
-                    now.train_error,
-                    validation,
-                    median,
-                    state.temperature,
-                    relaxation if loop > 1 and settings.mod == "exact" else 0.0,
-                    irregular,
-                    seconds,
-                )
-            )
-        log(f"{family.name}: loop {loop}: relative error {now.relative_error:.4f}, median support {median:g}")
-        initial = initial or now
-        if best is None or now.relative_error < best[1].relative_error:
-            best = (state, now)
-        if previous is not None:
-            if now.train_error > previous.train_error and relaxation > 0:
-                log(f"{family.name}: loop {loop}: the error rose, over-relaxation is off from here")
-                relaxation = 0.0
-            steady = loop > 1 and abs(median - history[-2].support_median) <= settings.support_tolerance
-            gained = 1 - _judged(now) / max(_judged(previous), np.finfo(float).tiny)
-            plateau = plateau + 1 if steady and gained < settings.tolerance else 0
+        log(f"{family.name}: loop {now.loop}: relative error {measured.relative_error:.4f}, median support {median:g}")
+        judged = _judge(now, measured, median, state.temperature, seconds, settings)
+        if judged.relaxation != now.relaxation:
+            log(f"{family.name}: loop {now.loop}: the error rose, over-relaxation is off from here")
+        now = judged
         if sums is None:
             break
-        if plateau >= settings.patience:
+        if now.plateau >= settings.patience:
             stopped = "plateau"
             break
         if sums.irregular:
-            log(f"{family.name}: loop {loop + 1}: {sums.irregular} coding problems were singular or did not converge")
-        previous, irregular = now, sums.irregular
-        state = _dictionary_step(state, sums, settings, relaxation if loop else 0.0)
-        if settings.codes in ("entmax", "sparsemax") and loop % settings.temperature_every == 0:
+            lost = f"{sums.irregular} coding problems were singular or did not converge"
+            log(f"{family.name}: loop {now.loop + 1}: {lost}")
+        state = _dictionary_step(state, sums, settings, now.relaxation if now.loop else 0.0, blocks)
+        if settings.codes in ("entmax", "sparsemax") and now.loop % settings.temperature_every == 0:
             median = float(np.median(supports(state.codes)))
             temperature = update_temperature(state.temperature, median, settings.support, settings.temperature_rate)
             state = replace(state, temperature=temperature)
-    assert best is not None and initial is not None
-    return Training(*best, initial, history, stopped)
+        spent = time.perf_counter() - started
+        now = replace(now, loop=now.loop + 1, irregular=sums.irregular, previous=measured, seconds=spent)
+        states.save(state, now)
+    if now.best != now.loop:
+        state = states.load(now.best)
+    assert now.best_measure is not None and now.initial is not None
+    return Training(state, now.best_measure, now.initial, now.history, stopped)
 
 
-def _dictionary_step(state: State, sums: Sums, settings: Settings, relaxation: float) -> State:
+def _judge(
+    before: Progress, measured: Measure, median: float, temperature: float, seconds: float, settings: Settings
+) -> Progress:
+    """What the measure of the loop in hand adds: its record, whether it is best, and whether to go on as before."""
+    loop, previous, now = before.loop, before.previous, before
+    if loop:
+        validation = None if math.isnan(measured.validation_error) else measured.validation_error
+        relaxed = before.relaxation if loop > 1 and settings.mod == "exact" else 0.0
+        errors = (measured.relative_error, measured.train_error, validation)
+        record = Record(loop, *errors, median, temperature, relaxed, before.irregular, seconds)
+        now = replace(now, history=[*before.history, record])
+    if now.best_measure is None or measured.relative_error < now.best_measure.relative_error:
+        now = replace(now, best=loop, best_measure=measured)
+    if previous is not None:
+        if measured.train_error > previous.train_error and now.relaxation > 0:
+            now = replace(now, relaxation=0.0)
+        steady = loop > 1 and abs(median - before.history[-1].support_median) <= settings.support_tolerance
+        gained = 1 - _judged(measured) / max(_judged(previous), np.finfo(float).tiny)
+        now = replace(now, plateau=before.plateau + 1 if steady and gained < settings.tolerance else 0)
+    return now if now.initial is not None else replace(now, initial=measured)
+
+
+def _dictionary_step(state: State, sums: Sums, settings: Settings, relaxation: float, blocks: Blocks = BLOCKS) -> State:
     if sums.left_grams is not None:
-        bank = mod_exact(
-            sums.codes, sums.left_grams, sums.right_side, state.bank, settings.mod_ridge, settings.cg_steps, relaxation
-        )
+        ridge, steps = settings.mod_ridge, settings.cg_steps
+        bank = mod_exact(sums.codes, sums.left_grams, sums.right_side, state.bank, ridge, steps, relaxation, blocks)
     else:
         bank = mod(sums.codes, sums.right_side, state.bank, settings.mod_ridge)
     bank, codes = unit_atoms(bank, sums.codes)

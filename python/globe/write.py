@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from globe import __version__
+from globe.budget import BLOCKS, Blocks
 from globe.checkpoint import Checkpoint, Family
 from globe.factored import (
     BANK_FILE,
@@ -26,17 +28,19 @@ from globe.factored import (
 from globe.gemm import mixtures, weights_operand
 from globe.lefts import fit_lefts, row_energies, squared_errors
 from globe.ratios import Shape
+from globe.runstore import Store
 from globe.settings import Settings
-from globe.stages import Advance
+from globe.stages import Advance, Stages
+from globe.stream import Workers, ahead
 from globe.sweep import State
-from globe.tensorfile import DTYPE_NAMES, TensorInfo, TensorWriter, copy_chunks, write_text
+from globe.tensorfile import DTYPE_NAMES, TensorInfo, TensorWriter, copy_chunks, file_sha256, write_text
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A family with the state to be stored: atoms rounded to bf16, codes to fp32."""
+    """A family with the state to be stored: atoms rounded to bf16 (on the CPU they are in bf16), codes to fp32."""
 
     family: Family
     state: State
@@ -44,26 +48,37 @@ class Fit:
 
 @dataclass(frozen=True)
 class Written:
-    """Per family, squared error and energy (N,) of every expert as stored, and the ridged left factors."""
+    """Per family, squared error and energy (N,) of every expert as stored, and the ridged left factors.
+
+    `files` has the size and SHA-256 of every weight file.
+    """
 
     errors: dict[str, Array]
     energies: dict[str, Array]
     ridged: dict[str, int]
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def rounded(state: State) -> State:
-    """The state as it is stored: atoms in bf16, codes in fp32."""
+    """The state as it is stored: atoms in bf16 on the CPU, codes in fp32 (of fp64 type)."""
     codes = state.codes.astype(np.float32).astype(np.float64)
-    return State(state.bank.bfloat16().float(), codes, state.temperature)
+    return State(state.bank.bfloat16().cpu(), codes, state.temperature)
 
 
 def write_weights(
-    checkpoint: Checkpoint, fits: dict[str, Fit], target: Path, settings: Settings, advance: Advance
+    checkpoint: Checkpoint,
+    fits: dict[str, Fit],
+    target: Path,
+    settings: Settings,
+    stages: Stages,
+    store: Store,
+    blocks: Blocks = BLOCKS,
 ) -> Written:
     """Write every shard, the bank's file and the index.
 
     Each source shard becomes one factored shard, with the left factors in place of the expert tensors and
-    all other tensors byte for byte; a tensor at a time is in memory.
+    all other tensors byte for byte. What is measured of a shard goes to `store`
+    with the shard's SHA-256; a shard that is there and has it is not written again.
     """
     places: dict[str, list[tuple[str, int]]] = {}
     for name, fit in fits.items():
@@ -75,29 +90,69 @@ def write_weights(
         dict.fromkeys(fits, 0),
     )
     weight_map: dict[str, str] = {}
-    total = 0
-    for shard in checkpoint.shards:
-        entries: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for tensor, info in shard.tensors.items():
-            entries.update(_entries(checkpoint, fits, tensor, info, tensor in places))
-        file = shard_name(shard.path.name)
-        weight_map.update(dict.fromkeys(entries, file))
-        with TensorWriter(target / file, entries, shard.metadata) as writer:
+    total = sum(len(fit.family) for fit in fits.values())
+    with stages.stage("write", total, _written_before(store)) as advance:
+        for count, shard in enumerate(checkpoint.shards):
+            file, result = shard_name(shard.path.name), f"shard-{count}"
+            entries: dict[str, tuple[str, tuple[int, ...]]] = {}
             for tensor, info in shard.tensors.items():
-                if tensor not in places:
-                    writer.write_chunks(tensor, copy_chunks(info))
-                    continue
-                _write_experts(writer, tensor, fits, places[tensor], written, settings, advance)
-                for family in _kept_halves(checkpoint, fits, tensor):
-                    kept = checkpoint.family(family)
-                    numbers = [i for i, expert in enumerate(kept.experts) if expert.tensor == tensor]
-                    writer.write(rest_name(tensor, family), torch.stack([kept.read(i) for i in numbers]))
-        total += (target / file).stat().st_size
-    weight_map.update(_write_bank(fits, target / BANK_FILE))
-    total += (target / BANK_FILE).stat().st_size
-    index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_text(target / INDEX_FILE, json.dumps(index, indent=1) + "\n")
+                entries.update(_entries(checkpoint, fits, tensor, info, tensor in places))
+            weight_map.update(dict.fromkeys(entries, file))
+            there = [place for tensor in shard.tensors for place in places.get(tensor, ())]
+            meta = store.check(result)
+            if meta is not None and _is_whole(target / file, meta):
+                _recall(written, there, meta)
+                advance(len(there))
+                continue
+            if meta is not None:
+                stages.display.log(f"{file}: not as it was written; written again")
+            before, solutions = dict(written.ridged), _solve(fits, there, settings, blocks)
+            with TensorWriter(target / file, entries, shard.metadata) as writer:
+                for tensor, info in shard.tensors.items():
+                    if tensor not in places:
+                        writer.write_chunks(tensor, copy_chunks(info))
+                        continue
+                    _write_experts(writer, tensor, fits, places[tensor], solutions, written, advance)
+                    for family in _kept_halves(checkpoint, fits, tensor):
+                        kept = checkpoint.family(family)
+                        numbers = [i for i, expert in enumerate(kept.experts) if expert.tensor == tensor]
+                        writer.write(rest_name(tensor, family), torch.stack([kept.read(i) for i in numbers]))
+            written.files[file] = {"bytes": (target / file).stat().st_size, "sha256": writer.sha256}
+            measured = {
+                "file": file,
+                **written.files[file],
+                "errors": [written.errors[name][number] for name, number in there],
+                "energies": [written.energies[name][number] for name, number in there],
+                "ridged": {name: written.ridged[name] - before[name] for name in fits},
+                "elapsed": stages.so_far(),
+            }
+            store.save(result, {}, measured)
+        sha256 = _write_bank(fits, target / BANK_FILE, weight_map)
+        written.files[BANK_FILE] = {"bytes": (target / BANK_FILE).stat().st_size, "sha256": sha256}
+        size = sum(entry["bytes"] for entry in written.files.values())
+        index: dict[str, Any] = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        write_text(target / INDEX_FILE, json.dumps(index, indent=1) + "\n")
     return written
+
+
+def _written_before(store: Store) -> dict[str, Any] | None:
+    """The record of the shards that an earlier process wrote."""
+    shards = (store.check(name) for name in store.names() if name.startswith("shard-"))
+    records = [meta["elapsed"] for meta in shards if meta is not None]
+    return max(records, key=lambda record: float(record["seconds"]), default=None)
+
+
+def _is_whole(path: Path, meta: dict[str, Any]) -> bool:
+    there = path.name == meta["file"] and path.is_file() and path.stat().st_size == meta["bytes"]
+    return there and file_sha256(path) == meta["sha256"]
+
+
+def _recall(written: Written, there: list[tuple[str, int]], meta: dict[str, Any]) -> None:
+    for (name, number), error, energy in zip(there, meta["errors"], meta["energies"], strict=True):
+        written.errors[name][number], written.energies[name][number] = error, energy
+    for name, ridged in meta["ridged"].items():
+        written.ridged[name] += ridged
+    written.files[meta["file"]] = {"bytes": meta["bytes"], "sha256": meta["sha256"]}
 
 
 def _kept_halves(checkpoint: Checkpoint, fits: dict[str, Fit], tensor: str) -> list[str]:
@@ -120,13 +175,66 @@ def _entries(
     return entries
 
 
+@dataclass(frozen=True)
+class _Solved:
+    """A left factor as stored (p, r), and what is measured with it."""
+
+    left: torch.Tensor
+    error: float
+    energy: float
+    ridged: bool
+
+
+def _solve(fits: dict[str, Fit], order: list[tuple[str, int]], settings: Settings, blocks: Blocks) -> Iterator[_Solved]:
+    """The experts' left factors in order; some are computed while the caller writes the last ones."""
+    device = next(iter(fits.values())).state.bank.device
+    groups = [order[first : first + blocks.experts] for first in range(0, len(order), blocks.experts)]
+
+    def reading(group: list[tuple[str, int]]) -> Callable[[], list[torch.Tensor]]:
+        return lambda: [fits[name].family.read(number) for name, number in group]
+
+    readings = ahead(map(reading, groups))
+    with Workers(device) as workers:
+
+        def solving(group: list[tuple[str, int]]) -> Callable[[], list[_Solved]]:
+            def solve() -> list[_Solved]:
+                weights, mixed = next(readings), _mixed(fits, group)
+                return list(
+                    workers.map(lambda k: _solve_one(weights[k][None].to(device), mixed[k], settings), len(group))
+                )
+
+            return solve
+
+        for solved in ahead(map(solving, groups)):
+            yield from solved
+
+
+def _mixed(fits: dict[str, Fit], group: list[tuple[str, int]]) -> list[torch.Tensor]:
+    """B̃_i (1, r, d) of experts of any families, each family's bank read once."""
+    mixed: dict[tuple[str, int], torch.Tensor] = {}
+    for name, fit in fits.items():
+        numbers = [number for family, number in group if family == name]
+        if numbers:
+            composed = mixtures(fit.state.codes[numbers], fit.state.bank)
+            mixed.update(zip([(name, number) for number in numbers], composed.split(1), strict=True))
+    return [mixed[place] for place in group]
+
+
+def _solve_one(weights: torch.Tensor, mixed: torch.Tensor, settings: Settings) -> _Solved:
+    weights = weights_operand(weights)
+    fit = fit_lefts(weights, mixed, settings)
+    stored, energy = fit.lefts.bfloat16(), row_energies(weights)
+    errors = squared_errors(weights, energy, mixed, fit, stored.float())
+    return _Solved(stored[0].cpu(), float(errors.sum()), float(energy.sum()), bool(fit.ridged[0]))
+
+
 def _write_experts(
     writer: TensorWriter,
     tensor: str,
     fits: dict[str, Fit],
     places: list[tuple[str, int]],
+    solutions: Iterator[_Solved],
     written: Written,
-    settings: Settings,
     advance: Advance,
 ) -> None:
     for name, fit in fits.items():
@@ -135,21 +243,16 @@ def _write_experts(
             continue
         lefts = []
         for number in numbers:
-            weights = weights_operand(fit.family.read(number)[None].to(fit.state.bank.device))
-            mixed = mixtures(fit.state.codes[[number]], fit.state.bank)
-            solved = fit_lefts(weights, mixed, settings)
-            stored, energy = solved.lefts.bfloat16(), row_energies(weights)
-            errors = squared_errors(weights, energy, mixed, solved, stored.float())
-            written.errors[name][number] = float(errors.sum())
-            written.energies[name][number] = float(energy.sum())
-            written.ridged[name] += int(solved.ridged.sum())
-            lefts.append(stored[0].cpu())
+            solved = next(solutions)
+            written.errors[name][number], written.energies[name][number] = solved.error, solved.energy
+            written.ridged[name] += solved.ridged
+            lefts.append(solved.left)
             advance(1)
         fused = fit.family.experts[0].index is not None
         writer.write(left_name(tensor, name), torch.stack(lefts) if fused else lefts[0])
 
 
-def _write_bank(fits: dict[str, Fit], path: Path) -> dict[str, str]:
+def _write_bank(fits: dict[str, Fit], path: Path, weight_map: dict[str, str]) -> str:
     tensors: dict[str, torch.Tensor] = {}
     for name, fit in fits.items():
         tensors[bank_name(name, "atoms")] = fit.state.bank.bfloat16().cpu()
@@ -159,7 +262,8 @@ def _write_bank(fits: dict[str, Fit], path: Path) -> dict[str, str]:
     with TensorWriter(path, entries, {"format": "pt"}) as writer:
         for name, value in tensors.items():
             writer.write(name, value)
-    return dict.fromkeys(entries, path.name)
+    weight_map.update(dict.fromkeys(entries, path.name))
+    return writer.sha256
 
 
 def manifest(

@@ -1,0 +1,143 @@
+"""One family from its scan to the factors to be stored: seeds, loops, and what is said of them."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from globe.budget import Blocks
+from globe.checkpoint import Family
+from globe.errors import GlobeError
+from globe.metrics import proxy_error, training_report
+from globe.progress import Progress, States
+from globe.proxies import Rows, Scan, scan, split_rows
+from globe.ratios import Shape
+from globe.runstore import Store
+from globe.seeds import METHODS, SeedTask
+from globe.settings import Settings
+from globe.stages import Stages
+from globe.sweep import State
+from globe.training import train
+from globe.write import Fit, rounded
+
+
+def scan_family(family: Family, settings: Settings, stages: Stages, store: Store) -> Scan:
+    """The energies of a family, from `store` or by a pass over it."""
+    name = f"{family.name}.scan"
+    saved = store.load(name)
+    if saved is not None:
+        stages.recall(saved.meta["stage"])
+        return Scan(saved.array("row_energy"), saved.array("energy"))
+    with stages.stage(f"{family.name}: scan", len(family)) as advance:
+        found = scan(family, settings, advance)
+        tensors = {"row_energy": torch.from_numpy(found.row_energy), "energy": torch.from_numpy(found.energy)}
+        store.save(name, tensors, {"stage": stages.so_far()})
+    return found
+
+
+def factor(
+    family: Family,
+    shape: Shape,
+    scanned: Scan,
+    settings: Settings,
+    device: torch.device,
+    stages: Stages,
+    store: Store,
+    blocks: Blocks,
+) -> dict[str, Any]:
+    """Seed and train a family, as far as `store` does not say that it was done; the factors are left there.
+
+    Returns
+    -------
+    dict
+        The family's part of metrics.json but for what is measured on the factors as stored.
+    """
+    rows = split_rows(family.p, shape.rank, scanned.row_energy, settings)
+    meta = store.check(f"{family.name}.fit")
+    if meta is None:
+        meta = _train(family, shape, rows, settings, device, stages, store, blocks)
+    else:
+        for record in meta["stages"]:
+            stages.recall(record)
+    return {**meta["report"], "proxy_error": _proxies(family, rows, device, stages, store, blocks)}
+
+
+def load_fit(family: Family, store: Store, device: torch.device) -> Fit:
+    """The factors that `factor` left: on the CPU the atoms are in bf16, elsewhere in fp32."""
+    saved = store.load(f"{family.name}.fit")
+    if saved is None:
+        raise GlobeError(f"family {family.name}: its factors were damaged during the run; run it again")
+    atoms = saved.tensors["atoms"]
+    if device.type != "cpu":
+        atoms = atoms.float().to(device)
+    return Fit(family, State(atoms, saved.tensors["codes"].double().numpy(), saved.meta["report"]["temperature"]))
+
+
+def _train(
+    family: Family,
+    shape: Shape,
+    rows: Rows,
+    settings: Settings,
+    device: torch.device,
+    stages: Stages,
+    store: Store,
+    blocks: Blocks,
+) -> dict[str, Any]:
+    name, log = family.name, stages.display.log
+    states = States(store, name, device, stages.so_far)
+    progress = states.find()
+    if progress is None:
+        progress = _seed(family, shape, rows, settings, device, stages, store, states, blocks)
+    else:
+        stages.recall(states.notes["stage"])
+    with stages.stage(f"{name}: loops", (settings.outer_loops + 1) * len(family), states.before) as advance:
+        training = train(family, rows, progress, settings, advance, log, states, blocks)
+        if training.measure.ridged:
+            log(f"{name}: {training.measure.ridged} left factors were ill-conditioned and took a ridge")
+        state = rounded(training.state)
+        report = training_report(shape, rows, states.notes["seeds"], training)
+        meta = {"report": report, "stages": [states.notes["stage"], stages.so_far()]}
+        codes = torch.from_numpy(state.codes.astype("float32"))
+        store.save(f"{name}.fit", {"atoms": state.bank, "codes": codes}, meta)
+        states.clear()
+    return meta
+
+
+def _seed(
+    family: Family,
+    shape: Shape,
+    rows: Rows,
+    settings: Settings,
+    device: torch.device,
+    stages: Stages,
+    store: Store,
+    states: States,
+    blocks: Blocks,
+) -> Progress:
+    """Save the seeds as the state that the first loop begins with; nothing of them stays in memory."""
+    progress = Progress(settings.over_relaxation)
+    with stages.stage(f"{family.name}: seeds", 2) as advance, store.scratch() as folder:
+        log = stages.display.log
+        task = SeedTask(family, rows, shape.bank, settings, device, blocks.proxy_bytes, Path(folder), advance, log)
+        seeds = METHODS[settings.method](task)
+        told = [field.name for field in fields(seeds) if field.name not in ("bank", "codes")]
+        states.notes = {"seeds": {key: getattr(seeds, key) for key in told}, "stage": stages.so_far()}
+        states.save(State(seeds.bank, seeds.codes, settings.temperature), progress)
+    return progress
+
+
+def _proxies(family: Family, rows: Rows, device: torch.device, stages: Stages, store: Store, blocks: Blocks) -> float:
+    name = f"{family.name}.proxies"
+    meta = store.check(name)
+    if meta is None:
+        with stages.stage(f"{family.name}: proxies", 1) as advance:
+            bank = load_fit(family, store, device).state.bank.float()
+            error = proxy_error(family, rows, bank, blocks.proxy_bytes, advance)
+            meta = {"proxy_error": error, "stage": stages.so_far()}
+            store.save(name, {}, meta)
+    else:
+        stages.recall(meta["stage"])
+    return float(meta["proxy_error"])
