@@ -48,22 +48,25 @@ class Workers:
     """Calls a function for many experts at a time, every call on one core.
 
     Two experts on a core each finish sooner than one after the other on both cores, and no result depends on the
-    number of threads. On CUDA and MPS the device is the one worker.
+    number of threads. On CUDA and MPS the device is the one worker, and the caller's thread drives it.
     """
 
     def __init__(self, device: torch.device) -> None:
-        threads = torch.get_num_threads()
-        count = threads if device.type == "cpu" else 1
-        self._pool = ThreadPoolExecutor(count, "globe-work", initializer=torch.set_num_threads, initargs=(1,))
-        self._threads = threads
+        self._threads = torch.get_num_threads()
+        self._pool: ThreadPoolExecutor | None = None
+        if device.type == "cpu":
+            self._pool = ThreadPoolExecutor(
+                self._threads, "globe-work", initializer=torch.set_num_threads, initargs=(1,)
+            )
 
     def __enter__(self) -> Workers:
         return self
 
     def map(self, work: Callable[[int], Value], count: int) -> Iterator[Value]:
         """work(0), work(1), … work(count - 1), in that order as they are ready."""
-        yield from self._pool.map(work, range(count))
+        yield from map(work, range(count)) if self._pool is None else self._pool.map(work, range(count))
 
     def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._threads)  # which the workers have set for threads to come
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(self._threads)  # which the workers have set for threads to come

@@ -205,7 +205,8 @@ def _solve(fits: dict[str, Fit], order: list[tuple[str, int]], settings: Setting
 
             return solve
 
-        for solved in ahead(map(solving, groups)):
+        jobs = map(solving, groups)
+        for solved in ahead(jobs) if device.type == "cpu" else (job() for job in jobs):
             yield from solved
 
 
