@@ -159,18 +159,17 @@ def batch_table(outcomes: list[Outcome]) -> Table:
     """A line for every job."""
     table = Table(title="jobs")
     table.add_column("out", overflow="fold")
-    table.add_column("status")
-    for column in ("touched", "experts", "checkpoint", "relative error", "experts/s", "GB/s"):
-        table.add_column(column, justify="right")
+    for column in ("status", "stored over dense", "relative error", "experts/s", "GB/s"):
+        table.add_column(column, justify="left" if column == "status" else "right", no_wrap=True)
     for outcome in outcomes:
         told = outcome.as_dict()
         if outcome.metrics is None:
-            table.add_row(str(outcome.job.out), outcome.status, *[""] * 6)
+            table.add_row(str(outcome.job.out), outcome.status)
             continue
-        ratio = [f"{told['ratio'][axis]:.3f}" for axis in ("touched", "experts", "checkpoint")]
+        ratio = "\n".join(f"{axis} {told['ratio'][axis]:.3f}" for axis in ("touched", "experts", "checkpoint"))
         errors = "\n".join(f"{name} {error:.4f}" for name, error in told["relative_error"].items())
         speeds = (f"{told['experts_per_second']:.1f}", f"{told['gb_per_second']:.3f}")
-        table.add_row(str(outcome.job.out), outcome.status, *ratio, errors, *speeds)
+        table.add_row(str(outcome.job.out), outcome.status, ratio, errors, *speeds, end_section=True)
     return table
 
 
