@@ -106,8 +106,6 @@ def run_directory(
             if begun is not None:
                 log(f"{path}: going on with an unfinished run, which has {', '.join(store.names()) or 'no result yet'}")
             yield store
-            if not keep_run:
-                shutil.rmtree(folder, ignore_errors=True)
         except BaseException as error:
             written = _used(path)
             kept = [file.stem for file in folder.glob("*.json") if file.stem != "key"]
@@ -121,6 +119,8 @@ def run_directory(
             if _is_full(error):
                 raise _unwritable(path, error, max(needed_bytes - written, 1 << 20) if kept else None) from None
             raise
+        if not keep_run:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def finished_key(path: Path) -> dict[str, Any] | None:
