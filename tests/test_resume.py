@@ -330,6 +330,24 @@ def test_fresh_leaves_other_files_alone(source: Path, tmp_path: Path) -> None:
     assert (out / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 
+def test_killed_while_it_clears(source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    unlink = Path.unlink
+
+    def stop(self: Path, missing_ok: bool = False) -> None:
+        if self.name == "globe-bank.safetensors":
+            raise KeyboardInterrupt
+        unlink(self, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(source, out, fresh=True)
+    assert not (out / "config.json").exists() and (out / FOLDER).is_dir()
+    run(source, out)
+    check_whole(out, whole)
+
+
 def test_fresh_uses_nothing_of_the_run(killer: Killer, source: Path, whole: Path, tmp_path: Path) -> None:
     for option in ("fresh", "overwrite"):
         out = unfinished(killer, source, tmp_path / option, 18)

@@ -97,8 +97,10 @@ def run_directory(
                 _refuse_other_files(path)
         _require_space(path, needed_bytes)
         if renewed:
-            _clear(path)
+            _refuse_directories(path)
             shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()  # first: a process that ends while it clears leaves a directory that says what it is
+            _clear(path)
         for left in path.glob(".*.partial"):
             left.unlink()
         try:
@@ -223,10 +225,15 @@ def _written(path: Path) -> list[Path]:
     return [file for pattern in (*_WRITTEN, ".*.partial") for file in path.glob(pattern)]
 
 
-def _clear(path: Path) -> None:
+def _refuse_directories(path: Path) -> None:
     for file in _written(path):
         if file.is_dir():
             raise GlobeError(f"output {path}: {file.name} is a directory; expected a file: remove it or name another")
+
+
+def _clear(path: Path) -> None:
+    _refuse_directories(path)
+    for file in _written(path):
         file.unlink()
 
 

@@ -240,7 +240,7 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON gives it back: strings as keys, lists for tuples, numbers and lists for what NumPy and torch hold."""
+    """A value as JSON gives it back: keys are strings, tuples are lists, as are arrays and tensors."""
     return json.loads(json.dumps(value, default=lambda other: other.tolist()))
 
 
