@@ -13,6 +13,7 @@ from globe.codes import initial_codes
 from globe.gemm import bank_gram
 from globe.lefts import fit_lefts
 from globe.proxies import scan, split_rows
+from globe.runstore import RunStore
 from globe.seeds import METHODS, SeedTask
 from globe.sweep import State, measure, sweep
 
@@ -87,3 +88,25 @@ class Stages:
 
     def peakmem_export(self, root):
         export(root.parent / "out", self.target)
+
+
+class Results:
+    """A bank of 64 MiB to disk, synced and checksummed, and back."""
+
+    def setup(self):
+        self.folder = Path(tempfile.mkdtemp())
+        self.store = RunStore(self.folder / "run", {}, {}, nothing)
+        self.bank = torch.randn(16, 1024, 1024)
+        self.store.save("saved", {"bank": self.bank}, {})
+
+    def teardown(self):
+        shutil.rmtree(self.folder)
+
+    def time_save(self):
+        self.store.save("again", {"bank": self.bank}, {})
+
+    def time_check(self):
+        self.store.check("saved")
+
+    def time_load(self):
+        self.store.load("saved")

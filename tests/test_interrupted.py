@@ -1,4 +1,4 @@
-"""Output directories that cannot be written, are taken, or were left by a run that ended too early."""
+"""Output directories that cannot be written, are taken, or were left by a command that ended too early."""
 
 from __future__ import annotations
 
@@ -89,7 +89,16 @@ def test_full_disk(early: bool, what: str, source: Path, finished: Path, mount: 
         place = mount(f"size={-(-int(found[2].replace(',', '')) // 4096) * 4096}")
         line = refusal(1, *arguments, place / "out", process=what == "compress")
         assert f"output {place / 'out'}: cannot be written (No space left on device)" in line
-        assert list(place.iterdir()) == []
+        if what == "export":
+            assert list(place.iterdir()) == []
+            return
+        assert "run the same command again" in line
+        left = {file.name for file in (place / "out").iterdir()}
+        assert ".globe-run" in left and not left & {"config.json", ".globe-lock"}
+        assert not [file for file in place.rglob("*") if file.name.endswith(".partial")]
+        subprocess.run(["mount", "-o", "remount,size=8m", place], check=True)
+        assert in_process(*arguments, place / "out", "-q").returncode == 0
+        assert digests(place / "out") == digests(finished)
 
 
 def test_needed_bytes_count_a_source_in_fp32(tmp_path: Path, mount: Callable[[str], Path]) -> None:
@@ -176,12 +185,13 @@ def test_two_runs_into_one_output_then_kill(source: Path, finished: Path, tmp_pa
     assert not (out / ".globe-lock").exists()
 
 
-def test_interrupt_takes_away_what_was_written(source: Path, tmp_path: Path) -> None:
+def test_interrupt_keeps_what_is_done(source: Path, tmp_path: Path) -> None:
     run = endless(source, tmp_path / "out", tmp_path)
     run.send_signal(signal.SIGINT)
     _, stderr = run.communicate(timeout=60)
     assert run.returncode == 130 and stderr.endswith("\nglobe: stopped\n") and "Traceback" not in stderr
-    assert not (tmp_path / "out").exists()
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {".globe-run"}
+    assert "an unfinished run of another source or other settings" in refusal(2, "compress", source, tmp_path / "out")
 
 
 KILL = """
@@ -216,8 +226,11 @@ def test_killed_while_it_overwrites(
         assert "config.json" in refusal(1, reader, out)
     refusal(1, "export", out, tmp_path / "dense")
     assert not (tmp_path / "dense").exists()
-    assert "an unfinished run" in refusal(2, *arguments)
-    done = in_process(*arguments, "--overwrite", "-q")
+    if what == "compress":  # goes on by itself
+        done = in_process(*arguments, "-q")
+    else:
+        assert "an unfinished run" in refusal(2, *arguments)
+        done = in_process(*arguments, "--overwrite", "-q")
     assert (done.returncode, done.stderr) == (0, "")
     if what == "compress":
         assert digests(out) == digests(finished)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from families import make_family, make_rows, planted, random_state, seed_task, s
 from globe import kernels, training
 from globe.checkpoint import Family
 from globe.codes import entmax_alpha, supports
+from globe.progress import Progress, States
 from globe.proxies import Rows
+from globe.runstore import RunStore
 from globe.seeds import ts_pca
 from globe.settings import Settings
 from globe.sweep import State, Sums, measure
@@ -177,3 +180,26 @@ def test_progress_counts_every_expert_of_every_pass(family: Family) -> None:
     rows = make_rows(family, RANK, settings)
     train(family, rows, random_state(3, experts=EXPERTS, atoms=6, rank=RANK, d=WIDTH), settings, steps.append)
     assert sum(steps) == 4 * EXPERTS
+
+
+def test_one_bank_is_in_memory_while_experts_pass(family: Family, tmp_path: Path) -> None:
+    settings = Settings(outer_loops=4, patience=1000, mod="aligned", support=5)
+    rows = make_rows(family, RANK, settings)
+    store = RunStore(tmp_path / "store", {}, {}, lambda line: None)
+    states, begin = States(store, "gate"), Progress(settings.over_relaxation)
+    states.save(random_state(3, experts=EXPERTS, atoms=ATOMS, rank=RANK, d=WIDTH), begin)
+    alive: list[int] = []
+
+    def spy(*arguments: Any) -> Any:
+        gc.collect()
+        size = ATOMS * RANK * WIDTH
+        held = [value for value in gc.get_objects() if type(value) is torch.Tensor and value.numel() == size]
+        alive.append(len({value.untyped_storage().data_ptr() for value in held}))
+        return sweep(*arguments)
+
+    sweep = training.sweep
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "sweep", spy)
+        train(family, rows, begin, settings, silent, states=states)
+    assert alive == [1, 1, 1, 1]
+    assert len(store.names()) <= 2

@@ -18,6 +18,7 @@ _HOMES = {
     "UsageError": "globe.errors",
     "Settings": "globe.settings",
     "Result": "globe.compress",
+    "batch": "globe.batch",
     "compress": "globe.compress",
     "evaluate": "globe.evaluate",
     "export": "globe.export",
@@ -26,6 +27,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from globe.batch import batch as batch
     from globe.compress import Result as Result
     from globe.compress import compress as compress
     from globe.embedding import get_cmake_dir as get_cmake_dir

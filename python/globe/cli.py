@@ -1,4 +1,4 @@
-"""The command line: `globe inspect | compress | export | eval | demo`."""
+"""The command line: `globe inspect | compress | batch | export | eval | demo`."""
 
 from __future__ import annotations
 
@@ -39,6 +39,13 @@ def _common(command: _Command) -> _Command:
         command
     )
     return click.option("-q", "--quiet", is_flag=True, help="No progress, no tables.")(command)
+
+
+def _resuming(command: _Command) -> _Command:
+    command = click.option("--keep-run", is_flag=True, help="Keep OUT/.globe-run at the end.")(command)
+    return click.option("--fresh", is_flag=True, help="Start over where OUT holds an earlier run or its output.")(
+        command
+    )
 
 
 def _display(quiet: bool) -> Display:
@@ -131,18 +138,32 @@ def inspect(model: Path, as_json: bool, quiet: bool) -> None:
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--threads", type=int, help="CPU threads.  [default: all]")
 @click.option("--config", type=_PATH, help="Settings as YAML; options win over it.")
-@click.option("--overwrite", is_flag=True, help="Replace an OUT that is not empty.")
+@click.option("--overwrite", is_flag=True, help="Replace an OUT that is not empty, whatever it holds.")
+@_resuming
 @_common
 def compress(
-    model: Path, out: Path, config: Path | None, overwrite: bool, as_json: bool, quiet: bool, **options: Any
+    model: Path,
+    out: Path,
+    config: Path | None,
+    overwrite: bool,
+    fresh: bool,
+    keep_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
 ) -> None:
-    """Factor the experts of MODEL (a checkpoint directory) and write OUT."""
+    """Factor the experts of MODEL (a checkpoint directory) and write OUT.
+
+    A run that was stopped is continued by the same command, to the same bytes: every stage leaves its result in
+    OUT/.globe-run. Where OUT is finished already, nothing is done.
+    """
     from globe.settings import read_settings
 
     settings = read_settings(config, {key: value for key, value in options.items() if value is not None})
     from globe.compress import compress as run
 
-    result = run(model, out, settings, overwrite=overwrite, progress=_display(quiet))
+    display = _display(quiet)
+    result = run(model, out, settings, overwrite=overwrite, fresh=fresh, keep_run=keep_run, progress=display)
     if as_json:
         click.echo(json.dumps({"output": str(out), **result.metrics}))
     elif not quiet:
@@ -156,6 +177,33 @@ def compress(
         click.echo(
             f"stored over dense: {result.ratio.touched:.3f} of the touched matrices, {result.ratio.experts:.3f} of all "
             f"expert weights, {result.ratio.checkpoint:.3f} of the checkpoint"
+        )
+
+
+@cli.command()
+@click.argument("plan", type=_PATH, metavar="PLAN.yaml")
+@_resuming
+@_common
+def batch(plan: Path, fresh: bool, keep_run: bool, as_json: bool, quiet: bool) -> None:
+    """Compress many checkpoints, one after another, and go on past one that fails.
+
+    PLAN.yaml has `jobs`, each with `model` and `out` (relative to the plan's own folder), and if wanted `config` (a
+    YAML file of settings) and `settings` on top; `defaults` are settings of all jobs. All jobs are checked before the
+    first begins. The same command skips jobs that are finished and continues one that was stopped. Exit status 1 if
+    a job failed.
+    """
+    from globe.batch import batch as run
+    from globe.batch import batch_table
+
+    outcomes = run(plan, fresh=fresh, keep_run=keep_run, progress=_display(quiet))
+    if as_json:
+        click.echo(json.dumps({"jobs": [outcome.as_dict() for outcome in outcomes]}))
+    elif not quiet:
+        Console().print(batch_table(outcomes))
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    if failed:
+        raise GlobeError(
+            f"{len(failed)} of {len(outcomes)} jobs failed, the first: {failed[0].job.out}: {failed[0].error}"
         )
 
 

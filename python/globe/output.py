@@ -97,8 +97,10 @@ def run_directory(
                 _refuse_other_files(path)
         _require_space(path, needed_bytes)
         if renewed:
-            _clear(path)
+            _refuse_directories(path)
             shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()  # first: a process that ends while it clears leaves a directory that says what it is
+            _clear(path)
         for left in path.glob(".*.partial"):
             left.unlink()
         try:
@@ -106,8 +108,6 @@ def run_directory(
             if begun is not None:
                 log(f"{path}: going on with an unfinished run, which has {', '.join(store.names()) or 'no result yet'}")
             yield store
-            if not keep_run:
-                shutil.rmtree(folder, ignore_errors=True)
         except BaseException as error:
             written = _used(path)
             kept = [file.stem for file in folder.glob("*.json") if file.stem != "key"]
@@ -121,6 +121,8 @@ def run_directory(
             if _is_full(error):
                 raise _unwritable(path, error, max(needed_bytes - written, 1 << 20) if kept else None) from None
             raise
+        if not keep_run:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def finished_key(path: Path) -> dict[str, Any] | None:
@@ -223,10 +225,15 @@ def _written(path: Path) -> list[Path]:
     return [file for pattern in (*_WRITTEN, ".*.partial") for file in path.glob(pattern)]
 
 
-def _clear(path: Path) -> None:
+def _refuse_directories(path: Path) -> None:
     for file in _written(path):
         if file.is_dir():
             raise GlobeError(f"output {path}: {file.name} is a directory; expected a file: remove it or name another")
+
+
+def _clear(path: Path) -> None:
+    _refuse_directories(path)
+    for file in _written(path):
         file.unlink()
 
 

@@ -84,7 +84,7 @@ class MemoryStore:
     def save(self, name: str, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
         """Keep a copy."""
         copies = {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
-        self.results[name] = Saved(copies, json.loads(json.dumps(meta)))
+        self.results[name] = Saved(copies, _plain(meta))
 
     def drop(self, name: str) -> None:
         """Forget a result."""
@@ -177,7 +177,7 @@ class RunStore:
                 for key, value in tensors.items():
                     writer.write_chunks(key, _pieces(value))
             sha256 = writer.sha256
-        content = {"file_sha256": sha256, "meta": meta}
+        content = {"file_sha256": sha256, "meta": _plain(meta)}
         write_text(self.directory / f"{name}.json", _dump({**content, "sha256": _digest(content)}))
 
     def drop(self, name: str) -> None:
@@ -237,6 +237,11 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str
         elif old != new:
             lines.append(f"{prefix}{name} (found {_shown(old)}, expected {_shown(new)})")
     return lines
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON gives it back: keys are strings, tuples are lists, as are arrays and tensors."""
+    return json.loads(json.dumps(value, default=lambda other: other.tolist()))
 
 
 def _shown(value: object) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -243,30 +244,47 @@ def read_settings(path: Path | None, overrides: dict[str, Any]) -> Settings:
     UsageError
         If the file cannot be read, or a key or value is not a setting's.
     """
+    return merge_settings(read_yaml(path, "config") if path is not None else {}, overrides)
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """The keys and values of a YAML file; `what` it is goes into errors.
+
+    Raises
+    ------
+    UsageError
+        If the file cannot be read, or holds something else.
+    """
+    try:
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UsageError(f"{what} {path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(loaded, dict | None):
+        raise UsageError(f"{what} {path}: expected keys and values, found {type(loaded).__name__}")
+    return dict(loaded or {})
+
+
+def merge_settings(*layers: Mapping[str, Any]) -> Settings:
+    """Settings from keys and values, later layers on top of earlier ones.
+
+    Raises
+    ------
+    UsageError
+        If a key or value is not a setting's.
+    """
     values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            raise UsageError(f"config {path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
-        if not isinstance(loaded, dict | None):
-            raise UsageError(f"config {path}: expected keys and values, found {type(loaded).__name__}")
-        values = dict(loaded or {})
-    if overrides.get("bank_size") is not None:
-        values.pop("bank_ratio", None)
-    if overrides.get("bank_ratio") is not None:
-        values.pop("bank_size", None)
-    values.update(overrides)
+    for layer in layers:
+        for name, other in (("bank_size", "bank_ratio"), ("bank_ratio", "bank_size")):
+            if layer.get(name) is not None:
+                values.pop(other, None)
+        values.update(layer)
     known = {field.name for field in dataclasses.fields(Settings)}
     for key in values:
         if key not in known:
             raise UsageError(f"config key {key!r} is not a setting; expected one of {', '.join(sorted(known))}")
     if isinstance(values.get("families"), str):
         values["families"] = values["families"].split(",")
-    try:
-        return Settings(**values)
-    except TypeError as error:
-        raise UsageError(f"config {path}: {error}") from None
+    return Settings(**values)
 
 
 def _is_number(value: object, hint: object) -> bool:

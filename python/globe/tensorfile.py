@@ -15,6 +15,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,12 +214,14 @@ class TensorWriter:
         raw += b" " * (-len(raw) % 8)
         self._temporary = path.with_name(f".{path.name}.partial")
         self._digest = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="globe-hash")
         self._file = self._temporary.open("wb")
         self._put(struct.pack("<Q", len(raw)) + raw)
 
     def _put(self, chunk: bytes | bytearray | memoryview) -> None:
+        hashed = self._hasher.submit(self._digest.update, chunk)
         self._file.write(chunk)
-        self._digest.update(chunk)
+        hashed.result()
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write the next tensor."""
@@ -241,6 +244,7 @@ class TensorWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._hasher.shutdown()
         if error is None:
             assert not self._pending, f"{self._pending[0][0]} was announced and not written"
             self._file.flush()

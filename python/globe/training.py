@@ -89,6 +89,7 @@ def train(
         now = replace(now, loop=now.loop + 1, irregular=sums.irregular, previous=measured, seconds=spent)
         states.save(state, now)
     if now.best != now.loop:
+        del state, sums
         state = states.load(now.best)
     assert now.best_measure is not None and now.initial is not None
     return Training(state, now.best_measure, now.initial, now.history, stopped)
