@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from globe import gemm
+from globe import gemm, kernels
 from globe.errors import UsageError
 
 
@@ -42,3 +42,54 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         else:
             with pytest.raises(UsageError, match=f"device {name} is not available here; use --device auto or cpu"):
                 gemm.pick_device(name)
+
+
+@pytest.fixture
+def split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "_precision", "bf16x2")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_two_bf16_parts_are_nearly_fp32(side: str, split: None) -> None:
+    rng = np.random.default_rng(3)
+    weights = torch.from_numpy(rng.standard_normal((40, 60)).astype(np.float32)).bfloat16()
+    other = torch.from_numpy(rng.standard_normal((60, 30)).astype(np.float32))
+    assert gemm.weights_operand(weights).dtype == torch.bfloat16
+    found = gemm.matmul(weights, other) if side == "left" else gemm.matmul(other.T, weights.T).T
+    exact = weights.double() @ other.double()
+    assert found.dtype == torch.float32
+    assert float((found - exact).norm() / exact.norm()) < 2.0**-16
+
+
+def test_fp32_weights_are_not_split(split: None) -> None:
+    weights = torch.randn(3, 4)
+    assert gemm.weights_operand(weights) is weights
+    assert gemm.weights_operand(weights.half()).dtype == torch.float32
+
+
+def test_fp32_refuses_every_bf16_product() -> None:
+    cpu = torch.device("cpu")
+    assert gemm.pick_precision("fp32", cpu) == "fp32"
+    assert gemm.precision_report("fp32", cpu)["dictionary"] == "fp32"
+    dots = kernels.available()["isa"].endswith("_bf16")
+    assert gemm.precision_report("auto", cpu)["dictionary"] == ("bf16" if dots else "fp32")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("room", [1, 3, 10])
+def test_scattering_is_the_adjoint_of_mixing(room: int, dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(4)
+    codes = rng.random((6, 4)) * (rng.random((6, 4)) < 0.6)
+    summands = torch.from_numpy(rng.standard_normal((6, 3, 7)).astype(np.float32)).to(dtype)
+    total = torch.ones(4, 3, 7)
+    gemm.scatter_add(codes, summands, total, torch.empty(room, 3, 7))
+    np.testing.assert_allclose(total, 1 + np.einsum("ij,ird->jrd", codes, summands.double()), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_grams_are_symmetric_products(kind: torch.dtype) -> None:
+    matrices = torch.randn(3, 5, 70, generator=torch.Generator().manual_seed(5)).to(kind)
+    found = gemm.grams(matrices)
+    assert found.dtype == torch.float64
+    np.testing.assert_allclose(found, matrices.double() @ matrices.double().mT, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found, found.mT)

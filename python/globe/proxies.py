@@ -13,6 +13,9 @@ from globe.checkpoint import Family
 from globe.errors import GlobeError
 from globe.settings import Settings
 from globe.stages import Advance
+from globe.stream import Workers, expert_batches
+
+_SCANNED_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -46,24 +49,32 @@ def scan(family: Family, settings: Settings, advance: Advance) -> Scan:
     step = -(-len(family) // settings.energy_experts)
     ranked = np.zeros(family.p)
     energy = np.zeros(len(family))
-    for number in range(len(family)):
-        weights = family.read(number).float()
-        rows = weights.pow(2).sum(1, dtype=torch.float64).numpy()
-        if not np.isfinite(rows).all():  # or the squares were too large for fp32
-            rows = weights.double().pow(2).sum(1).numpy()
-        if not np.isfinite(rows).all():
-            expert, row = family.experts[number], int(np.flatnonzero(~np.isfinite(rows))[0])
-            raise GlobeError(
-                f"tensor {expert.tensor} (expert {expert.expert} of layer {expert.layer}) holds NaN or Inf in row "
-                f"{row} of family {family.name}; expected finite weights: fetch the checkpoint again"
-            )
-        energy[number] = rows.sum()
-        if number % step == 0:
-            ranked += rows
-        advance(1)
+    cpu = torch.device("cpu")
+    with Workers(cpu) as workers:
+        for span, batch in expert_batches(family, _SCANNED_AT_ONCE, cpu):
+            found = workers.map(lambda k, batch=batch: _row_energies(batch[k]), len(batch))  # type: ignore[misc]
+            for number, rows in enumerate(found, span.start):
+                if not np.isfinite(rows).all():
+                    expert, row = family.experts[number], int(np.flatnonzero(~np.isfinite(rows))[0])
+                    raise GlobeError(
+                        f"tensor {expert.tensor} (expert {expert.expert} of layer {expert.layer}) holds NaN or Inf in "
+                        f"row {row} of family {family.name}; expected finite weights: fetch the checkpoint again"
+                    )
+                energy[number] = rows.sum()
+                if number % step == 0:
+                    ranked += rows
+                advance(1)
     if not energy.any():
         raise GlobeError(f"family {family.name}: all experts are zero; there is nothing to factorise")
     return Scan(ranked, energy)
+
+
+def _row_energies(weights: torch.Tensor) -> NDArray[np.float64]:
+    norms = torch.linalg.vector_norm(weights.float(), dim=1)
+    if not bool(torch.isfinite(norms).all()):  # or the squares were too large for fp32
+        norms = torch.linalg.vector_norm(weights.double(), dim=1)
+    energies: NDArray[np.float64] = norms.double().numpy() ** 2
+    return energies
 
 
 def split_rows(p: int, rank: int, row_energy: NDArray[np.float64], settings: Settings) -> Rows:
