@@ -86,6 +86,17 @@ def test_scattering_is_the_adjoint_of_mixing(room: int, dtype: torch.dtype) -> N
     np.testing.assert_allclose(total, 1 + np.einsum("ij,ird->jrd", codes, summands.double()), atol=1e-5)
 
 
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e6])
+def test_matrices_stay_positive_definite_in_bf16(condition: float) -> None:
+    rng = np.random.default_rng(6)
+    basis = np.linalg.qr(rng.standard_normal((90, 90)))[0]
+    matrix = torch.from_numpy((basis * np.geomspace(1, 1 / condition, 90)) @ basis.T).float()[None]
+    stored = gemm.storable(matrix.clone(), torch.bfloat16)
+    assert float(torch.linalg.eigvalsh(stored[0].double()).min()) > 0
+    assert float((stored.float() - matrix).norm() / matrix.norm()) < 2.0**-5
+    assert torch.equal(gemm.storable(matrix.clone(), torch.float32), matrix)
+
+
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_grams_are_symmetric_products(kind: torch.dtype) -> None:
     matrices = torch.randn(3, 5, 70, generator=torch.Generator().manual_seed(5)).to(kind)

@@ -150,7 +150,10 @@ def _conjugate_gradients(
         if strength <= floor:
             break
         image = operator(direction)
-        step = strength / _dot(direction, image)
+        curvature = _dot(direction, image)
+        if curvature <= 0:  # rounding has the last word
+            break
+        step = strength / curvature
         solution.add_(direction, alpha=step)
         if step_number == steps - 1:
             break

@@ -19,6 +19,7 @@ from globe.errors import GlobeError, UsageError
 
 # Apple's matmul returned wrong numbers from an inner dimension of 32,767 on (pytorch#195163).
 _MPS_INNER = 16_384
+_BF16_SHIFT = 2.0**-7
 _FP32_RUN = 4096  # columns whose products are summed in fp32 before fp64 takes over
 
 Precision = Literal["fp32", "bf16x2"]
@@ -86,6 +87,18 @@ def pick_precision(wanted: str, device: torch.device) -> Precision:
 def dictionary_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """The dtype of products inside the exact dictionary step: bf16 on a CPU with bf16 dot products, unless refused."""
     return torch.bfloat16 if wanted == "auto" and device.type == "cpu" and _bf16_dots() else torch.float32
+
+
+def storable(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Positive definite matrices (n, r, r) in a dtype in which they stay so.
+
+    Rounding to bf16 moves eigenvalues by up to about 2⁻⁷ of the mean diagonal, so that much of it is added.
+    The matrices are overwritten.
+    """
+    if dtype == torch.bfloat16:
+        diagonal = matrices.diagonal(dim1=1, dim2=2)
+        diagonal += _BF16_SHIFT * diagonal.mean(1, keepdim=True)
+    return matrices.to(dtype)
 
 
 def _bf16_dots() -> bool:

@@ -20,6 +20,7 @@ from globe.gemm import (
     mixtures,
     scatter_add,
     spd_inverse,
+    storable,
     weights_operand,
 )
 from globe.lefts import LeftFit, fit_lefts, row_energies, squared_errors
@@ -140,13 +141,13 @@ def sweep(
             irregular += coding.irregular
             if left_grams is not None and gram_room is not None:
                 mixtures(codes[span], state.bank, mixed_room)
-                left_grams[span] = gram_room[: len(batch)]
 
                 def subtract(k: int) -> None:
                     summand_room[k] -= matmul(gram_room[k], mixed_room[k])
 
                 for _ in workers.map(subtract, len(batch)):
                     pass
+                left_grams[span] = storable(gram_room[: len(batch)], kept)
             scatter_add(codes[span], summands, right_side, mixed_room)
     return meter.result(), Sums(codes, irregular, right_side, left_grams)
 
