@@ -78,6 +78,11 @@ class Family:
         """2 for bf16 and fp16, 4 for fp32."""
         return 4 if self.experts[0].info.dtype == "F32" else 2
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The first expert's dtype in the checkpoint."""
+        return TORCH_DTYPES[self.experts[0].info.dtype]
+
     def read(self, number: int, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """Read W_i (or its rows from the first to before the last), in the checkpoint's dtype."""
         expert = self.experts[number]
@@ -87,7 +92,7 @@ class Family:
     def read_some(self, span: slice) -> torch.Tensor:
         """Read W_i for i in a slice, (n, p, d), in the checkpoint's dtype."""
         count = span.stop - span.start
-        stacked = torch.empty(count, self.p, self.d, dtype=TORCH_DTYPES[self.experts[0].info.dtype])
+        stacked = torch.empty(count, self.p, self.d, dtype=self.dtype)
         for place in range(count):
             stacked[place] = self.read(span.start + place)
         return stacked

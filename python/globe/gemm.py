@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import ml_dtypes
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -64,6 +67,40 @@ def bank_gram(bank: torch.Tensor) -> NDArray[np.float64]:
     for block in flat.split(_MPS_INNER, 1):
         total += (block @ block.T).cpu().numpy().astype(np.float64)
     return (total + total.T) / 2
+
+
+class GramSum:
+    """Σ_b X_b X_bᵀ over blocks X_b (n, k): products in fp32 inside a chunk of columns, sums in fp64 across chunks.
+
+    On the CPU the blocks go to the native kernel in their own dtype, which is exact for bf16 and twice as fast.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._native = kernels.GramAccumulator(count)
+        self._device = np.zeros((count, count))
+
+    def add(self, block: torch.Tensor) -> None:
+        """Add a block, bf16, fp16 or fp32."""
+        if block.device.type == "cpu":
+            self._native.add(to_numpy(block))
+            return
+        for part in block.split(4096, 1):
+            part = part.float()
+            self._device += (part @ part.T).cpu().numpy().astype(np.float64)
+
+    @property
+    def matrix(self) -> NDArray[np.float64]:
+        """The sum so far, (n, n), symmetric."""
+        total: NDArray[np.float64] = self._native.matrix + (self._device + self._device.T) / 2
+        return total
+
+
+def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
+    """The array of a CPU tensor; bf16, which torch does not hand over, as ml_dtypes.bfloat16."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    array: NDArray[Any] = tensor.numpy()
+    return array
 
 
 def correlations(targets: torch.Tensor, bank: torch.Tensor) -> NDArray[np.float64]:
