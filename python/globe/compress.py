@@ -168,11 +168,13 @@ def _factor(
 ) -> tuple[Fit, dict[str, Any]]:
     name = family.name
     rows = split_rows(family.p, shape.rank, scanned.row_energy, settings)
-    with stages.stage(f"{name}: seeds", 2) as advance, tempfile.TemporaryDirectory(dir=scratch) as folder:
+    method = METHODS[settings.method]
+    passes = method.passes(settings)
+    with stages.stage(f"{name}: seeds", passes) as advance, tempfile.TemporaryDirectory(dir=scratch) as folder:
         task = SeedTask(
             family, rows, shape.bank, settings, device, _BLOCK_BYTES, Path(folder), advance, stages.display.log
         )
-        seeds = METHODS[settings.method](task)
+        seeds = method(task)
     state = State(seeds.bank, seeds.codes, settings.temperature)
     with stages.stage(f"{name}: loops", (settings.outer_loops + 1) * len(family)) as advance:
         training = train(family, rows, state, settings, advance, stages.display.log)
