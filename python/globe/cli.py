@@ -15,6 +15,7 @@ from rich.table import Table
 
 from globe import __version__
 from globe.errors import GlobeError, UsageError
+from globe.settings import Settings, read_settings
 from globe.stages import Display, Silent
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -32,6 +33,10 @@ class _Rank(click.ParamType[float | int]):
                 return float(value)
             except ValueError:
                 self.fail(f"{value!r} is neither a fraction such as 0.75 nor a count of rows such as 288", param, ctx)
+
+
+def _choice(setting: str) -> click.Choice[str]:
+    return click.Choice(Settings.choices(setting))
 
 
 def _common(command: _Command) -> _Command:
@@ -120,20 +125,16 @@ def inspect(model: Path, as_json: bool, quiet: bool) -> None:
 @click.option("--bank-ratio", type=float, help="Bank size as a fraction of the family's experts.")
 @click.option("--bank-size", type=int, help="Bank size.  [default: 128 from 512 experts, 64 from 256, else N/4]")
 @click.option("--families", help="gate, up or gate,up.  [default: gate,up]")
-@click.option("--method", type=click.Choice(["ts-pca"]), help="Seeds.  [default: ts-pca]")
-@click.option("--solver", type=click.Choice(["alternate"]), help="Training.  [default: alternate]")
-@click.option("--mod", type=click.Choice(["exact", "aligned", "fixed"]), help="Dictionary step.  [default: exact]")
+@click.option("--method", type=_choice("method"), help="Seeds.  [default: ts-pca]")
+@click.option("--solver", type=_choice("solver"), help="Training.  [default: alternate]")
+@click.option("--mod", type=_choice("mod"), help="Dictionary step.  [default: exact]")
 @click.option("--outer-loops", type=int, help="0: seeds, NNLS codes and left factors only.  [default: 6]")
-@click.option("--init-codes", type=click.Choice(["nnls", "simplex"]), help="Codes at the start.  [default: nnls]")
-@click.option(
-    "--codes",
-    type=click.Choice(["entmax", "sparsemax", "nnls", "simplex"]),
-    help="Codes in the loop.  [default: entmax]",
-)
+@click.option("--init-codes", type=_choice("init_codes"), help="Codes at the start.  [default: nnls]")
+@click.option("--codes", type=_choice("codes"), help="Codes in the loop.  [default: entmax]")
 @click.option("--support", type=int, help="Target median support.  [default: 12]")
-@click.option("--calibrate", type=click.Choice(["none"]), help="Activation statistics.  [default: none]")
-@click.option("--device", type=click.Choice(["auto", "cpu", "mps", "cuda"]), help="[default: auto]")
-@click.option("--precision", type=click.Choice(["auto", "fp32"]), help="fp32 refuses bf16 products.  [default: auto]")
+@click.option("--calibrate", type=_choice("calibrate"), help="Activation statistics.  [default: none]")
+@click.option("--device", type=_choice("device"), help="[default: auto]")
+@click.option("--precision", type=_choice("precision"), help="fp32 refuses bf16 products.  [default: auto]")
 @click.option("--max-memory", help="Ceiling of resident memory, e.g. 6GiB.  [default: half of the machine's]")
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--threads", type=int, help="CPU threads.  [default: all]")
@@ -157,7 +158,6 @@ def compress(
     A run that was stopped is continued by the same command, to the same bytes: every stage leaves its result in
     OUT/.globe-run. Where OUT is finished already, nothing is done.
     """
-    from globe.settings import read_settings
 
     settings = read_settings(config, {key: value for key, value in options.items() if value is not None})
     from globe.compress import compress as run
@@ -229,7 +229,7 @@ def export(out: Path, dense: Path, overwrite: bool, as_json: bool, quiet: bool) 
 @click.option("--text", type=_PATH, metavar="FILE", help="UTF-8 text.  [default: half of Python's own help topics]")
 @click.option("--window", type=int, default=512, show_default=True, help="Tokens per window.")
 @click.option("--max-tokens", type=int, help="Use the first N tokens of the text.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "mps", "cuda"]), default="cpu", show_default=True)
+@click.option("--device", type=_choice("device"), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: all]")
 @_common
 def evaluate(

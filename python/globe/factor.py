@@ -119,10 +119,12 @@ def _seed(
 ) -> Progress:
     """Save the seeds as the state that the first loop begins with; nothing of them stays in memory."""
     progress = Progress(settings.over_relaxation)
-    with stages.stage(f"{family.name}: seeds", 2) as advance, store.scratch() as folder:
+    method = METHODS[settings.method]
+    passes = method.passes(settings)
+    with stages.stage(f"{family.name}: seeds", passes) as advance, store.scratch() as folder:
         log = stages.display.log
         task = SeedTask(family, rows, shape.bank, settings, device, blocks.proxy_bytes, Path(folder), advance, log)
-        seeds = METHODS[settings.method](task)
+        seeds = method(task)
         told = [field.name for field in fields(seeds) if field.name not in ("bank", "codes")]
         states.notes = {"seeds": {key: getattr(seeds, key) for key in told}, "stage": stages.so_far()}
         states.save(State(seeds.bank, seeds.codes, settings.temperature), progress)

@@ -178,7 +178,7 @@ def grams(matrices: torch.Tensor) -> torch.Tensor:
     """X_i X_iᵀ (n, k, k) of X (n, k, c): fp32 inside runs of columns, fp64 across them; fp64 on the CPU."""
     if matrices.device.type == "cpu":
         threads = torch.get_num_threads()
-        products = [kernels.gram(_array(matrix), threads=threads) for matrix in matrices.contiguous()]
+        products = [kernels.gram(to_numpy(matrix), threads=threads) for matrix in matrices.contiguous()]
         return torch.from_numpy(np.stack(products))
     total = torch.zeros(len(matrices), matrices.shape[1], matrices.shape[1], dtype=torch.float64)
     for part in matrices.split(_FP32_RUN, 2):
@@ -196,7 +196,7 @@ def mixtures(codes: NDArray[np.float64], bank: torch.Tensor, out: torch.Tensor |
         out = torch.empty(len(codes), *bank.shape[1:], device=bank.device)
     out = out[: len(codes)]
     if bank.device.type == "cpu":
-        kernels.compose(codes.astype(np.float32), _array(bank), out=_array(out))
+        kernels.compose(codes.astype(np.float32), to_numpy(bank), out=to_numpy(out))
     else:
         weights = torch.from_numpy(codes.astype(np.float32)).to(bank.device)
         torch.mm(weights, bank.flatten(1), out=out.view(len(codes), -1))
@@ -223,22 +223,49 @@ def scatter_add(codes: NDArray[np.float64], summands: torch.Tensor, total: torch
     for first in range(0, len(used), len(room)):
         rows = used[first : first + len(room)]
         part = room[: len(rows)].numpy()
-        kernels.compose(transposed[rows], _array(summands), out=part)
+        kernels.compose(transposed[rows], to_numpy(summands), out=part)
         for row, sums in zip(rows, room, strict=False):
             total[row] += sums
-
-
-def _array(tensor: torch.Tensor) -> NDArray[Any]:
-    """The tensor's memory as NumPy sees it, which has no bf16 of its own."""
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
 
 
 def bank_gram(bank: torch.Tensor) -> NDArray[np.float64]:
     """⟨B_j, B_k⟩ for all atoms, fp32 inside runs of columns and fp64 across them."""
     gram: NDArray[np.float64] = grams(bank.flatten(1)[None])[0].numpy()
     return gram
+
+
+class GramSum:
+    """Σ_b X_b X_bᵀ over blocks X_b (n, k): products in fp32 inside a chunk of columns, sums in fp64 across chunks.
+
+    On the CPU the blocks go to the native kernel in their own dtype, which is exact for bf16 and twice as fast.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._native = kernels.GramAccumulator(count)
+        self._device = np.zeros((count, count))
+
+    def add(self, block: torch.Tensor) -> None:
+        """Add a block, bf16, fp16 or fp32."""
+        if block.device.type == "cpu":
+            self._native.add(to_numpy(block))
+            return
+        for part in block.split(4096, 1):
+            part = part.float()
+            self._device += (part @ part.T).cpu().numpy().astype(np.float64)
+
+    @property
+    def matrix(self) -> NDArray[np.float64]:
+        """The sum so far, (n, n), symmetric."""
+        total: NDArray[np.float64] = self._native.matrix + (self._device + self._device.T) / 2
+        return total
+
+
+def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
+    """The array of a CPU tensor; bf16, which torch does not hand over, as ml_dtypes.bfloat16."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    array: NDArray[Any] = tensor.numpy()
+    return array
 
 
 def correlations(targets: torch.Tensor, bank: torch.Tensor) -> NDArray[np.float64]:

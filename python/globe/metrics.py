@@ -64,6 +64,7 @@ def proxy_error(family: Family, rows: Rows, bank: torch.Tensor, block_bytes: int
     """Relative error of the NNLS codes of the normalised proxies on a bank."""
     products, energy = np.zeros((len(family), len(bank))), np.zeros(len(family))
     for span, block in proxy_blocks(family, rows.proxy, bank.device, block_bytes):
+        block = block.float()
         products += correlations(block, bank[:, span].contiguous())
         advance((span.stop - span.start) / len(rows.proxy))
         energy += block.pow(2).sum(1).cpu().double().numpy()

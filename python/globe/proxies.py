@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from globe.checkpoint import Family
 from globe.errors import GlobeError
 from globe.settings import Settings
 from globe.stages import Advance
-from globe.stream import Workers, expert_batches
+from globe.stream import Workers, ahead, expert_batches
 
 _SCANNED_AT_ONCE = 8
 
@@ -105,21 +106,32 @@ def split_rows(p: int, rank: int, row_energy: NDArray[np.float64], settings: Set
 def proxy_blocks(
     family: Family, rows: NDArray[np.int64], device: torch.device, budget: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The proxies B_i⁰ = S W_i of all experts, a block of rows at a time.
+    """The proxies B_i⁰ = S W_i of all experts, a block of rows at a time; the next block is read meanwhile.
 
     Yields
     ------
     slice
         The rows of the proxies in hand.
-    torch.Tensor, shape (N, block · d), fp32
-        Those rows of all proxies, `budget` bytes at most (one row at least).
+    torch.Tensor, shape (N, block · d), in the checkpoint's dtype
+        Those rows of all proxies. With the block being read and one copy in fp32 they take `budget` bytes at most
+        (one row at least).
     """
-    block = max(1, budget // (4 * len(family) * family.d))
-    for first in range(0, len(rows), block):
-        chosen = rows[first : first + block]
+    spans = row_spans(len(family), len(rows), family.d, budget)
+
+    def read(span: slice) -> torch.Tensor:
+        chosen = rows[span]
         start, stop = int(chosen[0]), int(chosen[-1]) + 1
         local = torch.from_numpy(chosen - start)
-        stacked = torch.empty(len(family), len(chosen), family.d)
+        stacked = torch.empty(len(family), len(chosen), family.d, dtype=family.dtype)
         for number in range(len(family)):
-            stacked[number] = family.read(number, (start, stop))[local].float()
-        yield slice(first, first + len(chosen)), stacked.flatten(1).to(device)
+            stacked[number] = family.read(number, (start, stop))[local]
+        return stacked.flatten(1)
+
+    for span, block in zip(spans, ahead(partial(read, span) for span in spans), strict=True):
+        yield span, block.to(device)
+
+
+def row_spans(experts: int, rank: int, d: int, budget: int) -> list[slice]:
+    """The rows of a block of proxies: two blocks of two (four) bytes a value and one (no) copy in fp32 fit."""
+    block = max(1, budget // (8 * experts * d))
+    return [slice(first, min(first + block, rank)) for first in range(0, rank, block)]

@@ -30,12 +30,35 @@ class Settings:
         Bank size m. With neither: 128 where N ≥ 512, 64 where N ≥ 256, else N / 4 (specification, M).
     families : tuple of str
         Which of gate and up to compress.
-    method : {"ts-pca"}
-        The seeds (specification, A).
+    method : str
+        The seeds (specification, A to F): ts-pca, left-gram, rpca, kmeans, farthest-first, residual-greedy,
+        hybrid-split, hybrid-replace or aligned-pca.
     selector : {"energy", "uniform", "random"}
         Which rows of every expert make its proxy (specification, A.1).
     energy_experts : int
-        The energy selector ranks rows on at most this many evenly spaced experts.
+        The energy selector ranks rows, and aligned-pca finds its first reference, on at most this many evenly
+        spaced experts.
+    proxies : {"rows", "projected"}
+        Proxies of kmeans, farthest-first, residual-greedy and the hybrids: the selected rows (specification, A), or
+        the projections on the experts' leading left subspace (B).
+    oversampling : int
+        Random directions of rpca and residual-greedy beyond those wanted (specification, C).
+    power_iterations : int
+        Re-orthonormalised power iterations of rpca, two passes each.
+    lloyd_steps : int
+        Most Lloyd steps of kmeans after k-means++. 0: the centres are those of its first clusters.
+    greedy_codes : {"nnls", "lasso"}
+        Codes of residual-greedy and hybrid-replace on the atoms so far (specification, E); the lasso is
+        non-negative too.
+    greedy_l1 : float
+        L1 penalty of that lasso, relative to the expert's largest correlation.
+    hybrid_centres : {"kmeans", "farthest-first"}
+        The second half of hybrid-split (specification, F).
+    hybrid_share : float
+        Share of the principal directions that hybrid-replace gives up for residual-greedy atoms.
+    procrustes_rounds : int
+        Rotations of aligned-pca, a pass each: to the experts' leading right subspace, then to the mean of the
+        rotated proxies.
     solver : {"alternate"}
         The training loop (specification, H).
     mod : {"exact", "aligned", "fixed"}
@@ -88,7 +111,7 @@ class Settings:
         Ceiling of the process's resident memory in bytes (on the command line and in YAML also as 6GiB); half of the
         machine's memory if not given.
     seed : int
-        Seed of the random row selector.
+        Seed of the random row selector, of rpca's and residual-greedy's random directions, and of k-means++.
     threads : int, optional
         CPU threads; all cores if not given.
     calibrate : {"none"}
@@ -99,9 +122,28 @@ class Settings:
     bank_ratio: float | None = None
     bank_size: int | None = None
     families: tuple[str, ...] = ("gate", "up")
-    method: Literal["ts-pca"] = "ts-pca"
+    method: Literal[
+        "ts-pca",
+        "left-gram",
+        "rpca",
+        "kmeans",
+        "farthest-first",
+        "residual-greedy",
+        "hybrid-split",
+        "hybrid-replace",
+        "aligned-pca",
+    ] = "ts-pca"
     selector: Literal["energy", "uniform", "random"] = "energy"
     energy_experts: int = 256
+    proxies: Literal["rows", "projected"] = "rows"
+    oversampling: int = 8
+    power_iterations: int = 1
+    lloyd_steps: int = 20
+    greedy_codes: Literal["nnls", "lasso"] = "nnls"
+    greedy_l1: float = 0.1
+    hybrid_centres: Literal["kmeans", "farthest-first"] = "kmeans"
+    hybrid_share: float = 0.25
+    procrustes_rounds: int = 1
     solver: Literal["alternate"] = "alternate"
     mod: Literal["exact", "aligned", "fixed"] = "exact"
     outer_loops: int = 6
@@ -159,6 +201,11 @@ class Settings:
                 f"l1 is {self.l1} with codes {self.codes}: on the simplex the L1 norm is constant; use codes nnls"
             )
 
+    @classmethod
+    def choices(cls, name: str) -> tuple[str, ...]:
+        """The values that a setting of named values may take."""
+        return typing.get_args(typing.get_type_hints(cls)[name])
+
     def resolve_rank(self, p: int, d: int) -> int:
         """The rank r for p × d matrices; a fraction is of min(p, d)."""
         limit = min(p, d)
@@ -190,6 +237,12 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("bank_ratio", 0, 1),
     ("bank_size", 1, 1 << 20),
     ("energy_experts", 1, 1 << 30),
+    ("oversampling", 0, 1 << 20),
+    ("power_iterations", 0, 100_000),
+    ("lloyd_steps", 0, 100_000),
+    ("greedy_l1", 0, 1),
+    ("hybrid_share", 0, 1),
+    ("procrustes_rounds", 1, 100_000),
     ("outer_loops", 0, 100_000),
     ("support", 1, 1 << 20),
     ("temperature", 1e-3, 1e3),

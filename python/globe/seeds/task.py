@@ -40,7 +40,8 @@ class SeedTask:
     scratch : Path
         A directory for files of the method's own; the caller removes it.
     advance : callable
-        Called with the passes over the family done since the last call, as a fraction (0.1 is a tenth of a pass).
+        Called with the passes over the family, or over a scratch file of its proxies, done since the last call, as a
+        fraction (0.1 is a tenth of a pass).
     log : callable
         Shows a line.
     """

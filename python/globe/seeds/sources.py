@@ -1,0 +1,143 @@
+"""Where proxies come from: rows of the checkpoint, or a scratch file of rotated experts, read by blocks of rows."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import scipy.linalg
+import torch
+from numpy.typing import NDArray
+
+from globe.errors import GlobeError
+from globe.gemm import GramSum, matmul
+from globe.proxies import proxy_blocks, row_spans
+from globe.seeds.task import SeedTask
+from globe.stream import ahead, expert_batches
+
+Array = NDArray[np.float64]
+Blocks = Iterator[tuple[slice, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Proxies:
+    """The proxies B_i⁰ (r × d) of all experts of a task, to be read as often as a method needs.
+
+    Parameters
+    ----------
+    task : SeedTask
+    read : callable
+        Starts a pass: the rows in hand, and those rows of all proxies, (N, block · d), in bf16, fp16 or fp32.
+    """
+
+    task: SeedTask
+    read: Callable[[], Blocks]
+
+    def blocks(self) -> Blocks:
+        """One pass, with its progress reported."""
+        for span, block in self.read():
+            yield span, block
+            self.task.advance((span.stop - span.start) / self.task.rank)
+
+
+def proxies_of(task: SeedTask) -> Proxies:
+    """The proxies that `settings.proxies` names."""
+    return row_proxies(task) if task.settings.proxies == "rows" else projected_proxies(task)[0]
+
+
+def row_proxies(task: SeedTask) -> Proxies:
+    """B_i⁰ = S W_i, rows of the checkpoint itself (specification, A)."""
+    return Proxies(task, partial(proxy_blocks, task.family, task.rows.proxy, task.device, task.block_bytes))
+
+
+def projected_proxies(task: SeedTask) -> tuple[Proxies, Array]:
+    """B_i⁰ = A_0ᵀ W_i, A_0 the r leading eigenvectors of Σ_i W_i W_iᵀ (specification, B), and ‖B_i⁰‖²; two passes."""
+    family = task.family
+    summed = GramSum(family.p)
+    for _, weights in expert_batches(family, experts_in_hand(task), task.device):
+        for matrix in weights:
+            summed.add(matrix)
+        task.advance(len(weights) / len(family))
+    projector = leading_eigenvectors(summed.matrix, task.rank).to(task.device)
+    return stored_proxies(task, lambda weights: matmul(projector, weights))
+
+
+def leading_eigenvectors(gram: Array, count: int) -> torch.Tensor:
+    """The eigenvectors of the `count` largest eigenvalues, as rows, fp32."""
+    size = len(gram)
+    vectors = scipy.linalg.eigh(gram, subset_by_index=(size - count, size - 1))[1]
+    return torch.from_numpy(np.ascontiguousarray(vectors[:, ::-1].T, dtype=np.float32))
+
+
+def experts_in_hand(task: SeedTask) -> int:
+    """How many experts fit into a block: in the checkpoint's dtype, twice; in fp32; and what is made of them."""
+    return max(1, task.block_bytes // (16 * task.family.p * task.family.d))
+
+
+def stored_proxies(task: SeedTask, make: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Proxies, Array]:
+    """Proxies `make(W)` (n, p, d) → (n, r, d), written to the scratch folder in one pass, and their ‖B_i⁰‖².
+
+    Blocks of rows lie one after another in the file, so that reading them is sequential. Values are bf16 unless
+    the checkpoint is fp32: rounding to 2^-9 does not matter to seeds, and the native Gram takes bf16 as it is.
+
+    Raises
+    ------
+    GlobeError
+        If the scratch folder's disk has no room.
+    """
+    family = task.family
+    count, rank, d = len(family), task.rank, family.d
+    dtype = torch.float32 if family.dtype == torch.float32 else torch.bfloat16
+    path = task.scratch / f"proxies-{family.name}"
+    _check_room(path, count * rank * d * dtype.itemsize)
+    spans = row_spans(count, rank, d, task.block_bytes)
+    energy = np.zeros(count)
+    with path.open("wb", buffering=0) as file:
+        for experts, weights in expert_batches(family, experts_in_hand(task), task.device):
+            made = make(weights.float()).to(dtype).cpu()
+            energy[experts] = made.float().pow(2).sum((1, 2)).double().numpy()
+            for span in spans:
+                offset = count * span.start + experts.start * (span.stop - span.start)
+                _write_at(file.fileno(), made[:, span].contiguous(), offset * d * dtype.itemsize)
+            task.advance(len(weights) / count)
+
+    def read(span: slice) -> torch.Tensor:
+        values = count * (span.stop - span.start) * d
+        buffer = torch.empty(values, dtype=dtype)
+        with path.open("rb", buffering=0) as file:
+            file.seek(count * span.start * d * dtype.itemsize)
+            view = buffer.view(torch.uint8).numpy().data
+            while len(view):
+                view = view[file.readinto(view) or _ended(path) :]
+        return buffer.view(count, -1)
+
+    def blocks() -> Blocks:
+        for span, block in zip(spans, ahead(partial(read, span) for span in spans), strict=True):
+            yield span, block.to(task.device)
+
+    return Proxies(task, blocks), energy
+
+
+def _write_at(file: int, tensor: torch.Tensor, offset: int) -> None:
+    view = tensor.flatten().view(torch.uint8).numpy().data
+    while len(view):
+        written = os.pwrite(file, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _ended(path: Path) -> int:
+    raise GlobeError(f"{path}: ended early while reading; the file changed during the run")
+
+
+def _check_room(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise GlobeError(
+            f"{path.parent}: {free / 1e9:.2f} GB free, the proxies need {needed / 1e9:.2f} GB of scratch; "
+            "free some space or use a method that reads rows of the checkpoint: --method ts-pca"
+        )
