@@ -64,7 +64,7 @@ def cases(threads: int, wanted: Sequence[str]) -> Iterator[Case]:
 
 def gram_case(n: int, k: int, dtype: Any, threads: int) -> Case:
     single = np.random.default_rng(0).standard_normal((n, k), dtype=np.float32)
-    vectors = single.astype(dtype)
+    vectors = single.astype(dtype, copy=False)
     if dtype == BF16:
         single = vectors.astype(np.float32)
     calls: dict[str, Callable[[], Any]] = {
@@ -162,11 +162,14 @@ def entmax_cases(kernel: str, shape: tuple[int, int], alpha: float, threads: int
     tensor = torch.from_numpy(logits)
     leaf, ones = torch.from_numpy(logits).requires_grad_(), torch.from_numpy(slope)
 
+    probabilities, derivative = np.zeros_like(logits), np.zeros_like(logits)
+
     def forward(name: str) -> Any:
-        return kernels.entmax(logits, alpha, backend=name, threads=threads)
+        return kernels.entmax(logits, alpha, out=probabilities, backend=name, threads=threads)
 
     def both(name: str) -> Any:
-        return kernels.entmax_backward(forward(name), slope, alpha, backend=name, threads=threads)
+        settings = {"out": derivative, "backend": name, "threads": threads}
+        return kernels.entmax_backward(forward(name), slope, alpha, **settings)
 
     calls = {name: lambda name=name: forward(name) for name in OURS}
     calls_both = {name: lambda name=name: both(name) for name in OURS}

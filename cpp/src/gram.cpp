@@ -95,8 +95,14 @@ void gram_add_rows(const ConstMatrixView& vectors, double* gram, std::int64_t be
 }
 
 void gram_mirror(double* gram, std::int64_t n) {
-    for (std::int64_t i = 0; i < n; ++i) {
-        for (std::int64_t j = 0; j < i; ++j) gram[j * n + i] = gram[i * n + j];
+    constexpr std::int64_t side = 32;  // in tiles, so that lines of the upper triangle are filled at once
+    for (std::int64_t top = 0; top < n; top += side) {
+        for (std::int64_t left = 0; left <= top; left += side) {
+            for (std::int64_t j = left; j < std::min(left + side, n); ++j) {
+                for (std::int64_t i = std::max(top, j + 1); i < std::min(top + side, n); ++i)
+                    gram[j * n + i] = gram[i * n + j];
+            }
+        }
     }
 }
 

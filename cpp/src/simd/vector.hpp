@@ -162,10 +162,20 @@ struct BFloat16 {
         const U32 both = load<U32>(from);
         return {bits_of<F32>(both << 16), bits_of<F32>(both & 0xFFFF0000U)};
     }
+    // Of each lane; the lower half is left to chance.
+    static GLOBE_INLINE U32 round_vector(const F32& x) {
+#if defined(__AVX512F__)
+        const auto bits = bits_of<__m512i>(x);
+        const __m512i tie = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), tie);
+        const __mmask16 nan = _mm512_cmp_ps_mask(bits_of<__m512>(x), bits_of<__m512>(x), _CMP_UNORD_Q);
+        return bits_of<U32>(_mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000)));
+#else
+        return round<U32, I32>(bits_of<U32>(x));
+#endif
+    }
     static GLOBE_INLINE void store_pair(Storage* to, const Pair& x) {
-        const U32 even = round<U32, I32>(bits_of<U32>(x.first));
-        const U32 odd = round<U32, I32>(bits_of<U32>(x.second));
-        store(to, (even >> 16) | (odd & 0xFFFF0000U));
+        store(to, (round_vector(x.first) >> 16) | (round_vector(x.second) & 0xFFFF0000U));
     }
 };
 

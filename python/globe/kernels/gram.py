@@ -59,7 +59,8 @@ def gram(
         raise ValueError(f"vectors: found shape {vectors.shape}; expected (n, k); flatten each vector into a row")
     accumulator = GramAccumulator(vectors.shape[0])
     accumulator.add(vectors, weights=weights, backend=backend, threads=threads)
-    return accumulator.matrix
+    _native.gram_mirror(accumulator._lower)  # nobody else has it: no copy
+    return accumulator._lower
 
 
 class GramAccumulator:

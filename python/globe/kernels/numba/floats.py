@@ -50,3 +50,12 @@ def narrow_bfloat16(values, words, out):  # type: ignore[no-untyped-def]
         rounded = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
         nan = (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
         out[t] = np.uint16((word >> np.uint32(16)) | np.uint32(0x40)) if nan else np.uint16(rounded)
+
+
+@njit(nogil=True, cache=True, inline="always")
+def round_bfloat16(value):  # type: ignore[no-untyped-def]
+    """The bits of a float32, of which the upper half is the value rounded to bfloat16."""
+    word = np.float32(value).view(np.uint32)
+    rounded = word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))
+    nan = (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return np.uint32(word | np.uint32(0x400000)) if nan else np.uint32(rounded)

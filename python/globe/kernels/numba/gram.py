@@ -9,10 +9,10 @@ from numba import njit
 from numpy.typing import NDArray
 
 from globe.kernels.backends import run_ranges
-from globe.kernels.numba.floats import FLOAT32, bits, widen
+from globe.kernels.numba.floats import BFLOAT16, FLOAT32, bits, widen
 
-_BLOCK = 2048
-_PANEL = 128
+_BLOCK = 4096
+_PANEL = 256
 
 
 def add(vectors: NDArray[Any], total: NDArray[np.float64], weights: NDArray[np.float64] | None, threads: int) -> None:
@@ -20,38 +20,48 @@ def add(vectors: NDArray[Any], total: NDArray[np.float64], weights: NDArray[np.f
     source, kind = bits(np.ascontiguousarray(vectors))
     roots = np.ones(0, np.float32) if weights is None else np.sqrt(weights).astype(np.float32)
     n, k = source.shape
+    panels = -(-n // _PANEL)
+    # Of the panels on the diagonal NumPy computes half: they come last, so that threads have like shares.
+    tiles = [(i, j) for i in range(panels) for j in range(i)] + [(i, i) for i in range(panels)]
     part = np.empty((n, min(k, _BLOCK)), np.float32)
     for start in range(0, k, _BLOCK):
         stop = min(start + _BLOCK, k)
-        block = part[:, : stop - start] if stop - start == part.shape[1] else np.empty((n, stop - start), np.float32)
+        block = part[:, : stop - start]
 
         def convert(begin: int, end: int, block: Any = block, start: int = start, stop: int = stop) -> None:
-            _convert(source, kind, roots[start:stop], start, begin, end, block)
+            _convert(source, kind, roots[start:stop], start, begin, end, block, block.view(np.uint32))
 
         def multiply(begin: int, end: int, block: Any = block) -> None:
-            _multiply(block, begin * _PANEL, min(end * _PANEL, n), total)
+            for i, j in tiles[begin:end]:
+                rows, cols = (slice(t * _PANEL, min((t + 1) * _PANEL, n)) for t in (i, j))
+                _add(total[rows, cols], block[rows] @ block[cols].T)
 
         run_ranges(convert, n, threads, grain=16)
-        run_ranges(multiply, -(-n // _PANEL), threads)
+        run_ranges(multiply, len(tiles), threads)
 
 
 @njit(nogil=True, cache=True)
-def _convert(source, kind, roots, start, begin, end, block):  # type: ignore[no-untyped-def]
+def _convert(source, kind, roots, start, begin, end, block, block_words):  # type: ignore[no-untyped-def]
     words = np.empty(block.shape[1], np.uint32)
     for row in range(begin, end):
+        entries = source[row, start : start + block.shape[1]]
         if kind == FLOAT32:
-            block[row] = source[row, start : start + block.shape[1]]
+            values = block[row]
+            for t in range(values.size):
+                values[t] = entries[t]
+        elif kind == BFLOAT16:
+            to = block_words[row]
+            for t in range(to.size):
+                to[t] = np.uint32(entries[t]) << np.uint32(16)
         else:
-            widen(source[row, start : start + block.shape[1]], kind, words, block[row])
+            widen(entries, kind, words, block[row])
         if roots.size > 0:
             block[row] *= roots
 
 
 @njit(nogil=True, cache=True)
-def _multiply(block, begin, end, total):  # type: ignore[no-untyped-def]
-    for top in range(begin, end, _PANEL):
-        bottom = min(top + _PANEL, block.shape[0])
-        products = np.dot(block[top:bottom], block[:bottom].T)
-        for i in range(bottom - top):
-            for j in range(bottom):
-                total[top + i, j] += np.float64(products[i, j])
+def _add(total, products):  # type: ignore[no-untyped-def]
+    for i in range(products.shape[0]):
+        to, row = total[i], products[i]
+        for j in range(row.size):
+            to[j] += np.float64(row[j])
