@@ -24,6 +24,7 @@ FLOATS = {
     "temperature_rate": (0.0, 10.0),
     "epsilon": (0.0, 0.5),
     "l1": (0.0, 1.0),
+    "seed_budget": (1.0, 1e6),
     "mod_ridge": (0.0, 1.0),
     "over_relaxation": (0.0, 1.0),
     "ridge": (0.0, 1.0),
@@ -37,6 +38,7 @@ COUNTS = {
     "energy_experts": 1,
     "outer_loops": 0,
     "support": 1,
+    "subspace_steps": 1,
     "temperature_every": 1,
     "cg_steps": 1,
     "patience": 1,
@@ -45,7 +47,7 @@ COUNTS = {
     "threads": 1,
 }
 CHOICES = {
-    "method": ["ts-pca"],
+    "method": ["ts-pca", "grouped-subspace", "auto"],
     "selector": ["energy", "uniform", "random"],
     "solver": ["alternate"],
     "mod": ["exact", "aligned", "fixed"],

@@ -120,7 +120,7 @@ def inspect(model: Path, as_json: bool, quiet: bool) -> None:
 @click.option("--bank-ratio", type=float, help="Bank size as a fraction of the family's experts.")
 @click.option("--bank-size", type=int, help="Bank size.  [default: 128 from 512 experts, 64 from 256, else N/4]")
 @click.option("--families", help="gate, up or gate,up.  [default: gate,up]")
-@click.option("--method", type=click.Choice(["ts-pca"]), help="Seeds.  [default: ts-pca]")
+@click.option("--method", type=click.Choice(["ts-pca", "grouped-subspace", "auto"]), help="Seeds.  [default: ts-pca]")
 @click.option("--solver", type=click.Choice(["alternate"]), help="Training.  [default: alternate]")
 @click.option("--mod", type=click.Choice(["exact", "aligned", "fixed"]), help="Dictionary step.  [default: exact]")
 @click.option("--outer-loops", type=int, help="0: seeds, NNLS codes and left factors only.  [default: 6]")

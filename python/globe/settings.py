@@ -30,8 +30,12 @@ class Settings:
         Bank size m. With neither: 128 where N ≥ 512, 64 where N ≥ 256, else N / 4 (specification, M).
     families : tuple of str
         Which of gate and up to compress.
-    method : {"ts-pca"}
-        The seeds (specification, A).
+    method : {"ts-pca", "grouped-subspace", "auto"}
+        The seeds (specification, A). `auto` tries several and keeps the best (L).
+    subspace_steps : int
+        Steps of subspace iteration of grouped-subspace.
+    seed_budget : float
+        What `method: auto` may spend, as a multiple of the modelled cost of ts-pca.
     selector : {"energy", "uniform", "random"}
         Which rows of every expert make its proxy (specification, A.1).
     energy_experts : int
@@ -99,7 +103,9 @@ class Settings:
     bank_ratio: float | None = None
     bank_size: int | None = None
     families: tuple[str, ...] = ("gate", "up")
-    method: Literal["ts-pca"] = "ts-pca"
+    method: Literal["ts-pca", "grouped-subspace", "auto"] = "ts-pca"
+    subspace_steps: int = 6
+    seed_budget: float = 16.0
     selector: Literal["energy", "uniform", "random"] = "energy"
     energy_experts: int = 256
     solver: Literal["alternate"] = "alternate"
@@ -190,6 +196,8 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("bank_ratio", 0, 1),
     ("bank_size", 1, 1 << 20),
     ("energy_experts", 1, 1 << 30),
+    ("subspace_steps", 1, 100_000),
+    ("seed_budget", 1, 1e6),
     ("outer_loops", 0, 100_000),
     ("support", 1, 1 << 20),
     ("temperature", 1e-3, 1e3),

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
+from globe.seeds.grouped_subspace import grouped_subspace
 from globe.seeds.task import Seeds, SeedTask
 from globe.seeds.ts_pca import ts_pca
 
-METHODS: dict[str, Callable[[SeedTask], Seeds]] = {"ts-pca": ts_pca}
+METHODS: dict[str, Callable[[SeedTask], Seeds]] = {"ts-pca": ts_pca, "grouped-subspace": grouped_subspace}
 
-__all__ = ["METHODS", "SeedTask", "Seeds", "ts_pca"]
+__all__ = ["METHODS", "SeedTask", "Seeds", "grouped_subspace", "ts_pca"]
