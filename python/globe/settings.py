@@ -32,7 +32,11 @@ class Settings:
         Which of gate and up to compress.
     method : str
         The seeds (specification, A to F): ts-pca, left-gram, rpca, kmeans, farthest-first, residual-greedy,
-        hybrid-split, hybrid-replace or aligned-pca.
+        hybrid-split, hybrid-replace, aligned-pca or grouped-subspace; auto tries several and keeps the best (L).
+    subspace_steps : int
+        Steps of subspace iteration of grouped-subspace.
+    seed_budget : float
+        What `method: auto` may spend, as a multiple of the modelled cost of ts-pca.
     selector : {"energy", "uniform", "random"}
         Which rows of every expert make its proxy (specification, A.1).
     energy_experts : int
@@ -132,7 +136,11 @@ class Settings:
         "hybrid-split",
         "hybrid-replace",
         "aligned-pca",
+        "grouped-subspace",
+        "auto",
     ] = "ts-pca"
+    subspace_steps: int = 6
+    seed_budget: float = 16.0
     selector: Literal["energy", "uniform", "random"] = "energy"
     energy_experts: int = 256
     proxies: Literal["rows", "projected"] = "rows"
@@ -243,6 +251,8 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("greedy_l1", 0, 1),
     ("hybrid_share", 0, 1),
     ("procrustes_rounds", 1, 100_000),
+    ("subspace_steps", 1, 100_000),
+    ("seed_budget", 1, 1e6),
     ("outer_loops", 0, 100_000),
     ("support", 1, 1 << 20),
     ("temperature", 1e-3, 1e3),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from globe.seeds.aligned_pca import aligned_pca
 from globe.seeds.farthest_first import farthest_first
+from globe.seeds.grouped_subspace import grouped_subspace
 from globe.seeds.hybrid_replace import hybrid_replace
 from globe.seeds.hybrid_split import hybrid_split
 from globe.seeds.kmeans import kmeans
@@ -42,6 +43,7 @@ METHODS: dict[str, Method] = {
     "hybrid-split": Method(hybrid_split, _on_one_gram),
     "hybrid-replace": Method(hybrid_replace, _on_one_gram),
     "aligned-pca": Method(aligned_pca, lambda settings: 3 + settings.procrustes_rounds),
+    "grouped-subspace": Method(grouped_subspace, lambda settings: 2),
 }
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "Seeds",
     "aligned_pca",
     "farthest_first",
+    "grouped_subspace",
     "hybrid_replace",
     "hybrid_split",
     "kmeans",
