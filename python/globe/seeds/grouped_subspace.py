@@ -131,13 +131,15 @@ def _orthonormal(matrix: torch.Tensor) -> torch.Tensor:
     factor, info = torch.linalg.cholesky_ex((normal + normal.mT) / 2)
     diagonal = factor.diagonal()
     if info > 0 or not (diagonal.min() / diagonal.max()) ** 2 > _DEPENDENT:
-        return torch.linalg.qr(matrix.cpu().double())[0].float().to(matrix.device)
+        basis: torch.Tensor = torch.linalg.qr(matrix.cpu().double())[0]
+        return basis.float().to(matrix.device)
     return matmul(matrix, _inverse_of_lower(factor).mT.float().to(matrix.device))
 
 
 def _inverse_of_lower(factor: torch.Tensor) -> torch.Tensor:
     unit = torch.eye(len(factor), dtype=factor.dtype)
-    return torch.linalg.solve_triangular(factor, unit, upper=False)
+    inverse: torch.Tensor = torch.linalg.solve_triangular(factor, unit, upper=False)
+    return inverse
 
 
 def _atom(basis: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
