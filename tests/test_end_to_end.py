@@ -333,8 +333,12 @@ def test_metrics_have_what_was_promised(trips: Callable[..., Trip]) -> None:
     assert 0 < ratio["touched"] < ratio["experts"] < ratio["checkpoint"] < 1
     assert len(metrics["stages"]) >= 6
     for stage in metrics["stages"]:
-        assert set(stage) == {"name", "seconds", "bytes_read", "peak_rss_bytes", "resumed"} and not stage["resumed"]
+        counted = {"passes"} if ":" in stage["name"] else set()
+        assert set(stage) == {"name", "seconds", "bytes_read", "peak_rss_bytes", "resumed"} | counted
+        assert not stage["resumed"]
         assert stage["seconds"] >= 0 and stage["peak_rss_bytes"] > 1 << 20
+    passes = {stage["name"]: stage.get("passes") for stage in metrics["stages"]}
+    assert passes["gate: scan"] == 1 and passes["gate: loops"] == 3
     assert metrics["settings"] == Settings(rank=0.5, bank_size=3, outer_loops=2, device="cpu").as_dict()
     assert metrics["source"]["layout"] == "olmoe"
     assert len(metrics["source"]["fingerprint"]) == 64

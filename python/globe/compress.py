@@ -190,7 +190,7 @@ def compress(
             "blocks": environment["blocks"],
             "settings": settings.as_dict(),
             "source": described,
-            "stages": stages.as_list(),
+            "stages": _with_passes(stages.as_list(), planned.families),
         }
         copy_companions(planned.checkpoint.directory, target)
         told = manifest(planned.checkpoint, planned.families, planned.shapes, settings, described)
@@ -228,6 +228,15 @@ def _needed_bytes(planned: Plan) -> int:
     output = everything - touched + 2 * sum(stored_elements(families[name], shapes[name]) for name in families)
     banks = [shapes[name].bank * shapes[name].rank * family.d for name, family in families.items()]
     return 2 * sum(banks) + max(output, 3 * 4 * max(banks))
+
+
+def _with_passes(records: list[dict[str, Any]], families: dict[str, Family]) -> list[dict[str, Any]]:
+    """The stages of a family with the passes over it that their bytes make."""
+    for record in records:
+        family = families.get(record["name"].partition(":")[0])
+        if family is not None:
+            record["passes"] = record["bytes_read"] / (len(family) * family.p * family.d * family.bytes_per_weight)
+    return records
 
 
 def _actual_ratios(planned: Plan, fits: dict[str, Fit]) -> Ratios:
