@@ -10,17 +10,18 @@ import torch
 
 from globe.budget import Blocks
 from globe.checkpoint import Family
+from globe.choose import ORDER, choose
 from globe.errors import GlobeError
-from globe.metrics import proxy_error, training_report
+from globe.metrics import proxy_error, seeds_report, training_report
 from globe.progress import Progress, States
 from globe.proxies import Rows, Scan, scan, split_rows
 from globe.ratios import Shape
 from globe.runstore import Store
 from globe.seeds import METHODS, SeedTask
 from globe.settings import Settings
-from globe.stages import Stages
+from globe.stages import Advance, Stages
 from globe.sweep import State
-from globe.training import train
+from globe.training import first_progress, train
 from globe.write import Fit, rounded
 
 
@@ -93,12 +94,13 @@ def _train(
         progress = _seed(family, shape, rows, settings, device, stages, store, states, blocks)
     else:
         stages.recall(states.notes["stage"])
-    with stages.stage(f"{name}: loops", (settings.outer_loops + 1) * len(family), states.before) as advance:
+    passes = settings.outer_loops + 1 - progress.first
+    with stages.stage(f"{name}: loops", passes * len(family), states.before) as advance:
         training = train(family, rows, progress, settings, advance, log, states, blocks)
         if training.measure.ridged:
             log(f"{name}: {training.measure.ridged} left factors were ill-conditioned and took a ridge")
         state = rounded(training.state)
-        report = training_report(shape, rows, states.notes["seeds"], training)
+        report = training_report(shape, rows, states.notes, training)
         meta = {"report": report, "stages": [states.notes["stage"], stages.so_far()]}
         codes = torch.from_numpy(state.codes.astype("float32"))
         store.save(f"{name}.fit", {"atoms": state.bank, "codes": codes}, meta)
@@ -118,13 +120,22 @@ def _seed(
     blocks: Blocks,
 ) -> Progress:
     """Save the seeds as the state that the first loop begins with; nothing of them stays in memory."""
-    progress = Progress(settings.over_relaxation)
-    with stages.stage(f"{family.name}: seeds", 2) as advance, store.scratch() as folder:
+    auto = settings.method == "auto"
+    with stages.stage(f"{family.name}: seeds", len(ORDER) if auto else 2) as advance, store.scratch() as folder:
         log = stages.display.log
-        task = SeedTask(family, rows, shape.bank, settings, device, blocks.proxy_bytes, Path(folder), advance, log)
-        seeds = METHODS[settings.method](task)
+        within: Advance = (lambda passes: None) if auto else advance
+        task = SeedTask(family, rows, shape.bank, settings, device, blocks.proxy_bytes, Path(folder), within, log)
+        choice: dict[str, Any] = {"chosen": settings.method, "why": "asked for"}
+        if auto:
+            found = choose(task, METHODS, advance)
+            seeds, choice = found.seeds, found.as_dict()
+            del found
+        else:
+            seeds = METHODS[settings.method](task)
         told = [field.name for field in fields(seeds) if field.name not in ("bank", "codes")]
-        states.notes = {"seeds": {key: getattr(seeds, key) for key in told}, "stage": stages.so_far()}
+        report = {key: getattr(seeds, key) for key in told} | seeds_report(seeds) | {"choice": choice}
+        states.notes = {"seeds": report, "stage": stages.so_far()}
+        progress = first_progress(seeds.codes, settings)
         states.save(State(seeds.bank, seeds.codes, settings.temperature), progress)
     return progress
 

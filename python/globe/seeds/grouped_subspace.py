@@ -16,7 +16,7 @@ from globe.seeds.grouping import Labels, balanced_groups
 from globe.seeds.task import Seeds, SeedTask
 from globe.stream import ahead
 
-_SKETCH_COLUMNS = 32
+SKETCH_COLUMNS = 32
 _GRAM_COLUMNS = 256
 _PLAIN_STEPS = 2  # before the discarded spectrum is known well enough to be filtered
 _DISCARDED = 1.4  # the discarded eigenvalues lie below this times their mean, or are few
@@ -68,7 +68,7 @@ def grouped_subspace(task: SeedTask) -> Seeds:
 def _overlaps(task: SeedTask, random: torch.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """⟨S_i, S_j⟩ (N, N) and ‖W_i‖² (N,); one pass."""
     family = task.family
-    probe = torch.randn(family.d, min(_SKETCH_COLUMNS, family.d), generator=random).to(task.device)
+    probe = torch.randn(family.d, min(SKETCH_COLUMNS, family.d), generator=random).to(task.device)
     sketches = torch.empty(len(family), probe.numel(), device=task.device)
     energy = np.zeros(len(family))
     for number, weights in enumerate(_experts(task, range(len(family)))):
@@ -131,13 +131,15 @@ def _orthonormal(matrix: torch.Tensor) -> torch.Tensor:
     factor, info = torch.linalg.cholesky_ex((normal + normal.mT) / 2)
     diagonal = factor.diagonal()
     if info > 0 or not (diagonal.min() / diagonal.max()) ** 2 > _DEPENDENT:
-        return torch.linalg.qr(matrix.cpu().double())[0].float().to(matrix.device)
+        basis: torch.Tensor = torch.linalg.qr(matrix.cpu().double())[0]
+        return basis.float().to(matrix.device)
     return matmul(matrix, _inverse_of_lower(factor).mT.float().to(matrix.device))
 
 
 def _inverse_of_lower(factor: torch.Tensor) -> torch.Tensor:
     unit = torch.eye(len(factor), dtype=factor.dtype)
-    return torch.linalg.solve_triangular(factor, unit, upper=False)
+    inverse: torch.Tensor = torch.linalg.solve_triangular(factor, unit, upper=False)
+    return inverse
 
 
 def _atom(basis: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
