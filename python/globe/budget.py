@@ -10,6 +10,7 @@ from pathlib import Path
 from globe.checkpoint import Family
 from globe.errors import UsageError
 from globe.ratios import Shape
+from globe.seeds.grouped_subspace import SKETCH_COLUMNS
 from globe.settings import Settings
 
 _BASE = 768 << 20  # the interpreter with torch, and freed memory that the allocator keeps
@@ -112,7 +113,14 @@ class _Cost:
 
     def seeds(self, blocks: Blocks) -> int:
         gram = 8 * 8 * len(self.family) ** 2
-        return 2 * self.bank + max(gram, 3 * blocks.proxy_bytes) + 4 * self.family.p * self.family.d * self.threads
+        sketches = 0  # before there is a bank
+        if self.settings.method in ("grouped-subspace", "auto"):
+            sketches = 4 * len(self.family) * SKETCH_COLUMNS * self.family.d + gram
+        return (
+            max(sketches, 2 * self.bank)
+            + max(gram, 3 * blocks.proxy_bytes)
+            + 4 * self.family.p * self.family.d * self.threads
+        )
 
     def loop(self, blocks: Blocks) -> int:
         p, d, r = self.family.p, self.family.d, self.shape.rank

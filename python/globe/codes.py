@@ -39,6 +39,22 @@ def initial_codes(gram: Array, correlations: Array, kind: str) -> Array:
     return codes / codes.sum(1, keepdims=True) if kind == "simplex" else codes
 
 
+def spread(codes: Array, settings: Settings) -> Array:
+    """Codes to start loops from where every expert has but one atom: half of `support` other atoms more, by chance.
+
+    From one atom each the loops make no headway: the targets A_i⁺W_i of a group of experts with the same mixture are
+    that mixture, and the rest, which their dictionary step would need, is what no other atom explains.
+    """
+    experts, atoms = codes.shape
+    random = np.random.default_rng(settings.seed)
+    strangers = random.random(codes.shape)
+    strangers[codes > 0] = np.inf
+    others = np.argsort(strangers, axis=1)[:, : min(atoms - 1, settings.support // 2)]
+    mixed = codes.copy()
+    mixed[np.arange(experts)[:, None], others] = random.random(others.shape) * codes.max(1, keepdims=True)
+    return mixed
+
+
 def coding_step(gram: Array, correlations: Array, settings: Settings, temperature: float) -> Coding:
     """Code targets on the bank: argmin over α_i of ‖T_i − Σ_j α_ij B_j‖² in the form `settings.codes`.
 

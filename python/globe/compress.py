@@ -171,11 +171,14 @@ def compress(
         reports = {}
         for name, family in planned.families.items():
             shape = planned.shapes[name]
-            reports[name] = factor(family, shape, scans[name], settings, planned.device, stages, store, planned.blocks)
+            arguments = (family, shape, scans[name], settings, planned.device, stages, store, planned.blocks)
+            reports[name] = factor(*arguments, to_be_written=True)
         fits = {name: load_fit(family, store, planned.device) for name, family in planned.families.items()}
         written = write_weights(planned.checkpoint, fits, target, settings, stages, store, planned.blocks)
         for name, report in reports.items():
             report.update(stored_report(name, fits[name], written))
+            if report["init"]["relative_error"] is None:  # no loops: what is written are the seeds
+                report["init"]["relative_error"] = report["relative_error"]
         actual = _actual_ratios(planned, fits)
         described = {"path": str(model_dir), "layout": planned.checkpoint.layout.name, "fingerprint": fingerprint}
         metrics = {

@@ -10,17 +10,18 @@ import torch
 
 from globe.budget import Blocks
 from globe.checkpoint import Family
+from globe.choose import ORDER, choose
 from globe.errors import GlobeError
-from globe.metrics import proxy_error, training_report
+from globe.metrics import proxy_error, seeds_report, training_report
 from globe.progress import Progress, States
 from globe.proxies import Rows, Scan, scan, split_rows
 from globe.ratios import Shape
 from globe.runstore import Store
 from globe.seeds import METHODS, SeedTask
 from globe.settings import Settings
-from globe.stages import Stages
+from globe.stages import Advance, Stages
 from globe.sweep import State
-from globe.training import train
+from globe.training import Training, first_progress, train
 from globe.write import Fit, rounded
 
 
@@ -47,8 +48,12 @@ def factor(
     stages: Stages,
     store: Store,
     blocks: Blocks,
+    *,
+    to_be_written: bool = False,
 ) -> dict[str, Any]:
     """Seed and train a family, as far as `store` does not say that it was done; the factors are left there.
+
+    Where there are no loops and the factors are `to_be_written`, the seeds are not measured: writing them will.
 
     Returns
     -------
@@ -58,7 +63,8 @@ def factor(
     rows = split_rows(family.p, shape.rank, scanned.row_energy, settings)
     meta = store.check(f"{family.name}.fit")
     if meta is None:
-        meta = _train(family, shape, rows, settings, device, stages, store, blocks)
+        run = _keep_seeds if to_be_written and settings.outer_loops == 0 else _train
+        meta = run(family, shape, rows, settings, device, stages, store, blocks)
     else:
         for record in meta["stages"]:
             stages.recall(record)
@@ -93,16 +99,44 @@ def _train(
         progress = _seed(family, shape, rows, settings, device, stages, store, states, blocks)
     else:
         stages.recall(states.notes["stage"])
-    with stages.stage(f"{name}: loops", (settings.outer_loops + 1) * len(family), states.before) as advance:
+    passes = settings.outer_loops + 1 - progress.first
+    with stages.stage(f"{name}: loops", passes * len(family), states.before) as advance:
         training = train(family, rows, progress, settings, advance, log, states, blocks)
-        if training.measure.ridged:
+        if training.measure is not None and training.measure.ridged:
             log(f"{name}: {training.measure.ridged} left factors were ill-conditioned and took a ridge")
-        state = rounded(training.state)
-        report = training_report(shape, rows, states.notes["seeds"], training)
-        meta = {"report": report, "stages": [states.notes["stage"], stages.so_far()]}
-        codes = torch.from_numpy(state.codes.astype("float32"))
-        store.save(f"{name}.fit", {"atoms": state.bank, "codes": codes}, meta)
-        states.clear()
+        report = training_report(shape, rows, states.notes, training)
+        return _save_fit(family, training.state, report, [states.notes["stage"], stages.so_far()], store, states)
+
+
+def _keep_seeds(
+    family: Family,
+    shape: Shape,
+    rows: Rows,
+    settings: Settings,
+    device: torch.device,
+    stages: Stages,
+    store: Store,
+    blocks: Blocks,
+) -> dict[str, Any]:
+    states = States(store, family.name, device, stages.so_far)
+    progress = states.find()
+    if progress is None:
+        progress = _seed(family, shape, rows, settings, device, stages, store, states, blocks)
+    else:
+        stages.recall(states.notes["stage"])
+    state = states.load(progress.loop)
+    report = training_report(shape, rows, states.notes, Training(state, None, None, [], "outer_loops"))
+    return _save_fit(family, state, report, [states.notes["stage"]], store, states)
+
+
+def _save_fit(
+    family: Family, state: State, report: dict[str, Any], records: list[dict[str, Any]], store: Store, states: States
+) -> dict[str, Any]:
+    state = rounded(state)
+    meta = {"report": report, "stages": records}
+    codes = torch.from_numpy(state.codes.astype("float32"))
+    store.save(f"{family.name}.fit", {"atoms": state.bank, "codes": codes}, meta)
+    states.clear()
     return meta
 
 
@@ -118,15 +152,23 @@ def _seed(
     blocks: Blocks,
 ) -> Progress:
     """Save the seeds as the state that the first loop begins with; nothing of them stays in memory."""
-    progress = Progress(settings.over_relaxation)
-    method = METHODS[settings.method]
-    passes = method.passes(settings)
+    auto = settings.method == "auto"
+    passes = len(ORDER) if auto else METHODS[settings.method].passes(settings)
     with stages.stage(f"{family.name}: seeds", passes) as advance, store.scratch() as folder:
         log = stages.display.log
-        task = SeedTask(family, rows, shape.bank, settings, device, blocks.proxy_bytes, Path(folder), advance, log)
-        seeds = method(task)
+        within: Advance = (lambda passes: None) if auto else advance
+        task = SeedTask(family, rows, shape.bank, settings, device, blocks.proxy_bytes, Path(folder), within, log)
+        choice: dict[str, Any] = {"chosen": settings.method, "why": "asked for"}
+        if auto:
+            found = choose(task, METHODS, advance)
+            seeds, choice = found.seeds, found.as_dict()
+            del found
+        else:
+            seeds = METHODS[settings.method](task)
         told = [field.name for field in fields(seeds) if field.name not in ("bank", "codes")]
-        states.notes = {"seeds": {key: getattr(seeds, key) for key in told}, "stage": stages.so_far()}
+        report = {key: getattr(seeds, key) for key in told} | seeds_report(seeds) | {"choice": choice}
+        states.notes = {"seeds": report, "stage": stages.so_far()}
+        progress = first_progress(seeds.codes, settings)
         states.save(State(seeds.bank, seeds.codes, settings.temperature), progress)
     return progress
 

@@ -15,6 +15,7 @@ from globe.codes import supports
 from globe.gemm import bank_gram, correlations
 from globe.proxies import Rows, proxy_blocks
 from globe.ratios import Shape
+from globe.seeds import Seeds
 from globe.stages import Advance
 from globe.training import Training
 from globe.write import Fit, Written
@@ -22,17 +23,34 @@ from globe.write import Fit, Written
 Array = NDArray[np.float64]
 
 
-def training_report(shape: Shape, rows: Rows, seeds: Mapping[str, Any], training: Training) -> dict[str, Any]:
-    """Seeds (all fields but bank and codes) and loops: explained variance, errors at the start, and every loop."""
+def seeds_report(seeds: Seeds) -> dict[str, Any]:
+    """Supports, popularity of atoms, norms and coherence of the seeds."""
+    return _bank_report(seeds.bank, seeds.codes)
+
+
+def training_report(shape: Shape, rows: Rows, notes: Mapping[str, Any], training: Training) -> dict[str, Any]:
+    """Seeds and loops: explained variance, errors at the start, what `seeds_report` found, and every loop.
+
+    Parameters
+    ----------
+    shape, rows, training
+    notes : mapping
+        "seeds", all fields of the seeds but bank and codes, their report and the "choice" of the method; and "stage",
+        the record of the stage that made them.
+    """
+    seeds, stage = notes["seeds"], notes["stage"]
     return {
         "rank": shape.rank,
         "bank": shape.bank,
         "validation_rows": len(rows.validation),
         "explained_variance": seeds["explained_variance"],
         "init": {
-            "relative_error": training.initial.relative_error,
-            "proxy_error": seeds["proxy_error"],
+            "relative_error": training.initial.relative_error if training.initial is not None else None,
+            **{key: value for key, value in seeds.items() if key != "choice"},
+            "seconds": stage["seconds"],
+            "peak_rss_bytes": stage["peak_rss_bytes"],
         },
+        "seeds": seeds["choice"],
         "temperature": training.state.temperature,
         "stopped": training.stopped,
         "history": [record.as_dict() for record in training.history],
@@ -42,18 +60,24 @@ def training_report(shape: Shape, rows: Rows, seeds: Mapping[str, Any], training
 def stored_report(name: str, fit: Fit, written: Written) -> dict[str, Any]:
     """What is measured on the factors as stored."""
     errors, energies = written.errors[name], written.energies[name]
-    gram = bank_gram(fit.state.bank)
-    norms = np.sqrt(np.diag(gram))
-    unit = gram / np.outer(norms, norms)
-    off = unit - np.diag(np.diag(unit))
-    sizes = supports(fit.state.codes)
     return {
         "relative_error": float(errors.sum() / energies.sum()),
         "expert_errors": (errors / np.where(energies > 0, energies, 1.0)).tolist(),
         "ridged_left_factors": written.ridged[name],
+        **_bank_report(fit.state.bank, fit.state.codes),
+    }
+
+
+def _bank_report(bank: torch.Tensor, codes: Array) -> dict[str, Any]:
+    gram = bank_gram(bank)
+    norms = np.sqrt(np.diag(gram))
+    unit = gram / np.outer(norms, norms)
+    off = unit - np.diag(np.diag(unit))
+    sizes = supports(codes)
+    return {
         "support_median": float(np.median(sizes)),
         "support_histogram": np.bincount(sizes, minlength=len(gram) + 1).tolist(),
-        "atom_popularity": np.count_nonzero(fit.state.codes, axis=0).tolist(),
+        "atom_popularity": np.count_nonzero(codes, axis=0).tolist(),
         "coherence": float(np.linalg.norm(unit - np.eye(len(gram)))),
         "coherence_max": float(np.abs(off).max()),
         "atom_norm_max_deviation": float(np.abs(norms - 1).max()),

@@ -38,7 +38,7 @@ class Progress:
     """A loop about to begin: its number, what the loops before it found, and which state of theirs is best.
 
     `initial`, `previous` and `best_measure` are of the seeds, of the loop before, and of the best state; `seconds`
-    of this loop are spent already.
+    of this loop are spent already. `first` is the loop that the seeds began with: 0, or -1 to be measured and spread.
     """
 
     relaxation: float
@@ -46,6 +46,7 @@ class Progress:
     plateau: int = 0
     irregular: int = 0
     best: int = 0
+    first: int = 0
     seconds: float = 0.0
     initial: Measure | None = None
     previous: Measure | None = None
@@ -138,7 +139,7 @@ class States:
                 if self._store.check(self._key(progress.best)) is None:
                     continue
             self.notes = meta["notes"]
-            self.before = meta["elapsed"] if loop else None
+            self.before = meta["elapsed"] if loop != progress.first else None
             return progress
         return None
 

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from globe.budget import BLOCKS, Blocks
 from globe.checkpoint import Family
-from globe.codes import supports, update_temperature
+from globe.codes import spread, supports, update_temperature
 from globe.dictionary import mod, mod_exact, unit_atoms
 from globe.progress import Progress, Record, States
 from globe.proxies import Rows
@@ -22,11 +23,11 @@ from globe.sweep import Measure, State, Sums, measure, sweep
 
 @dataclass(frozen=True)
 class Training:
-    """The best state, what it measures, the seeds' measure, all loops, and why it ended."""
+    """The best state, what it measures and what the seeds do (None where not measured), all loops, why it ended."""
 
     state: State
-    measure: Measure
-    initial: Measure
+    measure: Measure | None
+    initial: Measure | None
     history: list[Record]
     stopped: str
 
@@ -45,23 +46,25 @@ def train(
 
     A loop is one pass over W: the pass that codes the targets of a state also measures it. The best state has
     the lowest relative error over all rows, which is what is delivered; the held-out rows decide when to stop.
-    One state is in memory, `states` keeps the others; a `start` that is a progress goes on from those.
+    One state is in memory, `states` keeps the others; a `start` that is a progress goes on from those. Where every
+    expert has but one atom at the start, that state is measured, as loop -1, and the loops begin with its codes
+    spread.
     """
     started = time.perf_counter()
     if isinstance(start, Progress):
         assert states is not None, "progress without the states that it speaks of"
         now, state = start, states.load(start.loop)
         started -= now.seconds
-        advance(now.loop * len(family))
+        advance((now.loop - now.first) * len(family))
     else:
         states = states if states is not None else States(device=start.bank.device)
-        now, state = Progress(settings.over_relaxation), start
+        now, state = first_progress(start.codes, settings), start
         states.save(state, now)
     del start  # a caller that has let go of it leaves one bank in memory
     stopped = "outer_loops"
     while True:
         sums: Sums | None = None
-        if now.loop == settings.outer_loops:
+        if now.loop in (-1, settings.outer_loops):
             measured = measure(family, rows, state, settings, advance, blocks)
         else:
             measured, sums = sweep(family, rows, state, settings, advance, blocks)
@@ -72,6 +75,11 @@ def train(
         if judged.relaxation != now.relaxation:
             log(f"{family.name}: loop {now.loop}: the error rose, over-relaxation is off from here")
         now = judged
+        if now.loop == -1:
+            state = replace(state, codes=spread(state.codes, settings))
+            now = replace(now, loop=0, seconds=0.0)
+            states.save(state, now)
+            continue
         if sums is None:
             break
         if now.plateau >= settings.patience:
@@ -95,12 +103,18 @@ def train(
     return Training(state, now.best_measure, now.initial, now.history, stopped)
 
 
+def first_progress(codes: NDArray[np.float64], settings: Settings) -> Progress:
+    """Where training from these codes begins: at loop 0, or at -1 if they are to be spread first."""
+    first = -1 if settings.outer_loops > 0 and codes.shape[1] > 1 and supports(codes).max() == 1 else 0
+    return Progress(settings.over_relaxation, loop=first, best=first, first=first)
+
+
 def _judge(
     before: Progress, measured: Measure, median: float, temperature: float, seconds: float, settings: Settings
 ) -> Progress:
     """What the measure of the loop in hand adds: its record, whether it is best, and whether to go on as before."""
     loop, previous, now = before.loop, before.previous, before
-    if loop:
+    if loop > 0:
         validation = None if math.isnan(measured.validation_error) else measured.validation_error
         relaxed = before.relaxation if loop > 1 and settings.mod == "exact" else 0.0
         errors = (measured.relative_error, measured.train_error, validation)

@@ -16,7 +16,7 @@ from globe.seeds.grouping import Labels, balanced_groups
 from globe.seeds.task import Seeds, SeedTask
 from globe.stream import ahead
 
-_SKETCH_COLUMNS = 32
+SKETCH_COLUMNS = 32
 _GRAM_COLUMNS = 256
 _PLAIN_STEPS = 2  # before the discarded spectrum is known well enough to be filtered
 _DISCARDED = 1.4  # the discarded eigenvalues lie below this times their mean, or are few
@@ -68,7 +68,7 @@ def grouped_subspace(task: SeedTask) -> Seeds:
 def _overlaps(task: SeedTask, random: torch.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """⟨S_i, S_j⟩ (N, N) and ‖W_i‖² (N,); one pass."""
     family = task.family
-    probe = torch.randn(family.d, min(_SKETCH_COLUMNS, family.d), generator=random).to(task.device)
+    probe = torch.randn(family.d, min(SKETCH_COLUMNS, family.d), generator=random).to(task.device)
     sketches = torch.empty(len(family), probe.numel(), device=task.device)
     energy = np.zeros(len(family))
     for number, weights in enumerate(_experts(task, range(len(family)))):
