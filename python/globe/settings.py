@@ -165,6 +165,11 @@ class Settings:
                 f"l1 is {self.l1} with codes {self.codes}: on the simplex the L1 norm is constant; use codes nnls"
             )
 
+    @classmethod
+    def choices(cls, name: str) -> tuple[str, ...]:
+        """The values that a setting of named values may take."""
+        return typing.get_args(typing.get_type_hints(cls)[name])
+
     def resolve_rank(self, p: int, d: int) -> int:
         """The rank r for p × d matrices; a fraction is of min(p, d)."""
         limit = min(p, d)
