@@ -19,6 +19,7 @@ _HOMES = {
     "Settings": "globe.settings",
     "Result": "globe.compress",
     "batch": "globe.batch",
+    "compare": "globe.compare",
     "compress": "globe.compress",
     "evaluate": "globe.evaluate",
     "export": "globe.export",
@@ -28,6 +29,7 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from globe.batch import batch as batch
+    from globe.compare import compare as compare
     from globe.compress import Result as Result
     from globe.compress import compress as compress
     from globe.embedding import get_cmake_dir as get_cmake_dir

@@ -116,11 +116,8 @@ class _Cost:
         sketches = 0  # before there is a bank
         if self.settings.method in ("grouped-subspace", "auto"):
             sketches = 4 * len(self.family) * SKETCH_COLUMNS * self.family.d + gram
-        return (
-            max(sketches, 2 * self.bank)
-            + max(gram, 3 * blocks.proxy_bytes)
-            + 4 * self.family.p * self.family.d * self.threads
-        )
+        weights = 4 * self.family.p * self.family.d * self.threads
+        return max(sketches, 2 * self.bank) + max(gram, 3 * blocks.proxy_bytes) + weights
 
     def loop(self, blocks: Blocks) -> int:
         p, d, r = self.family.p, self.family.d, self.shape.rank

@@ -186,4 +186,6 @@ def _line(tried: Try) -> str:
 def _why(best: Try, tries: list[Try]) -> str:
     others = [f"{tried.method} {_error(tried):.4f}" for tried in tries if tried is not best and tried.error is None]
     said = f"relative error {_error(best):.4f} on the sampled experts"
-    return f"{said}, the lowest (" + ", ".join(others) + ")" if others else f"{said}; no other method gave seeds"
+    if others:
+        return f"{said}, the lowest (" + ", ".join(others) + ")"
+    return f"{said}, low enough" if _error(best) <= ENOUGH else f"{said}; no other method gave seeds"

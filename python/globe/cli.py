@@ -1,4 +1,4 @@
-"""The command line: `globe inspect | compress | batch | export | eval | demo`."""
+"""The command line: `globe inspect | compress | compare | batch | export | eval | demo`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -205,6 +206,71 @@ def batch(plan: Path, fresh: bool, keep_run: bool, as_json: bool, quiet: bool) -
         raise GlobeError(
             f"{len(failed)} of {len(outcomes)} jobs failed, the first: {failed[0].job.out}: {failed[0].error}"
         )
+
+
+@cli.command()
+@click.argument("model", type=_PATH)
+@click.option("--methods", help="Separated by commas.  [default: all but auto]")
+@click.option("--rank", type=_Rank(), help="Fraction of min(p, d), or rows.  [default: 0.75]")
+@click.option("--bank-ratio", type=float, help="Bank size as a fraction of the family's experts.")
+@click.option("--bank-size", type=int, help="Bank size.  [default: 128 from 512 experts, 64 from 256, else N/4]")
+@click.option("--families", help="gate, up or gate,up.  [default: gate,up]")
+@click.option("--outer-loops", default="0,6", show_default=True, help="Counts of loops to show, separated by commas.")
+@click.option(
+    "--codes", type=click.Choice(["entmax", "sparsemax", "nnls", "simplex"]), help="In the loop.  [default: entmax]"
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "mps", "cuda"]), help="[default: auto]")
+@click.option("--seed", type=int, help="[default: 0]")
+@click.option("--threads", type=int, help="CPU threads.  [default: all]")
+@click.option("--config", type=_PATH, help="Settings as YAML; options win over it.")
+@click.option("--out", type=_PATH, metavar="FILE", help="Save the result as JSON.")
+@_common
+def compare(
+    model: Path,
+    methods: str | None,
+    outer_loops: str,
+    config: Path | None,
+    out: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Seed and train MODEL with several methods and show errors, seconds and memory; writes no weights."""
+    from globe.settings import read_settings
+
+    settings = read_settings(config, {key: value for key, value in options.items() if value is not None})
+    from globe.compare import compare as run
+
+    try:
+        counts = [int(count) for count in outer_loops.split(",")]
+    except ValueError:
+        raise UsageError(f"--outer-loops is {outer_loops!r}; expected counts such as 0,6") from None
+    chosen = [name.strip() for name in methods.split(",")] if methods is not None else None
+    found = run(model, chosen, settings, outer_loops=counts, out=out, progress=_display(quiet))
+    if as_json:
+        click.echo(json.dumps(found))
+    elif not quiet:
+        _print_comparison(found)
+
+
+def _print_comparison(found: dict[str, Any]) -> None:
+    table = Table(title=found["source"]["path"], box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in ("method", "family", "loops", "error", "supp.", "expl.", "proxy", "seed s", "loop s", "GiB"):
+        table.add_column(column, justify="left" if column in ("method", "family") else "right", no_wrap=True)
+    remarks = []
+    for row in found["rows"]:
+        if "error" in row:
+            remarks.append(f"{row['method']}: {row['error']}")
+            continue
+        if row["chosen"] != row["method"]:
+            remarks.append(f"{row['method']}, {row['family']}: {row['chosen']} chosen")
+        shown = (f"{row['relative_error']:.4f}", f"{row['support_median']:g}", f"{row['explained_variance']:.3f}")
+        spent = (f"{row['proxy_error']:.3f}", f"{row['seed_seconds']:.1f}", f"{row['seconds']:.1f}")
+        memory = f"{row['peak_rss_bytes'] / 2**30:.2f}"
+        table.add_row(row["method"], row["family"], str(row["outer_loops"]), *shown, *spent, memory)
+    Console().print(table)
+    for remark in dict.fromkeys(remarks):
+        click.echo(remark)
 
 
 @cli.command()
