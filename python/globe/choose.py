@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -160,7 +162,8 @@ def _reason_against(
 
 def _try(name: str, method: Method, task: SeedTask) -> tuple[Try, Seeds]:
     started = time.perf_counter()
-    seeds = method(task)
+    with tempfile.TemporaryDirectory(dir=task.scratch) as folder:
+        seeds = method(replace(task, scratch=Path(folder)))
     count = len(task.family)
     sample = np.unique(np.arange(min(SAMPLE, count)) * count // min(SAMPLE, count))
     some = replace(task.family, experts=tuple(task.family.experts[number] for number in sample))
