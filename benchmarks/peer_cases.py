@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import glob
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -249,12 +248,11 @@ def _upper(matrix: Any) -> np.ndarray:
 
 
 def _find_mkl() -> bool:
-    if "MKL_RT" not in os.environ:
-        found = glob.glob(os.path.join(sys.prefix, "lib", "libmkl_rt.so*"))
-        if found:
-            os.environ["MKL_RT"] = found[0]
     try:
+        for file in metadata.files("mkl") or ():
+            if file.name.startswith("libmkl_rt.so"):
+                os.environ.setdefault("MKL_RT", str(Path(file.locate()).resolve()))
         import_module("sparse_dot_mkl")
-    except ImportError:
+    except ImportError:  # or no package of that name
         return False
     return True

@@ -2,6 +2,7 @@
 #include "globe/parallel.hpp"
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -58,6 +59,21 @@ void nests() {
     check(sum == 600, "nested calls");
 }
 
+// Threads look for work for a tenth of a millisecond, then sleep; so does a caller whose helpers are late.
+void wakes_up() {
+    const auto pause = [] { std::this_thread::sleep_for(std::chrono::microseconds(500)); };
+    int wrong = 0;
+    for (int round = 0; round < 50; ++round) {
+        if (round % 2 == 0) pause();
+        wrong += each_once(50, 3) ? 0 : 1;
+        const auto caller = std::this_thread::get_id();
+        parallel_for(3, 3, [&](std::int64_t) {
+            if (std::this_thread::get_id() != caller) pause();
+        });
+    }
+    check(wrong == 0, "work after a rest");
+}
+
 void serves_concurrent_callers() {
     std::atomic<int> wrong{0};
     std::vector<std::thread> callers;
@@ -101,6 +117,7 @@ int main() {
     runs_every_task_once();
     throws_the_first_exception();
     nests();
+    wakes_up();
     serves_concurrent_callers();
     works_in_a_forked_child();
     check(globe::resolve_threads(3) == 3 && globe::resolve_threads(0) >= 1, "resolve_threads");

@@ -71,7 +71,13 @@ def test_simplex_matches_slsqp(backend):
 @pytest.mark.parametrize("simplex", [False, True])
 def test_a_thousand_atoms(backend, simplex):
     _, _, g, c = data(1024, 1100, 2)
-    assert_optimal(nnls(g, c, simplex=simplex, backend=backend), g, c, simplex=simplex)
+    cold = nnls(g, c, simplex=simplex, backend=backend)
+    assert_optimal(cold, g, c, simplex=simplex)
+    guess = cold.codes > 0
+    guess[:, ::50] ^= True
+    warm = nnls(g, c, simplex=simplex, warm_start=guess, backend=backend)
+    assert_optimal(warm, g, c, simplex=simplex)
+    np.testing.assert_allclose(warm.codes, cold.codes, atol=1e-9 * cold.codes.max())
 
 
 def test_l1_is_a_shift(backend):

@@ -12,7 +12,7 @@ from globe.kernels.backends import run_ranges
 from globe.kernels.numba.floats import BFLOAT16, FLOAT32, bits, widen
 
 _BLOCK = 4096
-_PANEL = 256
+_PANEL = 512
 
 
 def add(vectors: NDArray[Any], total: NDArray[np.float64], weights: NDArray[np.float64] | None, threads: int) -> None:
@@ -21,8 +21,7 @@ def add(vectors: NDArray[Any], total: NDArray[np.float64], weights: NDArray[np.f
     roots = np.ones(0, np.float32) if weights is None else np.sqrt(weights).astype(np.float32)
     n, k = source.shape
     panels = -(-n // _PANEL)
-    # Of the panels on the diagonal NumPy computes half: they come last, so that threads have like shares.
-    tiles = [(i, j) for i in range(panels) for j in range(i)] + [(i, i) for i in range(panels)]
+    tiles = [(i, j) for i in range(panels) for j in range(i + 1)]
     part = np.empty((n, min(k, _BLOCK)), np.float32)
     for start in range(0, k, _BLOCK):
         stop = min(start + _BLOCK, k)
@@ -31,13 +30,11 @@ def add(vectors: NDArray[Any], total: NDArray[np.float64], weights: NDArray[np.f
         def convert(begin: int, end: int, block: Any = block, start: int = start, stop: int = stop) -> None:
             _convert(source, kind, roots[start:stop], start, begin, end, block, block.view(np.uint32))
 
-        def multiply(begin: int, end: int, block: Any = block) -> None:
-            for i, j in tiles[begin:end]:
-                rows, cols = (slice(t * _PANEL, min((t + 1) * _PANEL, n)) for t in (i, j))
-                _add(total[rows, cols], block[rows] @ block[cols].T)
-
         run_ranges(convert, n, threads, grain=16)
-        run_ranges(multiply, len(tiles), threads)
+        # On the calling thread: BLAS has threads of its own. Of a product with itself NumPy computes half.
+        for i, j in tiles:
+            rows, cols = (slice(t * _PANEL, min((t + 1) * _PANEL, n)) for t in (i, j))
+            _add(total[rows, cols], block[rows] @ block[cols].T)
 
 
 @njit(nogil=True, cache=True)
