@@ -264,7 +264,7 @@ def test_another_version_is_refused(
 def test_another_environment_is_said(killer: Killer, source: Path, tmp_path: Path) -> None:
     out = unfinished(killer, source, tmp_path / "out", 3)
     key = json.loads((out / FOLDER / "key.json").read_text(encoding="utf-8"))
-    assert set(key["environment"]) == {"device", "threads", "torch"}
+    assert set(key["environment"]) == {"device", "threads", "torch", "blocks", "precision"}
     key["environment"]["torch"] = "1.0"
     (out / FOLDER / "key.json").write_text(json.dumps(key), encoding="utf-8")
     _, lines = run(source, out)

@@ -10,6 +10,7 @@ import torch
 
 from families import silent
 from globe import training
+from globe.budget import Blocks
 from globe.checkpoint import Family
 from globe.proxies import Rows
 from globe.settings import Settings
@@ -39,7 +40,7 @@ class Script:
     def sweep(self, family: Any, rows: Any, state: State, *rest: Any) -> tuple[Measure, Sums]:
         return self.measure(family, rows, state), Sums(state.codes, self.irregular, state.bank, None)
 
-    def step(self, state: State, sums: Sums, settings: Settings, relaxation: float) -> State:
+    def step(self, state: State, sums: Sums, settings: Settings, relaxation: float, blocks: Blocks) -> State:
         self.relaxations.append(relaxation)
         return self.state(int(state.bank[0, 0, 0]) + 1)
 
