@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from globe.checkpoint import Family
 from globe.errors import GlobeError
+from globe.gemm import to_numpy
 from globe.settings import Settings
 from globe.stages import Advance
 from globe.stream import Workers, ahead, expert_batches
@@ -121,10 +122,11 @@ def proxy_blocks(
     def read(span: slice) -> torch.Tensor:
         chosen = rows[span]
         start, stop = int(chosen[0]), int(chosen[-1]) + 1
-        local = torch.from_numpy(chosen - start)
         stacked = torch.empty(len(family), len(chosen), family.d, dtype=family.dtype)
+        gathered = to_numpy(stacked)  # NumPy copies on this thread; torch would wake its pool for every expert
         for number in range(len(family)):
-            stacked[number] = family.read(number, (start, stop))[local]
+            rows_read = family.read(number, (start, stop)).to(family.dtype)
+            np.take(to_numpy(rows_read), chosen - start, axis=0, out=gathered[number], mode="clip")
         return stacked.flatten(1)
 
     for span, block in zip(spans, ahead(partial(read, span) for span in spans), strict=True):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from globe.errors import GlobeError
-from globe.gemm import GramSum, matmul
+from globe.gemm import GramSum, matmul, to_numpy
 from globe.proxies import proxy_blocks, row_spans
 from globe.seeds.task import SeedTask
 from globe.stream import ahead, expert_batches
@@ -101,9 +102,10 @@ def stored_proxies(task: SeedTask, make: Callable[[torch.Tensor], torch.Tensor])
         for experts, weights in expert_batches(family, experts_in_hand(task), task.device):
             made = make(weights.float()).to(dtype).cpu()
             energy[experts] = made.float().pow(2).sum((1, 2)).double().numpy()
+            rows = to_numpy(made)
             for span in spans:
                 offset = count * span.start + experts.start * (span.stop - span.start)
-                _write_at(file.fileno(), made[:, span].contiguous(), offset * d * dtype.itemsize)
+                _write_at(file.fileno(), np.ascontiguousarray(rows[:, span]), offset * d * dtype.itemsize)
             task.advance(len(weights) / count)
 
     def read(span: slice) -> torch.Tensor:
@@ -123,8 +125,8 @@ def stored_proxies(task: SeedTask, make: Callable[[torch.Tensor], torch.Tensor])
     return Proxies(task, blocks), energy
 
 
-def _write_at(file: int, tensor: torch.Tensor, offset: int) -> None:
-    view = tensor.flatten().view(torch.uint8).numpy().data
+def _write_at(file: int, values: NDArray[Any], offset: int) -> None:
+    view = values.reshape(-1).view(np.uint8).data
     while len(view):
         written = os.pwrite(file, view, offset)
         view, offset = view[written:], offset + written
