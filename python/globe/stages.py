@@ -6,8 +6,9 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from globe.tensorfile import bytes_read
@@ -87,6 +88,14 @@ class Stages:
 
 
 def peak_rss_bytes() -> int:
-    """The process's peak resident set, in bytes."""
+    """The process's peak resident set, in bytes.
+
+    Linux's own figure where it is there: getrusage's begins with the parent's, across exec.
+    """
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        for line in status.splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
