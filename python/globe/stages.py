@@ -10,8 +10,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from globe.tensorfile import bytes_read
-
 Advance = Callable[[float], None]
 
 
@@ -56,6 +54,8 @@ class Stages:
     @contextmanager
     def stage(self, name: str, total: float) -> Iterator[Advance]:
         """Time a stage of `total` steps."""
+        from globe.tensorfile import bytes_read  # brings torch, which the command line does without until it runs
+
         started, read = time.perf_counter(), bytes_read()
         with self.display.stage(name, total) as advance:
             yield advance
