@@ -51,6 +51,11 @@ def test_only_the_command_line_imports_the_command_line():
         assert not any(name.startswith("globe.cli") for name in imported_modules(path)), path
 
 
+def test_the_command_line_starts_without_torch():
+    code = "import sys, globe.cli; sys.exit(bool({'torch', 'scipy', 'numba'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_the_core_includes_no_python():
     files = [path for path in (ROOT / "cpp").rglob("*") if path.suffix in {".hpp", ".cpp"}]
     assert files

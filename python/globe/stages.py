@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from globe.tensorfile import bytes_read
-
 Advance = Callable[[float], None]
 
 
@@ -63,7 +61,7 @@ class Stages:
     def stage(self, name: str, total: float, earlier: dict[str, Any] | None = None) -> Iterator[Advance]:
         """Time a stage of `total` steps, on top of the record of the part that an earlier process did."""
         before = Stage(**earlier) if earlier is not None else Stage(name, 0.0, 0, 0)
-        self._running = (time.perf_counter(), bytes_read(), replace(before, resumed=earlier is not None))
+        self._running = (time.perf_counter(), _bytes_read(), replace(before, resumed=earlier is not None))
         with self.display.stage(name, total) as advance:
             yield advance
         self.records.append(Stage(**self.so_far()))
@@ -74,7 +72,7 @@ class Stages:
         started, read, before = self._running
         seconds = before.seconds + time.perf_counter() - started
         peak = max(before.peak_rss_bytes, peak_rss_bytes())
-        return asdict(Stage(before.name, seconds, before.bytes_read + bytes_read() - read, peak, before.resumed))
+        return asdict(Stage(before.name, seconds, before.bytes_read + _bytes_read() - read, peak, before.resumed))
 
     def recall(self, record: dict[str, Any]) -> None:
         """Add the record of a stage that an earlier process finished."""
@@ -85,6 +83,12 @@ class Stages:
     def as_list(self) -> list[dict[str, Any]]:
         """The records as plain values."""
         return [asdict(record) for record in self.records]
+
+
+def _bytes_read() -> int:
+    from globe.tensorfile import bytes_read  # brings torch, which the command line does without until it runs
+
+    return bytes_read()
 
 
 def peak_rss_bytes() -> int:
