@@ -63,8 +63,8 @@ def factor(
     rows = split_rows(family.p, shape.rank, scanned.row_energy, settings)
     meta = store.check(f"{family.name}.fit")
     if meta is None:
-        run = _keep_seeds if to_be_written and settings.outer_loops == 0 else _train
-        meta = run(family, shape, rows, settings, device, stages, store, blocks)
+        loops = settings.outer_loops > 0 or not to_be_written
+        meta = _train(family, shape, rows, settings, device, stages, store, blocks, loops=loops)
     else:
         for record in meta["stages"]:
             stages.recall(record)
@@ -91,7 +91,10 @@ def _train(
     stages: Stages,
     store: Store,
     blocks: Blocks,
+    *,
+    loops: bool,
 ) -> dict[str, Any]:
+    """Seed the family and train it, with `loops`, or keep the seeds without a measure."""
     name, log = family.name, stages.display.log
     states = States(store, name, device, stages.so_far)
     progress = states.find()
@@ -99,34 +102,18 @@ def _train(
         progress = _seed(family, shape, rows, settings, device, stages, store, states, blocks)
     else:
         stages.recall(states.notes["stage"])
+    seeded = states.notes["stage"]
+    if not loops:
+        training = Training(states.load(progress.loop), None, None, [], "outer_loops")
+        report = training_report(shape, rows, states.notes, training)
+        return _save_fit(family, training.state, report, [seeded], store, states)
     passes = settings.outer_loops + 1 - progress.first
     with stages.stage(f"{name}: loops", passes * len(family), states.before) as advance:
         training = train(family, rows, progress, settings, advance, log, states, blocks)
         if training.measure is not None and training.measure.ridged:
             log(f"{name}: {training.measure.ridged} left factors were ill-conditioned and took a ridge")
         report = training_report(shape, rows, states.notes, training)
-        return _save_fit(family, training.state, report, [states.notes["stage"], stages.so_far()], store, states)
-
-
-def _keep_seeds(
-    family: Family,
-    shape: Shape,
-    rows: Rows,
-    settings: Settings,
-    device: torch.device,
-    stages: Stages,
-    store: Store,
-    blocks: Blocks,
-) -> dict[str, Any]:
-    states = States(store, family.name, device, stages.so_far)
-    progress = states.find()
-    if progress is None:
-        progress = _seed(family, shape, rows, settings, device, stages, store, states, blocks)
-    else:
-        stages.recall(states.notes["stage"])
-    state = states.load(progress.loop)
-    report = training_report(shape, rows, states.notes, Training(state, None, None, [], "outer_loops"))
-    return _save_fit(family, state, report, [states.notes["stage"]], store, states)
+        return _save_fit(family, training.state, report, [seeded, stages.so_far()], store, states)
 
 
 def _save_fit(
