@@ -92,8 +92,9 @@ def check_whole(out: Path, whole: Path) -> None:
     for metrics in (ours, theirs):
         metrics.pop("stages")
         for family in metrics["families"].values():
-            for record in family["history"]:
+            for record in (*family["history"], family["init"], *family["seeds"].get("tries", ())):
                 record.pop("seconds")
+            family["init"].pop("peak_rss_bytes")
     assert ours == theirs
 
 
@@ -141,6 +142,17 @@ def test_killed_again_and_again(killer: Killer, source: Path, whole: Path, tmp_p
         assert attempts < 20
     assert attempts == 9
     check_whole(out, whole)
+
+
+def test_killed_between_seeds_and_their_spread_codes(killer: Killer, source: Path, tmp_path: Path) -> None:
+    """Grouped subspaces have one state more: 3 the seeds, 4 the first loop's."""
+    settings = {**SMALL, "method": "grouped-subspace", "families": ["gate"]}
+    whole = run(source, tmp_path / "whole", method="grouped-subspace", families=("gate",))[0].directory
+    for place in ({"call": 2}, {"call": 3}, {"call": 4}, {"call": 3, "entered": True}):
+        out = tmp_path / f"out-{len(place)}-{place['call']}"
+        assert killer.run(source, out, settings, place=SAVE, **place) == -9
+        run(source, out, method="grouped-subspace", families=("gate",))
+        check_whole(out, whole)
 
 
 @pytest.mark.slow
