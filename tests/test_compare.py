@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from checkpoints import make_tiny
+from families import planted, write_checkpoint
 from globe import Settings, compare, compress
 from globe.cli import cli
 from globe.compare import run_one
@@ -57,9 +58,14 @@ def test_errors_are_those_that_compress_would_deliver(model: Path, tmp_path: Pat
             assert seeds["atom_norm_max_deviation"] < 1e-5 and seeds["coherence"] >= 0 and seeds["seconds"] > 0
 
 
-def test_a_method_that_cannot_run_has_its_reason_in_the_table(model: Path) -> None:
-    found = compare(model, ["ts-pca"], Settings(rank=16, bank_size=16, families=("gate",), ridge=0.0), outer_loops=[0])
-    assert "error" in found["rows"][0] or found["rows"][0]["relative_error"] < 1
+def test_a_method_that_cannot_run_has_its_reason_in_the_table(tmp_path: Path) -> None:
+    weights = planted(1, experts=8, p=24, d=32, rank=8, atoms=6)
+    weights[3:] = 0
+    model = write_checkpoint(tmp_path / "model", gate=weights, up=weights, down=weights.swapaxes(1, 2))
+    options = ["--methods", "grouped-subspace", "--families", "gate", "--rank", "8", "--bank-size", "4"]
+    ran = CliRunner().invoke(cli, ["compare", str(model), *options, "--outer-loops", "0"])
+    assert ran.exit_code == 0, ran.output
+    assert "grouped-subspace: family gate: 3 experts are not zero, fewer than the 4 atoms asked for" in ran.stdout
 
 
 def test_auto_in_metrics(model: Path, tmp_path: Path) -> None:

@@ -144,6 +144,17 @@ def test_killed_again_and_again(killer: Killer, source: Path, whole: Path, tmp_p
     check_whole(out, whole)
 
 
+def test_killed_between_seeds_and_their_spread_codes(killer: Killer, source: Path, tmp_path: Path) -> None:
+    """Grouped subspaces have one state more: 3 the seeds, 4 the first loop's."""
+    settings = {**SMALL, "method": "grouped-subspace", "families": ["gate"]}
+    whole = run(source, tmp_path / "whole", method="grouped-subspace", families=("gate",))[0].directory
+    for place in ({"call": 2}, {"call": 3}, {"call": 4}, {"call": 3, "entered": True}):
+        out = tmp_path / f"out-{len(place)}-{place['call']}"
+        assert killer.run(source, out, settings, place=SAVE, **place) == -9
+        run(source, out, method="grouped-subspace", families=("gate",))
+        check_whole(out, whole)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("loops", "shards"), [(30, 2), (1, 12)], ids=["mostly loops", "mostly writing"])

@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from globe.errors import GlobeError
-from globe.gemm import bank_gram, matmul
+from globe.gemm import bank_gram, grams, matmul
 from globe.seeds.grouping import Labels, balanced_groups
 from globe.seeds.task import Seeds, SeedTask
 from globe.stream import ahead
 
 SKETCH_COLUMNS = 32
-_GRAM_COLUMNS = 256
+_TOGETHER = 8  # experts side by side in one Gram
 _PLAIN_STEPS = 2  # before the discarded spectrum is known well enough to be filtered
 _DISCARDED = 1.4  # the discarded eigenvalues lie below this times their mean, or are few
 _DEPENDENT = 1e-5  # 1/cond(VᵀV) of columns that Cholesky QR would not leave orthonormal in fp32
@@ -72,6 +72,7 @@ def _overlaps(task: SeedTask, random: torch.Generator) -> tuple[NDArray[np.float
     sketches = torch.empty(len(family), probe.numel(), device=task.device)
     energy = np.zeros(len(family))
     for number, weights in enumerate(_experts(task, range(len(family)))):
+        weights = weights.float()
         energy[number] = float(weights.pow(2).sum(1).cpu().double().sum())
         sketches[number] = matmul(weights.mT, matmul(weights, probe)).flatten()
         sketches[number] *= family.d / energy[number] if energy[number] > 0 else 0.0
@@ -80,23 +81,22 @@ def _overlaps(task: SeedTask, random: torch.Generator) -> tuple[NDArray[np.float
 
 
 def _experts(task: SeedTask, numbers: Iterable[int]) -> Iterator[torch.Tensor]:
-    """The experts of these numbers, fp32 on the device; the next one is read while one is in hand."""
+    """The experts of these numbers, as they are, on the device; the next one is read while one is in hand."""
     for weights in ahead(partial(task.family.read, int(number)) for number in numbers):
-        yield weights.to(task.device).float()
+        yield weights.to(task.device)
 
 
 def _group_gram(task: SeedTask, members: Labels) -> torch.Tensor:
-    """Σ_i W_iᵀW_i (d, d) of a group: the upper triangle by blocks of columns, mirrored."""
-    width = task.family.d
-    gram = torch.zeros(width, width, device=task.device)
-    blocks = [slice(first, min(first + _GRAM_COLUMNS, width)) for first in range(0, width, _GRAM_COLUMNS)]
-    for weights in _experts(task, members):
-        for block in blocks:
-            gram[block, block.start :] += matmul(weights[:, block].mT, weights[:, block.start :])
+    """Σ_i W_iᵀW_i (d, d) of a group, fp32."""
+    total = torch.zeros(task.family.d, task.family.d, dtype=torch.float64)
+    held: list[torch.Tensor] = []
+    for number, weights in enumerate(_experts(task, members), 1):
+        held.append(weights.mT)
+        if len(held) == _TOGETHER or number == len(members):
+            total += grams(torch.cat(held, 1)[None])[0]
+            held.clear()
         task.advance(1 / len(task.family))
-    for block in blocks:
-        gram[block.stop :, block] = gram[block, block.stop :].mT
-    return gram
+    return total.float().to(task.device)
 
 
 def leading_subspace(

@@ -1,0 +1,83 @@
+"""Grouped subspaces and the choice of seeds, on a small synthetic checkpoint: time, memory and error.
+
+Goal: grouped-subspace within 10 times ts-pca, and an error on the experts below that of ts-pca.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from globe import Settings
+from globe.checkpoint import Checkpoint
+from globe.choose import choose
+from globe.proxies import scan, split_rows
+from globe.seeds import METHODS, SeedTask
+from globe.seeds.grouping import balanced_groups
+from globe.sweep import State, measure
+
+from .synthetic import LIKE, write_synthetic
+
+SETTINGS = Settings(rank=0.75, families=("gate",), device="cpu")
+
+
+def nothing(steps=1):
+    pass
+
+
+def grouped(task):
+    return METHODS["grouped-subspace"](task)
+
+
+def auto(task):
+    return choose(task, METHODS, nothing).seeds
+
+
+class GroupedSeeds:
+    params = (grouped, auto)
+    param_names = ("method",)
+
+    def setup_cache(self):
+        root = Path("model").absolute()
+        write_synthetic(root, LIKE["tiny"])
+        return root
+
+    def setup(self, root, method):
+        torch.set_num_threads(1)
+        family = Checkpoint(root).family("gate")
+        rank, scanned = SETTINGS.resolve_rank(family.p, family.d), scan(family, SETTINGS, nothing)
+        rows = split_rows(family.p, rank, scanned.row_energy, SETTINGS)
+        self.scratch = Path(tempfile.mkdtemp())
+        self.task = SeedTask(family, rows, 8, SETTINGS, torch.device("cpu"), 1 << 28, self.scratch, nothing, nothing)
+
+    def teardown(self, root, method):
+        shutil.rmtree(self.scratch)
+
+    def time_seeds(self, root, method):
+        method(self.task)
+
+    def peakmem_seeds(self, root, method):
+        method(self.task)
+
+    def track_relative_error(self, root, method):
+        seeds = method(self.task)
+        state = State(seeds.bank, seeds.codes, 1.0)
+        return measure(self.task.family, self.task.rows, state, SETTINGS, nothing).relative_error
+
+    track_relative_error.unit = "relative error"
+
+
+class Grouping:
+    params = (360, 1440)
+    param_names = ("experts",)
+
+    def setup(self, experts):
+        rng = np.random.default_rng(0)
+        kinds = rng.permutation(experts) // 8
+        points = rng.standard_normal((experts // 8, 60))[kinds] + rng.standard_normal((experts, 60))
+        self.similarity = points @ points.T
+
+    def time_balanced_groups(self, experts):
+        balanced_groups(self.similarity, experts // 8)
