@@ -93,6 +93,17 @@ def test_experts_of_zeros_change_nothing(method: str, changed: dict, tmp_path: P
     assert np.isfinite(padded.codes).all() and (padded.codes.max(1) > 0).all()
 
 
+@pytest.mark.parametrize(("method", "changed"), [pair for pair in VARIANTS if pair[0] != "grouped-subspace"])
+def test_rows_held_out_are_not_seen(method: str, changed: dict, family: Family, rows: Rows, tmp_path: Path) -> None:
+    weights = torch.stack([family.read(number) for number in range(len(family))]).double().numpy()
+    weights[:, rows.validation] *= 100
+    found = [
+        METHODS[method](seed_task(which, rows, SIZE, scratch=tmp_path, **changed))
+        for which in (family, make_family(tmp_path / "changed", weights))
+    ]
+    assert len(rows.validation) and torch.equal(found[0].bank, found[1].bank)
+
+
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "grouped-subspace"])
 def test_more_atoms_than_directions_are_refused(method: str, tmp_path: Path) -> None:
     one = planted(5, experts=1, p=20, d=16, rank=4, atoms=1)

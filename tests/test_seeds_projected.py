@@ -16,6 +16,7 @@ from globe.seeds.rpca import orthonormalise
 from globe.settings import Settings
 
 RANK, SIZE = 6, 5
+TRAIN = np.delete(np.arange(20), 10)  # one row in 32, and at least one, is held out
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +28,14 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Array, Family, Rows]
     weights = np.einsum("pr,ij,jrd->ipd", left, codes, rng.standard_normal((10, 16, 18)))
     weights *= np.geomspace(0.1, 10, 24)[:, None, None]
     family = make_family(tmp_path_factory.mktemp("projected"), weights.astype(np.float32).astype(np.float64))
-    return weights, family, make_rows(family, RANK, Settings())
+    rows = make_rows(family, RANK, Settings())
+    np.testing.assert_array_equal(rows.train, TRAIN)
+    return weights, family, rows
 
 
 def projections(weights: Array) -> Array:
-    """x_i = vec(A_0ᵀ W_i)/‖·‖ as rows, in fp64."""
+    """x_i = vec(A_0ᵀ W_i)/‖·‖ of the training rows, as rows, in fp64."""
+    weights = weights[:, TRAIN]
     leading = np.linalg.eigh(np.einsum("ipd,iqd->pq", weights, weights))[1][:, : -RANK - 1 : -1]
     flat = np.einsum("pr,ipd->ird", leading, weights).reshape(len(weights), -1)
     return flat / np.linalg.norm(flat, axis=1, keepdims=True)

@@ -8,10 +8,10 @@ import torch
 
 from globe.gemm import GramSum, matmul
 from globe.seeds.gram_space import seeds_from_gram
-from globe.seeds.sources import experts_in_hand, leading_eigenvectors, stored_proxies
+from globe.seeds.sources import leading_eigenvectors, stored_proxies, training_rows
 from globe.seeds.task import Seeds, SeedTask
 from globe.seeds.ts_pca import principal
-from globe.stream import ahead, expert_batches
+from globe.stream import ahead
 
 _FLOOR = 1e-3
 _STEPS = 12
@@ -20,10 +20,10 @@ _STEPS = 12
 def aligned_pca(task: SeedTask) -> Seeds:
     """The m leading principal directions of the normalised proxies O_i W_i, each rotated to the reference R (r × d).
 
-    O_i = argmin ‖O W_i − R‖ over O (r × p) of orthonormal rows (orthogonal Procrustes) is the polar factor of R W_iᵀ.
-    R is at first the r leading eigenvectors of Σ W_iᵀ W_i over at most `energy_experts` experts, then the mean of the
-    normalised proxies, `procrustes_rounds` − 1 times. A pass for the first reference, one for every round, of which
-    the last writes the proxies to a scratch file, and two over that file.
+    O_i = argmin ‖O W_i − R‖ over O (r × p) of orthonormal rows (orthogonal Procrustes) is the polar factor of R W_iᵀ;
+    W_i without the rows held out. R is at first the r leading eigenvectors of Σ W_iᵀ W_i over at most `energy_experts`
+    experts, then the mean of the normalised proxies, `procrustes_rounds` − 1 times. A pass for the first reference,
+    one for every round, of which the last writes the proxies to a scratch file, and two over that file.
     """
     reference = _shared_right_subspace(task)
     for _ in range(task.settings.procrustes_rounds - 1):
@@ -58,18 +58,18 @@ def polar(matrix: torch.Tensor) -> torch.Tensor:
 def _shared_right_subspace(task: SeedTask) -> torch.Tensor:
     family = task.family
     some = range(0, len(family), -(-len(family) // task.settings.energy_experts))
+    train = torch.from_numpy(task.rows.train)
     summed = GramSum(family.d)
     for weights in ahead(partial(family.read, number) for number in some):
-        summed.add(weights.to(task.device).T.contiguous())
+        summed.add(weights[train].to(task.device).T.contiguous())
         task.advance(1 / len(some))
     return leading_eigenvectors(summed.matrix, task.rank).to(task.device)
 
 
 def _mean(task: SeedTask, reference: torch.Tensor) -> torch.Tensor:
     total = torch.zeros_like(reference)
-    for _, weights in expert_batches(task.family, experts_in_hand(task), task.device):
+    for _, weights in training_rows(task):
         for proxy in aligned(weights.float(), reference):
             norm = proxy.norm()
             total += proxy / torch.where(norm > 0, norm, torch.ones_like(norm))
-        task.advance(len(weights) / len(task.family))
     return total / len(task.family)

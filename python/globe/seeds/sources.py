@@ -57,13 +57,14 @@ def row_proxies(task: SeedTask) -> Proxies:
 
 
 def projected_proxies(task: SeedTask) -> tuple[Proxies, Array]:
-    """B_i⁰ = A_0ᵀ W_i, A_0 the r leading eigenvectors of Σ_i W_i W_iᵀ (specification, B), and ‖B_i⁰‖²; two passes."""
-    family = task.family
-    summed = GramSum(family.p)
-    for _, weights in expert_batches(family, experts_in_hand(task), task.device):
+    """B_i⁰ = A_0ᵀ W_i, A_0 the r leading eigenvectors of Σ_i W_i W_iᵀ (specification, B), and ‖B_i⁰‖²; two passes.
+
+    Of the training rows alone: a bank that has seen the rows held out would look best before it is trained.
+    """
+    summed = GramSum(len(task.rows.train))
+    for _, weights in training_rows(task):
         for matrix in weights:
             summed.add(matrix)
-        task.advance(len(weights) / len(family))
     projector = leading_eigenvectors(summed.matrix, task.rank).to(task.device)
     return stored_proxies(task, lambda weights: matmul(projector, weights))
 
@@ -75,13 +76,20 @@ def leading_eigenvectors(gram: Array, count: int) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(vectors[:, ::-1].T, dtype=np.float32))
 
 
-def experts_in_hand(task: SeedTask) -> int:
-    """How many experts fit into a block: in the checkpoint's dtype, twice; in fp32; and what is made of them."""
-    return max(1, task.block_bytes // (16 * task.family.p * task.family.d))
+def training_rows(task: SeedTask) -> Blocks:
+    """One pass over the experts without the rows held out, (n, p − held, d) in the checkpoint's dtype.
+
+    As many experts as fit into a block: in the checkpoint's dtype three times, in fp32, and what is made of them.
+    """
+    family, train = task.family, torch.from_numpy(task.rows.train).to(task.device)
+    count = max(1, task.block_bytes // (16 * family.p * family.d))
+    for span, weights in expert_batches(family, count, task.device):
+        yield span, weights[:, train] if len(train) < family.p else weights
+        task.advance(len(weights) / len(family))
 
 
 def stored_proxies(task: SeedTask, make: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Proxies, Array]:
-    """Proxies `make(W)` (n, p, d) → (n, r, d), written to the scratch folder in one pass, and their ‖B_i⁰‖².
+    """Proxies `make(W)` (n, r, d) of training rows, written to the scratch folder in one pass, and their ‖B_i⁰‖².
 
     Blocks of rows lie one after another in the file, so that reading them is sequential. Values are bf16 unless
     the checkpoint is fp32: rounding to 2^-9 does not matter to seeds, and the native Gram takes bf16 as it is.
@@ -99,14 +107,13 @@ def stored_proxies(task: SeedTask, make: Callable[[torch.Tensor], torch.Tensor])
     spans = row_spans(count, rank, d, task.block_bytes)
     energy = np.zeros(count)
     with path.open("wb", buffering=0) as file:
-        for experts, weights in expert_batches(family, experts_in_hand(task), task.device):
+        for experts, weights in training_rows(task):
             made = make(weights.float()).to(dtype).cpu()
             energy[experts] = made.float().pow(2).sum((1, 2)).double().numpy()
             rows = to_numpy(made)
             for span in spans:
                 offset = count * span.start + experts.start * (span.stop - span.start)
                 _write_at(file.fileno(), np.ascontiguousarray(rows[:, span]), offset * d * dtype.itemsize)
-            task.advance(len(weights) / count)
 
     def read(span: slice) -> torch.Tensor:
         values = count * (span.stop - span.start) * d
