@@ -430,6 +430,15 @@ def test_no_loops_leaves_seeds_and_nnls_codes(codes: str, tmp_path: Path) -> Non
     np.testing.assert_allclose(stored["globe.gate.atoms"], seeds.bank.numpy(), rtol=2.0**-7, atol=1e-6)
 
 
+def test_seeds_that_see_all_rows_leave_none_to_hold_out(tmp_path: Path) -> None:
+    source = make_tiny("olmoe", tmp_path / "source")
+    for method, held in (("ts-pca", 1), ("grouped-subspace", 0)):
+        settings = Settings(rank=0.5, bank_size=4, outer_loops=2, method=method, device="cpu")  # type: ignore[arg-type]
+        found = compress(source, tmp_path / method, settings).metrics["families"]["gate"]
+        assert found["validation_rows"] == held
+        assert [record["validation_error"] is None for record in found["history"]] == [not held] * 2
+
+
 def test_simplex_seeds_sum_to_one(tmp_path: Path) -> None:
     source = make_tiny("olmoe", tmp_path / "source")
     compress(source, tmp_path / "out", Settings(rank=0.5, bank_size=4, outer_loops=0, init_codes="simplex"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -45,8 +47,25 @@ def test_a_device_that_is_not_there_is_refused() -> None:
 
 
 @pytest.fixture
-def split(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm, "_precision", "bf16x2")
+def split() -> Iterator[None]:
+    with gemm.working_precision("bf16x2"):
+        yield
+
+
+def test_the_process_has_its_precision_back() -> None:
+    allowed = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(KeyError), gemm.working_precision("bf16x2"):
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        raise KeyError
+    assert torch.backends.mkldnn.matmul.fp32_precision == allowed
+    assert gemm.weights_operand(torch.ones(1, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kinds", [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)])
+def test_products_of_one_kind_under_split(kinds: tuple[torch.dtype, torch.dtype], split: None) -> None:
+    left, right = (torch.randn(30, 30, generator=torch.Generator().manual_seed(7)).to(kind) for kind in kinds)
+    exact = left.double() @ right.double()
+    assert float((gemm.matmul(left, right) - exact).norm() / exact.norm()) < 2.0**-15
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -14,7 +14,7 @@ from globe.seeds.grouped_subspace import SKETCH_COLUMNS
 from globe.settings import Settings
 
 _BASE = 768 << 20  # the interpreter with torch, and freed memory that the allocator keeps
-_SCATTER_EXPERTS = 64
+EXPERTS_AT_ONCE = 64  # in the exact dictionary step
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ class _Cost:
         if not self.left_grams:
             return 2 * self.bank + (128 << 20)
         r, m = self.shape.rank, self.shape.bank
-        columns = r * blocks.columns * (8 * 4 * m + 3 * 4 * _SCATTER_EXPERTS)
-        return 2 * self.bank + self.left_grams + 4 * m * r * r + columns + 4 * _SCATTER_EXPERTS * r * r
+        columns = r * blocks.columns * (8 * 4 * m + 3 * 4 * EXPERTS_AT_ONCE)
+        return 2 * self.bank + self.left_grams + 4 * m * r * r + columns + 4 * EXPERTS_AT_ONCE * r * r
 
 
 def _advice(cost: _Cost, settings: Settings, limit: int, needed: int) -> str:

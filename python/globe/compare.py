@@ -13,7 +13,7 @@ from typing import Any
 from globe.compress import plan
 from globe.errors import GlobeError, UsageError
 from globe.factor import factor, scan_family
-from globe.gemm import check_device, keep_memory, pick_precision, set_precision, set_threads
+from globe.gemm import check_device, keep_memory, pick_precision, set_threads, working_precision
 from globe.runstore import RunStore
 from globe.seeds import METHODS
 from globe.settings import Settings
@@ -110,11 +110,11 @@ def run_one(model: Path, settings: Settings, counts: Sequence[int]) -> list[dict
     """The rows of one method, made in this process."""
     planned, stages = plan(model, settings), Stages()
     set_threads(settings.threads)
-    set_precision(pick_precision(settings.precision, planned.device))
     keep_memory()
     check_device(planned.device)
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="globe-compare-") as folder:
+    precision = working_precision(pick_precision(settings.precision, planned.device))
+    with precision, tempfile.TemporaryDirectory(prefix="globe-compare-") as folder:
         store = RunStore(Path(folder) / "run", {}, {}, lambda line: None)
         for name, family in planned.families.items():
             scanned = scan_family(family, settings, stages, store)

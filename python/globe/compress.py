@@ -24,8 +24,8 @@ from globe.gemm import (
     pick_device,
     pick_precision,
     precision_report,
-    set_precision,
     set_threads,
+    working_precision,
 )
 from globe.metrics import stored_report
 from globe.output import copy_companions, run_directory, run_key
@@ -140,7 +140,6 @@ def compress(
     with stages.stage("index", 1):
         planned = plan(source, settings)
         set_threads(settings.threads)
-        set_precision(pick_precision(settings.precision, planned.device))
         keep_memory()
         check_device(planned.device)
         fingerprint = planned.checkpoint.fingerprint()
@@ -151,7 +150,7 @@ def compress(
             "blocks": asdict(planned.blocks),
             "precision": precision_report(settings.precision, planned.device),
         }
-    with run_directory(
+    opened = run_directory(
         target,
         source,
         run_key(__version__, fingerprint, settings.as_dict()),
@@ -161,7 +160,8 @@ def compress(
         keep_run=keep_run,
         needed_bytes=_needed_bytes(planned),
         log=stages.display.log,
-    ) as store:
+    )
+    with working_precision(pick_precision(settings.precision, planned.device)), opened as store:
         if store is None:
             stages.display.log(f"{target} is finished already, with this source and these settings; nothing to do")
             return _finished(target)

@@ -9,13 +9,12 @@ import scipy.linalg
 import torch
 from numpy.typing import NDArray
 
-from globe.budget import BLOCKS, Blocks
+from globe.budget import BLOCKS, EXPERTS_AT_ONCE, Blocks
 from globe.gemm import matmul, mixtures, scatter_add, spd_inverse
 from globe.stream import Workers
 
 Array = NDArray[np.float64]
 _ROW_BLOCK_BYTES = 64 << 20
-_EXPERTS_AT_ONCE = 64
 
 
 def mod(codes: Array, right_side: torch.Tensor, bank: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -41,7 +40,7 @@ def mod(codes: Array, right_side: torch.Tensor, bank: torch.Tensor, ridge: float
     for span in _spans(bank.shape[1], rows):
         part = right_side[:, span]
         solved = bank[:, span].clone()
-        solved[used] = (inverse @ part[used].flatten(1)).view(len(used), *part.shape[1:])
+        solved[used] = matmul(inverse, part[used].flatten(1)).view(len(used), *part.shape[1:])
         right_side[:, span] = solved
     return right_side
 
@@ -86,10 +85,10 @@ def mod_exact(
         for span in _spans(bank.shape[2], blocks.columns):
             start = bank[:, :, span].contiguous()
             mixed, products = (
-                torch.empty(_EXPERTS_AT_ONCE, rank, start.shape[2], dtype=left_grams.dtype, device=bank.device)
+                torch.empty(EXPERTS_AT_ONCE, rank, start.shape[2], dtype=left_grams.dtype, device=bank.device)
                 for _ in range(2)
             )
-            room = torch.empty(_EXPERTS_AT_ONCE, rank, start.shape[2], device=bank.device)
+            room = torch.empty(EXPERTS_AT_ONCE, rank, start.shape[2], device=bank.device)
 
             def operator(
                 atoms: torch.Tensor,
@@ -99,7 +98,7 @@ def mod_exact(
             ) -> torch.Tensor:
                 total: torch.Tensor = shift * atoms
                 atoms = atoms.to(left_grams.dtype)
-                for some in _spans(len(codes), _EXPERTS_AT_ONCE):
+                for some in _spans(len(codes), EXPERTS_AT_ONCE):
                     mixtures(codes[some], atoms, mixed)
 
                     def apply(k: int, first: int = some.start) -> None:
@@ -123,8 +122,8 @@ def _preconditioner(
     """The inverse blocks (m, r, r), λ_j and whether any expert uses the atom, both (m, 1, 1)."""
     rank = left_grams.shape[1]
     blocks = torch.zeros(codes.shape[1], rank, rank, device=left_grams.device)
-    room = torch.empty(_EXPERTS_AT_ONCE, rank, rank, device=left_grams.device)
-    for some in _spans(len(codes), _EXPERTS_AT_ONCE):
+    room = torch.empty(EXPERTS_AT_ONCE, rank, rank, device=left_grams.device)
+    for some in _spans(len(codes), EXPERTS_AT_ONCE):
         scatter_add(codes[some] ** 2, left_grams[some], blocks, room)
     mean = blocks.diagonal(dim1=1, dim2=2).mean(1)
     used = ridge * mean > 0 if ridge > 0 else mean > 0

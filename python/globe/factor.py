@@ -103,6 +103,8 @@ def _train(
     else:
         stages.recall(states.notes["stage"])
     seeded = states.notes["stage"]
+    if METHODS[states.notes["seeds"]["choice"]["chosen"]].sees_all_rows:
+        rows = rows.all_trained()
     if not loops:
         training = Training(states.load(progress.loop), None, None, [], "outer_loops")
         report = training_report(shape, rows, states.notes, training)

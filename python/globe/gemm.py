@@ -77,10 +77,11 @@ def pick_precision(wanted: str, device: torch.device) -> Precision:
 
     ``bf16x2`` splits the fp32 matrix in two bf16 parts, x ≈ h + l with |x − h − l| ≤ 2⁻¹⁷ |x|, multiplies both by
     the weights as they are, and sums in fp32. ``auto`` takes it where the CPU multiplies bf16 matrices at more than
-    twice its fp32 rate, which is where it has matrix tiles (AMX): with AVX-512 bf16 dot products alone, twice the
-    rate for twice the products gains nothing.
+    twice its fp32 rate, which is where it has matrix tiles (AMX) and a torch that can sum them in fp32: with AVX-512
+    bf16 dot products alone, twice the rate for twice the products gains nothing.
     """
-    tiles = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    able = hasattr(torch.cpu, "_is_amx_tile_supported") and hasattr(torch.backends.mkldnn, "matmul")
+    tiles = device.type == "cpu" and able and torch.cpu._is_amx_tile_supported()
     return "bf16x2" if wanted == "bf16x2" or (wanted == "auto" and tiles) else "fp32"
 
 
@@ -111,10 +112,27 @@ def precision_report(wanted: str, device: torch.device) -> dict[str, str]:
     return {"products": pick_precision(wanted, device), "dictionary": step, "isa": kernels.available()["isa"]}
 
 
-def set_precision(precision: Precision) -> None:
-    """Let :func:`weights_operand` and :func:`matmul` work in a precision of :func:`pick_precision`."""
+@contextmanager
+def working_precision(precision: Precision) -> Iterator[None]:
+    """Let :func:`weights_operand` and :func:`matmul` work in a precision of :func:`pick_precision`.
+
+    ``bf16x2`` lets oneDNN multiply fp32 matrices as bf16 and sum in fp32, where the CPU has tiles, in the whole
+    process: meanwhile fp32 products go through :func:`matmul`, which gives it matrices of bf16 values.
+    """
     global _precision
-    _precision = precision
+    before, _precision = _precision, precision
+    if precision == "fp32":
+        try:
+            yield
+        finally:
+            _precision = before
+        return
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    allowed, setting.fp32_precision = setting.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        _precision, setting.fp32_precision = before, allowed
 
 
 def weights_operand(weights: torch.Tensor) -> torch.Tensor:
@@ -137,8 +155,12 @@ def keep_memory() -> None:
 
 
 def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right in fp32 on their device, the inner dimension in chunks on MPS; a bf16 operand is exact."""
-    if torch.bfloat16 in (left.dtype, right.dtype):
+    """left @ right in fp32 on their device, the inner dimension in chunks on MPS.
+
+    Under ``bf16x2`` of :func:`working_precision` fp32 operands are split in two bf16 parts and the product of the two
+    low parts is left out; a bf16 operand is exact.
+    """
+    if _precision == "bf16x2":
         return _split_product(left, right)
     inner = left.shape[-1]
     chunk = _MPS_INNER if left.device.type == "mps" else inner
@@ -149,29 +171,21 @@ def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _split_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    with _bf16_products():
-        if left.dtype == torch.bfloat16:
-            exact, parts = left.float(), _bf16_parts(right)
-            return exact @ parts[0] + exact @ parts[1]
-        exact, parts = right.float(), _bf16_parts(left)
-        return parts[0] @ exact + parts[1] @ exact
+    (high, *low), (other, *rest) = _bf16_parts(left), _bf16_parts(right)
+    total: torch.Tensor = high @ other
+    for part in low:
+        total += part @ other
+    for part in rest:
+        total += high @ part
+    return total
 
 
-def _bf16_parts(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _bf16_parts(matrix: torch.Tensor) -> list[torch.Tensor]:
+    """fp32 matrices of bf16 values that sum to the matrix, the largest first."""
+    if matrix.dtype == torch.bfloat16:
+        return [matrix.float()]
     high = matrix.bfloat16().float()
-    return high, (matrix - high).bfloat16().float()
-
-
-@contextmanager
-def _bf16_products() -> Iterator[None]:
-    """Let oneDNN multiply fp32 matrices as bf16 (ours hold bf16 values) and sum in fp32, where the CPU has tiles."""
-    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
+    return [high, (matrix - high).bfloat16().float()]
 
 
 def grams(matrices: torch.Tensor) -> torch.Tensor:
@@ -249,7 +263,7 @@ class GramSum:
         if block.device.type == "cpu":
             self._native.add(to_numpy(block))
             return
-        for part in block.split(4096, 1):
+        for part in block.split(_FP32_RUN, 1):
             part = part.float()
             self._device += (part @ part.T).cpu().numpy().astype(np.float64)
 
@@ -272,7 +286,7 @@ def correlations(targets: torch.Tensor, bank: torch.Tensor) -> NDArray[np.float6
     """⟨T_i, B_j⟩ for a batch of targets, shape (n, m), fp32 inside runs of columns and fp64 across them."""
     total = torch.zeros(len(targets), len(bank), dtype=torch.float64)
     for left, right in zip(targets.flatten(1).split(_FP32_RUN, 1), bank.flatten(1).split(_FP32_RUN, 1), strict=True):
-        total += (left @ right.T).cpu().double()
+        total += matmul(left, right.T).cpu().double()
     products: NDArray[np.float64] = total.numpy()
     return products
 

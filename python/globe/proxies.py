@@ -31,6 +31,10 @@ class Rows:
     validation: NDArray[np.int64]
     proxy: NDArray[np.int64]
 
+    def all_trained(self) -> Rows:
+        """The same with no row held out."""
+        return Rows(np.arange(len(self.train) + len(self.validation)), self.validation[:0], self.proxy)
+
 
 @dataclass(frozen=True)
 class Scan:

@@ -19,10 +19,20 @@ from globe.settings import Settings
 
 @dataclass(frozen=True)
 class Method:
-    """A seeding method, called with its task, and the passes over the family (or its scratch file) that it makes."""
+    """A seeding method, called with its task.
+
+    Parameters
+    ----------
+    seed : callable
+    passes : callable
+        Given the settings, the passes over the family (or its scratch file) that it makes.
+    sees_all_rows : bool
+        Whether the bank knows the rows held out too; loops from it can then hold none out.
+    """
 
     seed: Callable[[SeedTask], Seeds]
     passes: Callable[[Settings], int]
+    sees_all_rows: bool = False
 
     def __call__(self, task: SeedTask) -> Seeds:
         """Seed a family."""
@@ -43,7 +53,7 @@ METHODS: dict[str, Method] = {
     "hybrid-split": Method(hybrid_split, _on_one_gram),
     "hybrid-replace": Method(hybrid_replace, _on_one_gram),
     "aligned-pca": Method(aligned_pca, lambda settings: 3 + settings.procrustes_rounds),
-    "grouped-subspace": Method(grouped_subspace, lambda settings: 2),
+    "grouped-subspace": Method(grouped_subspace, lambda settings: 2, sees_all_rows=True),
 }
 
 __all__ = [

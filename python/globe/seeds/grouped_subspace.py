@@ -33,6 +33,8 @@ def grouped_subspace(task: SeedTask) -> Seeds:
     iteration. The atom is LᵀVᵀ, LLᵀ = VᵀGV: the left factors W_i B⁺ of the group then have Σ_i A_iᵀA_i = I, which puts
     the targets A_i⁺W_i of all groups on one scale. No expert is decomposed.
 
+    Rows held out for validation are seen too, so loops from here hold none out.
+
     Codes are one-hot; `explained_variance` is the share of Σ_i ‖W_i‖² within the groups' subspaces, and `proxy_error`
     the rest, the experts themselves being the targets.
 
