@@ -1,0 +1,120 @@
+"""Activation statistics of a checkpoint's experts: what `globe calibrate` finds, and its file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from globe.errors import GlobeError
+
+FORMAT = "globe-calibration-1"
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Second moments of one decoder layer's mixture of experts, over the tokens of a calibration text.
+
+    Means are over the tokens that the router sends to an expert, each with the square of its routing weight; where
+    it sends none they are zero. All are fp32, accumulated in fp64.
+
+    Parameters
+    ----------
+    moment : torch.Tensor, shape (d, d)
+        E[x xᵀ] of the block's input x, over all tokens with equal weight.
+    residual : torch.Tensor, shape ()
+        E‖h‖² of the residual stream h to which the block's output is added.
+    share : torch.Tensor, shape (E,)
+        Sum of squared routing weights over the number of all tokens.
+    counts : torch.Tensor of int64, shape (E,)
+        Tokens routed to each expert.
+    diagonal : torch.Tensor, shape (E, d)
+        Diagonal of E[x xᵀ] of each expert's own tokens.
+    gate_rows, up_rows : torch.Tensor, shape (E, p)
+        Squared effect of a unit error in a row's product on the expert's output: E[(φ'(g_k) u_k)²] ‖down_k‖² and
+        E[φ(g_k)²] ‖down_k‖², φ the activation, g and u the gate's and the up matrix's products.
+    hidden : torch.Tensor, shape (E, p)
+        E[h_k²] of down's input h = φ(g) u.
+    hidden_moment : torch.Tensor, shape (E, p, p), optional
+        E[h hᵀ].
+    gate_moment, up_moment : torch.Tensor, shape (E, p, p), optional
+        The matrices whose diagonals are `gate_rows` and `up_rows`: E[s sᵀ] ∘ downᵀdown, s the factor of the row.
+    """
+
+    moment: torch.Tensor
+    residual: torch.Tensor
+    share: torch.Tensor
+    counts: torch.Tensor
+    diagonal: torch.Tensor
+    gate_rows: torch.Tensor
+    up_rows: torch.Tensor
+    hidden: torch.Tensor
+    hidden_moment: torch.Tensor | None = None
+    gate_moment: torch.Tensor | None = None
+    up_moment: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A calibration file: which layers have experts, their statistics (read when asked for), and where they are from.
+
+    `about` holds `fingerprint` of the checkpoint, `text`, `tokens`, `window` and `globe_version`.
+    """
+
+    path: Path
+    layers: tuple[int, ...]
+    about: dict[str, Any]
+
+    def layer(self, number: int) -> LayerStatistics:
+        """The statistics of decoder layer `number`.
+
+        Raises
+        ------
+        GlobeError
+            If the file has none for it.
+        """
+        prefix = f"layers.{number}."
+        with safe_open(self.path, "pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            if not names:
+                raise GlobeError(f"calibration {self.path}: no statistics of layer {number}; calibrate this model")
+            return LayerStatistics(**{name.removeprefix(prefix): file.get_tensor(name) for name in names})
+
+
+def save_calibration(path: Path, layers: Mapping[int, LayerStatistics], about: Mapping[str, Any]) -> Calibration:
+    """Write statistics to one safetensors file, under a temporary name first."""
+    tensors = {
+        f"layers.{number}.{field.name}": value.contiguous()
+        for number, statistics in layers.items()
+        for field in fields(statistics)
+        if (value := getattr(statistics, field.name)) is not None
+    }
+    temporary = path.with_name(f".{path.name}.partial")
+    metadata = {"format": FORMAT, "layers": json.dumps(sorted(layers)), "about": json.dumps(dict(about))}
+    save_file(tensors, temporary, metadata)
+    temporary.replace(path)
+    return load_calibration(path)
+
+
+def load_calibration(path: Path) -> Calibration:
+    """Open a calibration file.
+
+    Raises
+    ------
+    GlobeError
+        If it is not one.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise GlobeError(f"calibration {path}: cannot be read ({error}); expected a file of globe calibrate") from None
+    if metadata.get("format") != FORMAT:
+        raise GlobeError(f"calibration {path}: format is {metadata.get('format')!r}; expected {FORMAT}")
+    return Calibration(path, tuple(json.loads(metadata["layers"])), json.loads(metadata["about"]))
