@@ -81,7 +81,7 @@ class Calibration:
         """
         prefix = f"layers.{number}."
         with safe_open(self.path, "pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            names = [name for name in file.keys() if name.startswith(prefix)]
             if not names:
                 raise GlobeError(f"calibration {self.path}: no statistics of layer {number}; calibrate this model")
             return LayerStatistics(**{name.removeprefix(prefix): file.get_tensor(name) for name in names})
