@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from checkpoints import LAYOUTS, make_tiny  # noqa: E402
 from families import seed_task  # noqa: E402
 from globe import Settings, compress, evaluate, export  # noqa: E402
-from globe.checkpoint import Checkpoint, read_layouts  # noqa: E402
+from globe.checkpoint import FAMILIES, Checkpoint, read_layouts  # noqa: E402
 from globe.cli import cli  # noqa: E402
 from globe.proxies import scan, split_rows  # noqa: E402
 from globe.seeds import ts_pca  # noqa: E402
@@ -87,13 +87,14 @@ def dense_experts(out: Path) -> dict[str, np.ndarray]:
                 first, last = part["codes.indptr"][number : number + 2]
                 mixture = sum(float(values[k]) * atoms[part["codes.indices"][k]] for k in range(int(first), int(last)))
                 products.append(left @ mixture)
-            halves.setdefault(tensor, {})[family] = np.stack(products)
-            other = {"gate": "up", "up": "gate"}[family]
+            stacked = np.stack(products)
+            halves.setdefault(tensor, {})[family] = stacked.transpose(0, 2, 1) if family == "down" else stacked
+            other = {"gate": "up", "up": "gate"}.get(family)
             rest = f"{tensor}.globe_{other}_dense"
             if rest in stored:
                 halves[tensor][other] = stored[rest].values().astype(np.float64)
     return {
-        tensor: np.concatenate([parts[family] for family in ("gate", "up") if family in parts], 1)
+        tensor: np.concatenate([parts[family] for family in FAMILIES if family in parts], 1)
         for tensor, parts in halves.items()
     }
 
@@ -125,6 +126,7 @@ def travel(root: Path, source: Path, *options: object) -> Trip:
     return Trip(kept, root / "out", root / "dense", metrics, exported)
 
 
+ALL = ("--families", "gate,up,down")
 SMALL_OPTIONS = ("--rank", "0.5", "--bank-size", "3", "--outer-loops", "2", "--device", "cpu")
 
 
@@ -183,7 +185,7 @@ def relative_errors(trip: Trip) -> dict[str, float]:
         for tensor in described["tensors"]:
             weights = source[tensor].values().astype(np.float64)
             fitted = experts[tensor].reshape(weights.shape)
-            if weights.ndim == 3:
+            if weights.ndim == 3 and family != "down":
                 half = weights.shape[1] // 2
                 rows = slice(0, half) if family == "gate" else slice(half, None)
                 weights, fitted = weights[:, rows], fitted[:, rows]
@@ -219,16 +221,17 @@ def test_every_registered_layout_has_a_tiny_checkpoint() -> None:
 
 @pytest.mark.parametrize("layout", REGISTERED)
 def test_round_trip(layout: str, trips: Callable[..., Trip]) -> None:
-    trip = trips(layout)
+    trip = trips(layout, *ALL)
     check_round_trip(trip)
-    assert set(trip.metrics["families"]) == {"gate", "up"}
+    assert list(trip.metrics["families"]) == ["gate", "up", "down"]
+    assert trip.metrics["ratio"]["touched"] == trip.metrics["ratio"]["experts"]
     for family, error in relative_errors(trip).items():
         assert trip.metrics["families"][family]["relative_error"] == pytest.approx(error, rel=1e-4)
 
 
 @pytest.mark.parametrize("layout", REGISTERED)
 def test_export_speaks_like_the_factored_checkpoint(layout: str, trips: Callable[..., Trip]) -> None:
-    trip = trips(layout)
+    trip = trips(layout, *ALL)
     load_plain(trip.dense)
     found = evaluate(trip.out, against=trip.dense, text=TEXT, window=64)
     assert found.perplexity == pytest.approx(found.reference_perplexity, rel=1e-6)
@@ -242,7 +245,7 @@ def test_plain_transformers_refuses_the_factored_directory(layout: str, trips: C
     import transformers
 
     with pytest.raises((OSError, ValueError, ImportError)):
-        transformers.AutoModelForCausalLM.from_pretrained(trips(layout).out, local_files_only=True)
+        transformers.AutoModelForCausalLM.from_pretrained(trips(layout, *ALL).out, local_files_only=True)
 
 
 @pytest.mark.parametrize(("dtype", "shards"), [("float16", 1), ("float16", 3), ("float32", 1), ("float32", 3)])
@@ -255,13 +258,13 @@ def test_other_dtypes_and_shard_counts(layout: str, dtype: str, shards: int, tri
     load_plain(trip.dense)
 
 
-@pytest.mark.parametrize("family", ["gate", "up"])
+@pytest.mark.parametrize("family", ["gate", "up", "down"])
 @pytest.mark.parametrize("layout", ["mixtral", *FUSED])
 def test_one_family_alone(layout: str, family: str, trips: Callable[..., Trip]) -> None:
     trip = trips(layout, "--families", family)
     check_round_trip(trip)
     assert set(trip.metrics["families"]) == {family}
-    if layout in FUSED:  # the other half of every fused tensor comes back bit for bit
+    if layout in FUSED and family != "down":  # the other half of every fused tensor comes back bit for bit
         before, after = read_directory(trip.source), read_directory(trip.dense)
         for name in dense_experts(trip.out):
             half = before[name].shape[1] // 2
@@ -294,7 +297,7 @@ def test_layers_past_the_last_are_left_alone(shards: int, tmp_path: Path) -> Non
     tensors = load_file(file)
     generator = torch.Generator().manual_seed(5)
     extra = {f"model.layers.{layers}.eh_proj.weight": torch.randn(64, 128, generator=generator).bfloat16()}
-    for expert, part in itertools.product(range(8), ("gate", "up", "down")):
+    for expert, part in itertools.product(range(8), FAMILIES):
         shape = (64, 32) if part == "down" else (32, 64)
         name = f"model.layers.{layers}.mlp.experts.{expert}.{part}_proj.weight"
         extra[name] = torch.randn(shape, generator=generator).bfloat16()
@@ -304,7 +307,7 @@ def test_layers_past_the_last_are_left_alone(shards: int, tmp_path: Path) -> Non
         index = json.loads(path.read_text())
         index["weight_map"].update(dict.fromkeys(extra, file.name))
         path.write_text(json.dumps(index))
-    trip = travel(tmp_path, source, *SMALL_OPTIONS)
+    trip = travel(tmp_path, source, *SMALL_OPTIONS, *ALL)
     check_round_trip(trip)
     assert sum(trip.metrics["families"]["gate"]["support_histogram"]) == 2 * 8
     assert not set(extra) & set(dense_experts(trip.out))
@@ -494,6 +497,7 @@ def test_inspect_agrees_with_what_compress_finds(olmoe: Path, tmp_path: Path) ->
     assert {name: (family["experts"], family["p"], family["d"]) for name, family in found["families"].items()} == {
         "gate": (16, 32, 64),
         "up": (16, 32, 64),
+        "down": (16, 32, 64),
     }
     choice = next(choice for choice in found["choices"] if choice["ratio"]["touched"] < 1)
     made = run_cli(

@@ -72,7 +72,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "manifest empty": (lambda directory: (directory / "globe.json").write_text("{}"), ("globe.json", "version None")),
     "newer format": (manifest(lambda value: value.update(format_version=2)), ("format version 2", "update")),
     "no families": (manifest(lambda value: value.update(families={})), ("globe.json", "families are []")),
-    "another family": (manifest(lambda value: value["families"].update(down={})), ("globe.json", "'down'")),
+    "another family": (manifest(lambda value: value["families"].update(router={})), ("globe.json", "'router'")),
     "no shards": (manifest(lambda value: value["source"].pop("shards")), ("globe.json", "shards")),
     "shard outside": (manifest(lambda value: value["source"]["shards"][0].update(file="../../escaped.safetensors")),
                       ("globe.json", "'../../escaped.safetensors'")),

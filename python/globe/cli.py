@@ -16,7 +16,7 @@ from rich.table import Table
 
 from globe import __version__
 from globe.errors import GlobeError, UsageError
-from globe.settings import Settings, read_settings
+from globe.settings import Settings, merge_settings, read_settings
 from globe.stages import Display, Silent
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -86,12 +86,13 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("model", type=_PATH)
+@click.option("--families", help="Any of gate, up and down.  [default: gate,up]")
 @_common
-def inspect(model: Path, as_json: bool, quiet: bool) -> None:
+def inspect(model: Path, families: str | None, as_json: bool, quiet: bool) -> None:
     """Show what MODEL holds and what each rank and bank size would save, from headers only."""
     from globe.inspect import inspect as run
 
-    found = run(model)
+    found = run(model, merge_settings({"families": families} if families is not None else {}))
     if as_json:
         click.echo(json.dumps(found))
         return
@@ -110,7 +111,7 @@ def inspect(model: Path, as_json: bool, quiet: bool) -> None:
         sizes = (family[key] for key in ("experts", "layers", "p", "d", "dtype"))
         families.add_row(name, *map(str, sizes), f"{family['bytes'] / 1e6:,.1f}", f"{family['floor']:.3f}")
     console.print(families)
-    choices = Table(title="stored over dense, gate and up together")
+    choices = Table(title=f"stored over dense, {' and '.join(found['chosen'])} together")
     for column in ("rank", "bank size", "floor r/d", "touched", "all experts", "checkpoint"):
         choices.add_column(column, justify="right")
     for choice in found["choices"]:
@@ -125,7 +126,7 @@ def inspect(model: Path, as_json: bool, quiet: bool) -> None:
 @click.option("--rank", type=_Rank(), help="Fraction of min(p, d), or rows.  [default: 0.75]")
 @click.option("--bank-ratio", type=float, help="Bank size as a fraction of the family's experts.")
 @click.option("--bank-size", type=int, help="Bank size.  [default: 128 from 512 experts, 64 from 256, else N/4]")
-@click.option("--families", help="gate, up or gate,up.  [default: gate,up]")
+@click.option("--families", help="Any of gate, up and down.  [default: gate,up]")
 @click.option("--method", type=_choice("method"), help="Seeds.  [default: ts-pca]")
 @click.option("--solver", type=_choice("solver"), help="Training.  [default: alternate]")
 @click.option("--mod", type=_choice("mod"), help="Dictionary step.  [default: exact]")
@@ -214,7 +215,7 @@ def batch(plan: Path, fresh: bool, keep_run: bool, as_json: bool, quiet: bool) -
 @click.option("--rank", type=_Rank(), help="Fraction of min(p, d), or rows.  [default: 0.75]")
 @click.option("--bank-ratio", type=float, help="Bank size as a fraction of the family's experts.")
 @click.option("--bank-size", type=int, help="Bank size.  [default: 128 from 512 experts, 64 from 256, else N/4]")
-@click.option("--families", help="gate, up or gate,up.  [default: gate,up]")
+@click.option("--families", help="Any of gate, up and down.  [default: gate,up]")
 @click.option("--outer-loops", default="0,6", show_default=True, help="Counts of loops to show, separated by commas.")
 @click.option(
     "--codes", type=click.Choice(["entmax", "sparsemax", "nnls", "simplex"]), help="In the loop.  [default: entmax]"

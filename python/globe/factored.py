@@ -31,7 +31,7 @@ def shard_name(source: str) -> str:
 
 
 def left_name(tensor: str, family: str) -> str:
-    """The tensor of a left factor A_i ([p, r], or [E, p, r] for a fused source tensor)."""
+    """The tensor of left factors A_i ([p, r], or [E, p, r] for a fused source tensor), of down those of W_iᵀ."""
     return f"{tensor}.globe_{family}_left"
 
 
@@ -153,11 +153,14 @@ def _check(factored: Factored) -> None:
     for shard in source["shards"]:
         header = factored.shards[shard_name(shard["file"])]
         _require(all(isinstance(text, str) for text in shard["metadata"].values()), "metadata is not text")
+        unnamed = set(header.tensors)
         for tensor, entry in shard["tensors"].items():
             _require(all(type(n) is int for n in entry["shape"]), f"tensor {tensor} has shape {entry['shape']}")
             for stored, (dtype, shape) in _promised(families, tensor, entry["dtype"], tuple(entry["shape"])).items():
                 _expect(header, stored, dtype, shape)
+                unnamed.discard(stored)
             missing.discard(tensor)
+        _require(not unnamed, f"it does not name tensor {min(unnamed, default='')} of {header.path.name}")
     _require(not missing, f"no shard has tensor {min(missing, default='')}")
 
 
@@ -171,15 +174,17 @@ def _promised(
     family = next(iter(held.values()))
     fused = shape[:1] if len(shape) == 3 else ()
     p, d = family["p"], family["d"]
-    _require(shape == ((*fused, 2 * p, d) if fused else (p, d)), f"tensor {tensor} has shape {list(shape)}")
+    matrix = (d, p) if "down" in held else (2 * p, d) if fused else (p, d)
+    _require(shape == (*fused, *matrix), f"tensor {tensor} has shape {list(shape)}")
     _require(dtype in ("BF16", "F16", "F32"), f"tensor {tensor} has dtype {dtype}")
-    _require(bool(fused) or len(held) == 1, f"tensor {tensor} is in two families")
+    together = bool(fused) and "down" not in held
+    _require(together or len(held) == 1, f"tensor {tensor} is in two families")
     promised = {}
     for name in FAMILIES:
         if name in held:
             _require(len(held[name]["tensors"][tensor]) == (fused[0] if fused else 1), f"tensor {tensor} has experts")
             promised[left_name(tensor, name)] = ("BF16", (*fused, p, held[name]["rank"]))
-        elif fused:
+        elif together and name != "down":
             promised[rest_name(tensor, name)] = (dtype, (*fused, p, d))
     return promised
 

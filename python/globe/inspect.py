@@ -23,13 +23,13 @@ def inspect(directory: Path | str, settings: Settings | None = None) -> dict[str
     directory : Path or str
         A dense checkpoint directory.
     settings : Settings, optional
-        Whose target support the codes are counted with.
+        Which families are chosen, and the target support that their codes are counted with.
 
     Returns
     -------
     dict
         `architecture`, `layout`, `families` (N, layers, p, d, dtype, bytes, floor r/d at the default rank),
-        `bytes` on three axes, and `choices`: rank, bank size and the ratio on three axes.
+        `bytes` on three axes, `chosen` families, and `choices`: rank, bank size and the ratio on three axes with these.
 
     Raises
     ------
@@ -38,7 +38,8 @@ def inspect(directory: Path | str, settings: Settings | None = None) -> dict[str
     """
     settings = settings or Settings()
     checkpoint = Checkpoint(Path(directory))
-    families = {name: checkpoint.family(name) for name in FAMILIES}
+    everything = {name: checkpoint.family(name) for name in FAMILIES}
+    families = {name: everything[name] for name in settings.families}
     first = next(iter(families.values()))
     choices = []
     for fraction in _RANKS:
@@ -55,7 +56,7 @@ def inspect(directory: Path | str, settings: Settings | None = None) -> dict[str
     expert_bytes = sum(
         info.nbytes
         for name, info in checkpoint.tensors.items()
-        if any(checkpoint.layout.matcher(kind).fullmatch(name) for kind in (*FAMILIES, "down"))
+        if any(checkpoint.layout.matcher(kind).fullmatch(name) for kind in FAMILIES)
     )
     described = {
         name: {
@@ -67,7 +68,7 @@ def inspect(directory: Path | str, settings: Settings | None = None) -> dict[str
             "bytes": len(family) * family.p * family.d * family.bytes_per_weight,
             "floor": settings.resolve_rank(family.p, family.d) / family.d,
         }
-        for name, family in families.items()
+        for name, family in everything.items()
     }
     architectures = checkpoint.config.get("architectures")
     return {
@@ -83,5 +84,6 @@ def inspect(directory: Path | str, settings: Settings | None = None) -> dict[str
             "experts": expert_bytes,
             "checkpoint": sum(info.nbytes for info in checkpoint.tensors.values()),
         },
+        "chosen": list(families),
         "choices": choices,
     }

@@ -29,7 +29,7 @@ class Settings:
     bank_size : int, optional
         Bank size m. With neither: 128 where N ≥ 512, 64 where N ≥ 256, else N / 4 (specification, M).
     families : tuple of str
-        Which of gate and up to compress.
+        Which of gate, up and down to compress; down is taken transposed.
     method : str
         The seeds (specification, A to F): ts-pca, left-gram, rpca, kmeans, farthest-first, residual-greedy,
         hybrid-split, hybrid-replace, aligned-pca or grouped-subspace; auto tries several and keeps the best (L).
@@ -183,7 +183,7 @@ class Settings:
     def __post_init__(self) -> None:
         if isinstance(self.max_memory, str):
             object.__setattr__(self, "max_memory", parse_bytes(self.max_memory))  # type: ignore[unreachable]
-        _require(isinstance(self.families, list | tuple), "families", self.families, "gate, up or both")
+        _require(isinstance(self.families, list | tuple), "families", self.families, "any of gate, up and down")
         object.__setattr__(self, "families", tuple(self.families))
         hints = typing.get_type_hints(Settings)
         for field in dataclasses.fields(self):
@@ -195,7 +195,7 @@ class Settings:
             elif field.name != "families":
                 _require(_is_number(value, hint), field.name, value, "a number" if hint is not int else "an integer")
         for name in self.families:
-            _require(name in ("gate", "up"), "families", name, "gate, up or both")
+            _require(name in ("gate", "up", "down"), "families", name, "any of gate, up and down")
         _require(len(set(self.families)) == len(self.families) > 0, "families", self.families, "each family once")
         for name, low, high in _BOUNDS:
             value = getattr(self, name)

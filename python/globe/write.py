@@ -156,7 +156,10 @@ def _recall(written: Written, there: list[tuple[str, int]], meta: dict[str, Any]
 
 
 def _kept_halves(checkpoint: Checkpoint, fits: dict[str, Fit], tensor: str) -> list[str]:
-    return [name for name in ("gate", "up") if name not in fits] if checkpoint.layout.fused else []
+    """The families of a fused tensor that stay as they are."""
+    if checkpoint.layout.fused is None or not checkpoint.layout.matcher("gate").fullmatch(tensor):
+        return []
+    return [name for name in ("gate", "up") if name not in fits]
 
 
 def _entries(
@@ -167,7 +170,7 @@ def _entries(
     fused = checkpoint.layout.fused is not None
     entries: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, fit in fits.items():
-        if fused or checkpoint.layout.matcher(name).fullmatch(tensor):
+        if checkpoint.layout.matcher(name).fullmatch(tensor):
             shape = (fit.family.p, fit.state.bank.shape[1])
             entries[left_name(tensor, name)] = ("BF16", (info.shape[0], *shape) if fused else shape)
     for name in _kept_halves(checkpoint, fits, tensor):
