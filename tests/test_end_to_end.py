@@ -77,9 +77,10 @@ def dense_experts(out: Path) -> dict[str, np.ndarray]:
     manifest = json.loads((out / "globe.json").read_text(encoding="utf-8"))
     halves: dict[str, dict[str, np.ndarray]] = {}
     for family, described in manifest["families"].items():
-        part = {key: stored[f"globe.{family}.{key}"].values() for key in ("atoms", "codes.indptr", "codes.indices")}
-        atoms, values = part["atoms"].astype(np.float64), stored[f"globe.{family}.codes.values"].values()
         for tensor, numbers in described["tensors"].items():
+            bank = described["banks"][tensor]
+            part = {key: stored[f"globe.{bank}.{key}"].values() for key in ("atoms", "codes.indptr", "codes.indices")}
+            atoms, values = part["atoms"].astype(np.float64), stored[f"globe.{bank}.codes.values"].values()
             lefts = stored[f"{tensor}.globe_{family}_left"].values().astype(np.float64)
             lefts = lefts if lefts.ndim == 3 else lefts[None]
             products = []
@@ -289,6 +290,42 @@ def test_families_have_banks_of_their_own(trips: Callable[..., Trip]) -> None:
     ]
 
 
+SCOPES: dict[str, tuple[tuple[str, ...], list[str]]] = {
+    "layer": (("--scope", "layer"), [f"{family}.layer-{layer}" for family in FAMILIES for layer in (0, 1)]),
+    "shared": (("--share-families",), ["gate+up+down"]),
+    "both": (("--scope", "1", "--share-families"), ["gate+up+down.layer-0", "gate+up+down.layer-1"]),
+}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("layout", ["olmoe", "granitemoe"])
+def test_who_shares_a_bank(layout: str, scope: str, trips: Callable[..., Trip]) -> None:
+    options, names = SCOPES[scope]
+    trip, plain = trips(layout, *ALL, *options), trips(layout, *ALL)
+    check_round_trip(trip)
+    assert list(trip.metrics["pools"]) == names and "pools" not in plain.metrics
+    assert list(trip.metrics["families"]) == list(FAMILIES)
+    for family, error in relative_errors(trip).items():
+        found = trip.metrics["families"][family]
+        assert found["relative_error"] == pytest.approx(error, rel=1e-4)
+        assert found["pools"] == [name for name in names if family in name]
+        assert len(found["expert_errors"]) == len(plain.metrics["families"][family]["expert_errors"])
+        assert 0 < found["relative_error"] < found["init"]["relative_error"] < 1
+        assert found["bank"] == (9 if "share" in str(options) else 3)
+    stored = read_directory(trip.out)
+    atoms = sum(tensor.shape[0] for name, tensor in stored.items() if name.endswith(".atoms"))
+    assert atoms == 9
+    assert trip.metrics["ratio"]["touched"] == pytest.approx(plain.metrics["ratio"]["touched"], rel=0.02)
+    if layout == "olmoe":
+        load_plain(trip.dense)
+
+
+def test_families_that_share_no_fused_tensor_with_others(trips: Callable[..., Trip]) -> None:
+    trip = trips("granitemoe", "--families", "down,up", "--share-families")
+    check_round_trip(trip)
+    assert list(trip.metrics["pools"]) == ["down+up"]
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_layers_past_the_last_are_left_alone(shards: int, tmp_path: Path) -> None:
     source = make_tiny("deepseek_v3", tmp_path / "source", shards=shards)
@@ -350,7 +387,9 @@ def test_metrics_have_what_was_promised(trips: Callable[..., Trip]) -> None:
 def test_output_holds_its_companions(trips: Callable[..., Trip]) -> None:
     trip = trips("olmoe")
     manifest = json.loads((trip.out / "globe.json").read_text(encoding="utf-8"))
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
+    assert manifest["families"]["up"]["banks"] == dict.fromkeys(manifest["families"]["up"]["tensors"], "up")
+    assert manifest["banks"]["up"] == {"experts": 16, "rank": 16, "bank": 3}
     assert manifest["settings"]["bank_size"] == 3
     assert manifest["source"]["fingerprint"] == Checkpoint(trip.source).fingerprint()
     assert (trip.out / "tokenizer.json").read_bytes() == (trip.source / "tokenizer.json").read_bytes()

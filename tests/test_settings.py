@@ -84,6 +84,8 @@ CHOICES = {
 def any_settings(draw: st.DrawFn) -> dict[str, Any]:
     keys: dict[str, st.SearchStrategy[Any]] = {
         "rank": st.one_of(st.integers(1, 4096), st.floats(0, 1, exclude_min=True)),
+        "scope": st.one_of(st.sampled_from(["global", "layer"]), st.integers(1, 1000)),
+        "share_families": st.booleans(),
         "families": st.sampled_from([("gate",), ("up",), ("gate", "up"), ("up", "gate"), ("down", "up")]),
         "entmax_alpha": st.floats(1, 2, exclude_min=True),
         **{name: st.floats(*bounds) for name, bounds in FLOATS.items()},
@@ -99,7 +101,7 @@ def any_settings(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def test_every_setting_is_covered_here() -> None:
-    assert {*FLOATS, *COUNTS, *CHOICES, "rank", "families", "entmax_alpha"} == set(NAMES)
+    assert {*FLOATS, *COUNTS, *CHOICES, "rank", "families", "scope", "share_families", "entmax_alpha"} == set(NAMES)
 
 
 @given(values=any_settings())
@@ -142,6 +144,18 @@ def test_choices(name: str, choices: list[str]) -> None:
 def test_entmax_alpha(alpha: float) -> None:
     with pytest.raises(UsageError, match="^entmax_alpha is "):
         Settings(entmax_alpha=alpha)
+
+
+@pytest.mark.parametrize("scope", [0, -1, True, "4", "all", 1.0, None])
+def test_scope(scope: Any) -> None:
+    with pytest.raises(UsageError, match="^scope is .*; expected global, layer or a count of layers"):
+        Settings(scope=scope)
+
+
+@pytest.mark.parametrize("share", [1, "true", None])
+def test_share_families(share: Any) -> None:
+    with pytest.raises(UsageError, match="^share_families is .*; expected true or false"):
+        Settings(share_families=share)
 
 
 @pytest.mark.parametrize("families", [(), ("router",), ("gate", "gate"), "gate", (1,)])

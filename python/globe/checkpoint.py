@@ -82,7 +82,7 @@ class Expert:
 
 @dataclass(frozen=True)
 class Family:
-    """Expert matrices of one kind (gate, up or down), N of them, each p × d, in order of layer and expert.
+    """N expert matrices of one shape p × d in order of layer and expert: all gates, ups or downs, or a pool of them.
 
     p is the width of the experts and d that of the model: down is taken transposed.
     """
@@ -94,6 +94,11 @@ class Family:
 
     def __len__(self) -> int:
         return len(self.experts)
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The families that its experts come from."""
+        return tuple(dict.fromkeys(expert.family for expert in self.experts))
 
     @property
     def layers(self) -> int:

@@ -36,6 +36,13 @@ class _Rank(click.ParamType[float | int]):
                 self.fail(f"{value!r} is neither a fraction such as 0.75 nor a count of rows such as 288", param, ctx)
 
 
+class _Scope(click.ParamType[str | int]):
+    name = "scope"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
+        return int(value) if str(value).isdecimal() else str(value)
+
+
 def _choice(setting: str) -> click.Choice[str]:
     return click.Choice(Settings.choices(setting))
 
@@ -104,13 +111,13 @@ def inspect(model: Path, families: str | None, as_json: bool, quiet: bool) -> No
         f"{found['bytes']['checkpoint'] / 1e6:,.1f} MB, experts {found['bytes']['experts'] / 1e6:,.1f} MB",
         highlight=False,
     )
-    families = Table(title="families")
+    held = Table(title="families")
     for column in ("family", "N", "layers", "p", "d", "dtype", "MB", "floor r/d at rank 0.75"):
-        families.add_column(column, justify="left" if column == "family" else "right")
+        held.add_column(column, justify="left" if column == "family" else "right")
     for name, family in found["families"].items():
         sizes = (family[key] for key in ("experts", "layers", "p", "d", "dtype"))
-        families.add_row(name, *map(str, sizes), f"{family['bytes'] / 1e6:,.1f}", f"{family['floor']:.3f}")
-    console.print(families)
+        held.add_row(name, *map(str, sizes), f"{family['bytes'] / 1e6:,.1f}", f"{family['floor']:.3f}")
+    console.print(held)
     choices = Table(title=f"stored over dense, {' and '.join(found['chosen'])} together")
     for column in ("rank", "bank size", "floor r/d", "touched", "all experts", "checkpoint"):
         choices.add_column(column, justify="right")
@@ -127,6 +134,8 @@ def inspect(model: Path, families: str | None, as_json: bool, quiet: bool) -> No
 @click.option("--bank-ratio", type=float, help="Bank size as a fraction of the family's experts.")
 @click.option("--bank-size", type=int, help="Bank size.  [default: 128 from 512 experts, 64 from 256, else N/4]")
 @click.option("--families", help="Any of gate, up and down.  [default: gate,up]")
+@click.option("--scope", type=_Scope(), help="Layers that share a bank: global, layer or a count.  [default: global]")
+@click.option("--share-families", is_flag=True, default=None, help="One bank for all families together.")
 @click.option("--method", type=_choice("method"), help="Seeds.  [default: ts-pca]")
 @click.option("--solver", type=_choice("solver"), help="Training.  [default: alternate]")
 @click.option("--mod", type=_choice("mod"), help="Dictionary step.  [default: exact]")

@@ -27,8 +27,9 @@ from globe.gemm import (
     set_threads,
     working_precision,
 )
-from globe.metrics import stored_report
+from globe.metrics import families_report, stored_report
 from globe.output import copy_companions, run_directory, run_key
+from globe.pools import pools, sizes, units
 from globe.ratios import Ratios, Shape, ratios, stored_elements
 from globe.settings import Settings
 from globe.stages import Display, Stages
@@ -51,7 +52,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checkpoint and settings that fit each other, known from headers alone."""
+    """A checkpoint and settings that fit each other, known from headers alone; `families` are the pools."""
 
     checkpoint: Checkpoint
     families: dict[str, Family]
@@ -72,15 +73,9 @@ def plan(model_dir: Path, settings: Settings) -> Plan:
     """
     checkpoint = Checkpoint(model_dir)
     families = {name: checkpoint.family(name) for name in settings.families}
-    shapes = {
-        name: Shape(
-            settings.resolve_rank(family.p, family.d),
-            settings.resolve_bank(len(family)),
-            len(family) * _expected_support(settings, len(family)),
-        )
-        for name, family in families.items()
-    }
-    planned = ratios(checkpoint, families, shapes)
+    whole = units(families, settings)
+    held, shapes = pools(whole, sizes(whole, families, settings), settings)
+    planned = ratios(checkpoint, held, shapes)
     if planned.touched >= 1:
         raise UsageError(
             f"rank {settings.rank} with these banks stores {planned.touched:.3f} of the touched matrices and saves "
@@ -88,8 +83,8 @@ def plan(model_dir: Path, settings: Settings) -> Plan:
         )
     device = pick_device(settings.device)
     exact_bytes = dictionary_dtype(settings.precision, device).itemsize
-    blocks = plan_blocks(families, shapes, settings, settings.threads or torch.get_num_threads(), exact_bytes)
-    return Plan(checkpoint, families, shapes, device, blocks)
+    blocks = plan_blocks(held, shapes, settings, settings.threads or torch.get_num_threads(), exact_bytes)
+    return Plan(checkpoint, held, shapes, device, blocks)
 
 
 def compress(
@@ -183,7 +178,7 @@ def compress(
         described = {"path": str(model_dir), "layout": planned.checkpoint.layout.name, "fingerprint": fingerprint}
         metrics = {
             "globe_version": __version__,
-            "families": reports,
+            **families_report(settings.families, reports, fits, written),
             "ratio": asdict(actual),
             "bytes": _bytes(planned, written),
             "files": written.files,
@@ -215,12 +210,6 @@ def _finished(target: Path) -> Result:
                 "is otherwise finished; use --fresh to make it again"
             )
     return Result(target, metrics, Ratios(**metrics["ratio"]), found=True)
-
-
-def _expected_support(settings: Settings, experts: int) -> int:
-    bank = settings.resolve_bank(experts)
-    steered = settings.codes in ("entmax", "sparsemax") and settings.outer_loops > 0
-    return min(bank, settings.support) if steered else bank // 2
 
 
 def _needed_bytes(planned: Plan) -> int:

@@ -54,7 +54,7 @@ def export(
     stages = Stages(progress)
     with output_directory(target, source, overwrite=overwrite, needed_bytes=total) as directory:
         with stages.stage("export", len(sizes)) as advance:
-            banks = {name: factored.bank(name) for name in factored.manifest["families"]}
+            banks = {name: factored.bank(name) for name in factored.manifest["banks"]}
             for shard in record["shards"]:
                 _export_shard(factored, banks, shard, directory, advance)
         copy_companions(source, directory)
@@ -90,9 +90,10 @@ def reconstruct(factored: Factored, banks: dict[str, Bank], name: str, entry: di
         left, rest = left_name(name, family), rest_name(name, family)
         if left in stored:
             numbers = factored.manifest["families"][family]["tensors"][name]
+            bank = banks[factored.bank_of(family, name)]
             lefts = read_tensor(stored[left]).float()
             lefts = lefts if lefts.ndim == 3 else lefts[None]
-            products = torch.stack([a @ banks[family].mixture(i) for a, i in zip(lefts, numbers, strict=True)])
+            products = torch.stack([a @ bank.mixture(i) for a, i in zip(lefts, numbers, strict=True)])
             if not products.isfinite().all():
                 raise GlobeError(f"{stored[left].file}: tensor {left} holds NaN or Inf; compress the source again")
             parts.append((products.mT if family == "down" else products).to(dtype))

@@ -30,6 +30,11 @@ class Settings:
         Bank size m. With neither: 128 where N ≥ 512, 64 where N ≥ 256, else N / 4 (specification, M).
     families : tuple of str
         Which of gate, up and down to compress; down is taken transposed.
+    scope : {"global", "layer"} or int
+        Which layers share a bank: all, none, or groups of so many consecutive ones. A family's atoms are dealt to
+        its groups, so the stored bytes stay the same.
+    share_families : bool
+        One bank for all chosen families together, with the atoms of all of them.
     method : str
         The seeds (specification, A to F): ts-pca, left-gram, rpca, kmeans, farthest-first, residual-greedy,
         hybrid-split, hybrid-replace, aligned-pca or grouped-subspace; auto tries several and keeps the best (L).
@@ -126,6 +131,8 @@ class Settings:
     bank_ratio: float | None = None
     bank_size: int | None = None
     families: tuple[str, ...] = ("gate", "up")
+    scope: Literal["global", "layer"] | int = "global"
+    share_families: bool = False
     method: Literal[
         "ts-pca",
         "left-gram",
@@ -192,11 +199,16 @@ class Settings:
                 _require(
                     value in typing.get_args(hint), field.name, value, f"one of {', '.join(typing.get_args(hint))}"
                 )
-            elif field.name != "families":
+            elif field.name not in ("families", "scope", "share_families"):
                 _require(_is_number(value, hint), field.name, value, "a number" if hint is not int else "an integer")
         for name in self.families:
             _require(name in ("gate", "up", "down"), "families", name, "any of gate, up and down")
         _require(len(set(self.families)) == len(self.families) > 0, "families", self.families, "each family once")
+        several = type(self.scope) is int and self.scope >= 1
+        _require(
+            several or self.scope in ("global", "layer"), "scope", self.scope, "global, layer or a count of layers"
+        )
+        _require(type(self.share_families) is bool, "share_families", self.share_families, "true or false")
         for name, low, high in _BOUNDS:
             value = getattr(self, name)
             _require(value is None or low <= value <= high, name, value, f"a value from {low} to {high}")
@@ -235,6 +247,11 @@ class Settings:
         if not 1 <= size <= experts:
             raise UsageError(f"bank size is {size}; expected 1 to the family's {experts} experts")
         return size
+
+    def expected_support(self, bank: int) -> int:
+        """The non-zero codes of an expert that are planned for, on a bank of this size."""
+        steered = self.codes in ("entmax", "sparsemax") and self.outer_loops > 0
+        return min(bank, self.support) if steered else max(1, bank // 2)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, ready for YAML and JSON."""
