@@ -94,12 +94,14 @@ def cli() -> None:
 @cli.command()
 @click.argument("model", type=_PATH)
 @click.option("--families", help="Any of gate, up and down.  [default: gate,up]")
+@click.option("--ratio", type=float, help="Show the ranks and bank sizes that store this much of these families.")
 @_common
-def inspect(model: Path, families: str | None, as_json: bool, quiet: bool) -> None:
+def inspect(model: Path, families: str | None, ratio: float | None, as_json: bool, quiet: bool) -> None:
     """Show what MODEL holds and what each rank and bank size would save, from headers only."""
     from globe.inspect import inspect as run
 
-    found = run(model, merge_settings({"families": families} if families is not None else {}))
+    given = {"families": families, "ratio": ratio}
+    found = run(model, merge_settings({key: value for key, value in given.items() if value is not None}))
     if as_json:
         click.echo(json.dumps(found))
         return
@@ -134,6 +136,7 @@ def inspect(model: Path, families: str | None, as_json: bool, quiet: bool) -> No
 @click.option("--bank-ratio", type=float, help="Bank size as a fraction of the family's experts.")
 @click.option("--bank-size", type=int, help="Bank size.  [default: 128 from 512 experts, 64 from 256, else N/4]")
 @click.option("--families", help="Any of gate, up and down.  [default: gate,up]")
+@click.option("--ratio", type=float, help="Plan rank and bank sizes to store this share of the touched matrices.")
 @click.option("--scope", type=_Scope(), help="Layers that share a bank: global, layer or a count.  [default: global]")
 @click.option("--share-families", is_flag=True, default=None, help="One bank for all families together.")
 @click.option("--method", type=_choice("method"), help="Seeds.  [default: ts-pca]")

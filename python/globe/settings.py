@@ -24,6 +24,9 @@ class Settings:
     ----------
     rank : float or int
         Rank r of the mixtures: a fraction of min(p, d) if below 1 or a float, a count of rows if an int.
+    ratio : float, optional
+        Stored weights over those of the touched matrices; rank and bank size are then planned for it, family by
+        family, from a probe on a sample of experts. In place of `rank`, `bank_ratio` and `bank_size`.
     bank_ratio : float, optional
         Bank size m as a fraction of the family's N.
     bank_size : int, optional
@@ -128,6 +131,7 @@ class Settings:
     """
 
     rank: float | int = 0.75
+    ratio: float | None = None
     bank_ratio: float | None = None
     bank_size: int | None = None
     families: tuple[str, ...] = ("gate", "up")
@@ -216,6 +220,11 @@ class Settings:
         _require(1 < self.entmax_alpha <= 2, "entmax_alpha", self.entmax_alpha, "a value in (1, 2]")
         if self.bank_ratio is not None and self.bank_size is not None:
             raise UsageError("bank_ratio and bank_size are both given; give one of them")
+        if self.ratio is not None:
+            given = [name for name in _SIZES if getattr(self, name) != _DEFAULTS[name]]
+            _require(0 < self.ratio < 1, "ratio", self.ratio, "a value between 0 and 1")
+            if given:
+                raise UsageError(f"ratio and {given[0]} are both given; ratio plans rank and bank size: leave one out")
         if self.l1 > 0 and self.codes != "nnls":
             raise UsageError(
                 f"l1 is {self.l1} with codes {self.codes}: on the simplex the L1 norm is constant; use codes nnls"
@@ -258,6 +267,8 @@ class Settings:
         return {**dataclasses.asdict(self), "families": list(self.families)}
 
 
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Settings)}
+_SIZES = ("rank", "bank_size", "bank_ratio")
 _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("bank_ratio", 0, 1),
     ("bank_size", 1, 1 << 20),
@@ -324,6 +335,9 @@ def read_settings(path: Path | None, overrides: dict[str, Any]) -> Settings:
     UsageError
         If the file cannot be read, or a key or value is not a setting's.
     """
+    given = [name for name in _SIZES if overrides.get(name) is not None]
+    if overrides.get("ratio") is not None and given:
+        raise UsageError(f"ratio and {given[0]} are both given; ratio plans rank and bank size: leave one out")
     return merge_settings(read_yaml(path, "config") if path is not None else {}, overrides)
 
 
@@ -357,6 +371,10 @@ def merge_settings(*layers: Mapping[str, Any]) -> Settings:
         for name, other in (("bank_size", "bank_ratio"), ("bank_ratio", "bank_size")):
             if layer.get(name) is not None:
                 values.pop(other, None)
+        if layer.get("ratio") is not None:
+            values = {key: value for key, value in values.items() if key not in _SIZES}
+        elif any(layer.get(name) is not None for name in _SIZES):
+            values.pop("ratio", None)
         values.update(layer)
     known = {field.name for field in dataclasses.fields(Settings)}
     for key in values:
