@@ -101,7 +101,9 @@ def any_settings(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def test_every_setting_is_covered_here() -> None:
-    assert {*FLOATS, *COUNTS, *CHOICES, "rank", "families", "scope", "share_families", "entmax_alpha"} == set(NAMES)
+    assert {*FLOATS, *COUNTS, *CHOICES, "rank", "ratio", "families", "scope", "share_families", "entmax_alpha"} == set(
+        NAMES
+    )
 
 
 @given(values=any_settings())

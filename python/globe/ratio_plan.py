@@ -176,9 +176,9 @@ def plan_ratio(
     """Choose rank and bank of every unit so that all together store at most `settings.ratio` of the touched matrices.
 
     Candidates on the curve of equal bytes are fitted to a sample of experts, with as many atoms an expert as in
-    the whole. Of several units, the best share of atoms of each is also probed at ratios around the one asked for;
-    errors between are interpolated (their logarithms, linearly), and the bytes are split where the sum of
-    weight · energy · error is least.
+    the whole: from an atom for four experts on, downhill, until both neighbours are worse. Of several units, the
+    best share of atoms of each is also probed at ratios around the one asked for; errors between are interpolated
+    (their logarithms, linearly), and the bytes are split where the sum of weight · energy · error is least.
 
     Parameters
     ----------
@@ -235,20 +235,24 @@ def _probe_unit(
     advance: Callable[[float], None],
 ) -> UnitPlan:
     sampled = samples(unit, energy, settings.scope)
-    frontier: list[Point] = []
-    best: Point | None = None
-    best_errors: list[Array] = []
-    for size in sized:
+    found: dict[int, tuple[Point, list[Array]]] = {}
+    refused: set[int] = set()
+    place: int | None = min(range(len(sized)), key=lambda k: abs(sized[k].bank / len(unit) - 1 / 4))
+    while place is not None:  # from the middle downhill: the curve has one valley
+        size = sized[place]
         errors = _errors(unit, size, sampled, settings.scope, prober)
         advance(1)
         if errors is None:
-            continue
-        point = Point(size.rank, size.bank, _ratio(unit, size), _mean(errors, sampled))
-        frontier.append(point)
-        if best is None or point.error < best.error:
-            best, best_errors = point, errors
-    if best is None:
+            refused.add(place)
+        else:
+            found[place] = Point(size.rank, size.bank, _ratio(unit, size), _mean(errors, sampled)), errors
+        lowest = min(found, key=lambda k: found[k][0].error, default=place)
+        near = [k for k in (lowest - 1, lowest + 1) if 0 <= k < len(sized) and k not in refused and k not in found]
+        place = near[0] if near else None
+    if not found:
         raise GlobeError(f"family {unit.name}: too few of its experts are not zero to plan a bank; use --rank")
+    frontier = [found[k][0] for k in sorted(found)]
+    best, best_errors = min(found.values(), key=lambda pair: pair[0].error)
     step = -(-len(sampled) * len(sampled[0][0]) // _TRUNCATED)  # a few of every pool
     few = [(replace(sample, experts=sample.experts[::step]), energies[::step]) for sample, energies in sampled]
     rank = max(1, math.floor(ratio * unit.p * unit.d / (unit.p + unit.d)))
