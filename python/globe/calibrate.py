@@ -164,7 +164,11 @@ def _read(checkpoint: Checkpoint, text: Path | str | None, tokens: int, window: 
     transformers = import_transformers("calibration")
     with quiet(transformers):
         tokenizer = load_tokenizer(transformers, checkpoint.directory)
-        ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
+        for characters in (16 * tokens, len(content)):  # a long text need not be read to its end
+            ids = tokenizer(content[:characters], add_special_tokens=False, verbose=False)["input_ids"]
+            if len(ids) > tokens:
+                break
+    ids = ids[:tokens]
     count = len(ids) // window
     if count < 2:
         raise GlobeError(
