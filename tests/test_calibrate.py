@@ -74,7 +74,7 @@ def _weights(checkpoint: Checkpoint, layer: int) -> list[tuple[Any, Any, Any]]:
     """Gate, up and down of every expert of a layer in fp64, read by name."""
     layout, gates, ups = checkpoint.layout, checkpoint.family("gate"), checkpoint.family("up")
     tensors = {name: value for shard in checkpoint.shards for name, value in load_file(shard.path).items()}
-    down = {}
+    down: dict[int, Any] = {}
     for name, value in tensors.items():
         match = layout.matcher("down").fullmatch(name)
         if match is not None and int(match["layer"]) == layer:
@@ -225,9 +225,26 @@ def test_an_expert_that_is_sent_nothing() -> None:
     gate_up, down = torch.randn(2, 6, 4, generator=random), torch.randn(2, 4, 3, generator=random)
     moments = Moments(gate_up, down, torch.nn.functional.silu, full=True)
     moments.add(torch.randn(5, 4, generator=random), torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1))
-    statistics = moments.statistics()
+    statistics: Any = moments.statistics()
     assert statistics.counts.tolist() == [5, 0]
     assert all(value[1].eq(0).all() for value in (statistics.diagonal, statistics.hidden, statistics.gate_moment))
+
+
+def test_moments_take_only_what_mps_has() -> None:
+    from fake_mps import MPS, FakeMps
+
+    random = torch.Generator().manual_seed(0)
+    gate_up, down, x = (torch.randn(shape, generator=random) for shape in ((2, 6, 4), (2, 4, 3), (5, 4)))
+    routing = (torch.tensor([[0], [1], [1], [0], [1]]), torch.rand(5, 1, generator=random))
+    found = []
+    for place in (MPS, torch.device("cpu")):
+        with FakeMps():
+            moments = Moments(gate_up.to(place), down.to(place), torch.nn.functional.silu, full=True)
+            moments.add_residual(x.to(place))
+            moments.add(x.to(place), *(part.to(place) for part in routing))
+            found.append(asdict(moments.statistics()))
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value)
 
 
 def test_the_text_is_not_the_one_evaluated(tiny: Callable[[str], Path], tmp_path: Path) -> None:
@@ -327,6 +344,15 @@ def test_architecture_that_transformers_lacks(
         _calibrate(tiny("mixtral"), tmp_path / "statistics")
 
 
+def test_an_error_of_the_models_own_code(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention = transformers.models.mixtral.modeling_mixtral.MixtralAttention
+    monkeypatch.setattr(attention, "forward", lambda *_, **__: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(GlobeError, match="transformers cannot run it: .*size"):
+        _calibrate(tiny("mixtral"), tmp_path / "statistics")
+
+
 def test_choices_of_a_compression(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     checkpoint, lines = Checkpoint(tiny("mixtral")), _Lines()
     assert calibration_for(checkpoint, "none", tmp_path, Stages(lines)) is None
@@ -369,3 +395,5 @@ def test_auto_goes_on_without_what_it_needs(
 def test_place_of_the_file(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such directory"):
         _calibrate(tiny("mixtral"), tmp_path / "nowhere" / "statistics")
+    with pytest.raises(UsageError, match="is a directory"):
+        _calibrate(tiny("mixtral"), tmp_path)

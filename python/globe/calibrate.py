@@ -201,6 +201,8 @@ def _measure(
         raise UsageError(f"row moments is {row_moments!r}; expected one of {', '.join(ROW_MOMENTS)}")
     if not path.parent.is_dir():
         raise UsageError(f"{path.parent}: no such directory; expected a place for the calibration file")
+    if path.is_dir():
+        raise UsageError(f"{path}: is a directory; expected a name for the calibration file")
     gates = checkpoint.family("gate")
     full = row_moments == "full" or (row_moments == "auto" and 3 * 4 * len(gates) * gates.p**2 < _AUTO_BYTES)
     streamed = Layerwise(checkpoint, find_device(device))

@@ -54,10 +54,10 @@ class Layerwise:
             with quiet(transformers), torch.device("meta"):
                 config = transformers.AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
                 self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
+                self.base = self.model.base_model
+                self.layers = self.base.layers
         except Exception as error:  # the model's own code raises types of its own
             raise self._cannot(first_line(error)) from error
-        self.base = self.model.base_model
-        self.layers = self.base.layers
         self.positions = getattr(config, "max_position_embeddings", None)
         self._expert_dtype = stored
         self._names: dict[int | None, list[str]] = {}
@@ -97,7 +97,7 @@ class Layerwise:
             try:
                 for span in self.batches(windows):
                     calls = []
-                    with torch.no_grad():
+                    with torch.no_grad(), self._running():
                         self.base(input_ids=windows[span].to(self.device), use_cache=False)
                     seen[span.stop - span.start] = calls
             finally:
@@ -124,7 +124,7 @@ class Layerwise:
 
     def run(self, number: int, layer: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
         """A layer's output on the CPU for a batch of hidden states (n, window, d)."""
-        with torch.no_grad():
+        with torch.no_grad(), self._running():
             output = layer(hidden.to(self.device), **arguments)
         result: torch.Tensor = (output[0] if isinstance(output, tuple) else output).cpu()
         if not torch.isfinite(result).all():
@@ -161,13 +161,8 @@ class Layerwise:
             dtype_plan=plan,
             weight_mapping=get_model_conversion_mapping(self.model),
         )
-        try:
-            with quiet(transformers):
-                found, _ = convert_and_load_state_dict_in_model(self.model, stored, where)
-        except GlobeError:
-            raise
-        except Exception as error:  # as above
-            raise self._cannot(first_line(error)) from error
+        with quiet(transformers), self._running():
+            found, _ = convert_and_load_state_dict_in_model(self.model, stored, where)
         for trouble in [*found.conversion_errors.values(), *found.error_msgs]:
             raise self._cannot(first_line(RuntimeError(trouble)))
         for name, has, wanted in found.mismatched_keys:
@@ -186,6 +181,16 @@ class Layerwise:
                 module._buffers[name] = torch.empty_like(module._buffers[name], device=self.device)
             with torch.no_grad():
                 self.model._init_weights(module)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Tell of an error of the model's own code in one line."""
+        try:
+            yield
+        except GlobeError:
+            raise
+        except Exception as error:  # its type may be anything
+            raise self._cannot(first_line(error)) from error
 
     def _cannot(self, why: str) -> GlobeError:
         return GlobeError(f"{self.checkpoint.directory}: transformers cannot run it: {why}")
