@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import shutil
@@ -181,6 +182,9 @@ def test_one_layer_has_weights_at_a_time(
         there = [n for n, layer in enumerate(self.layers) if any(not part.is_meta for part in layer.parameters())]
         others = [name for name, part in self.model.named_parameters() if ".layers." not in name and not part.is_meta]
         assert others == []
+        held = [part for part in gc.get_objects() if type(part) in (torch.Tensor, torch.nn.Parameter)]
+        stacks = {part.data_ptr() for part in held if part.shape == (8, 64, 64) and not part.is_meta}
+        assert len(stacks) == (number != 1)  # layer 1 is dense
         loaded.append((number, there))
         return run(self, number, *arguments)
 

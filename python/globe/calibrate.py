@@ -15,7 +15,7 @@ from globe import __version__
 from globe.calibration import Calibration, LayerStatistics, load_calibration, save_calibration
 from globe.checkpoint import Checkpoint
 from globe.errors import GlobeError, UsageError
-from globe.layerwise import Layerwise
+from globe.layerwise import Arguments, Layerwise
 from globe.models import find_device, import_transformers, load_tokenizer, quiet
 from globe.moments import Moments
 from globe.stages import Display, Stages
@@ -236,12 +236,19 @@ def _stream(
     """The statistics of one layer after another, None where it has no experts."""
     hidden, arguments = streamed.embed(windows)
     for number in range(last + 1):
-        with streamed.layer(number) as layer:
-            experts = streamed.experts(number)
-            with _gathering(streamed, layer, experts, full) if experts is not None else nullcontext() as moments:
-                for span in streamed.batches(windows):
-                    hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
-            yield number, moments.statistics() if moments is not None else None
+        yield number, _pass(streamed, number, hidden, arguments, full)
+
+
+def _pass(
+    streamed: Layerwise, number: int, hidden: torch.Tensor, arguments: Arguments, full: bool
+) -> LayerStatistics | None:
+    """Let all windows through a layer, in place."""
+    with streamed.layer(number) as layer:
+        experts = streamed.experts(number)
+        with _gathering(streamed, layer, experts, full) if experts is not None else nullcontext() as moments:
+            for span in streamed.batches(hidden):
+                hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
+        return moments.statistics() if moments is not None else None
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from globe.tensorfile import TensorInfo, read_tensor
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _TOKENS = 4096
 
+Arguments = Callable[[int, slice], dict[str, Any]]
+
 
 @dataclass(frozen=True)
 class _Stored:
@@ -71,7 +73,7 @@ class Layerwise:
         found = [module for module in self.layers[number].modules() if "gate_up_proj" in module._parameters]
         return found[0] if found and found[0].gate_up_proj.dim() == 3 else None
 
-    def embed(self, windows: torch.Tensor) -> tuple[torch.Tensor, Callable[[int, slice], dict[str, Any]]]:
+    def embed(self, windows: torch.Tensor) -> tuple[torch.Tensor, Arguments]:
         """The hidden states that the first layer is given, and the other arguments of any layer.
 
         The decoder's own forward makes them, with layers that only note what they are called with.
