@@ -19,6 +19,7 @@ _HOMES = {
     "Settings": "globe.settings",
     "Result": "globe.compress",
     "batch": "globe.batch",
+    "calibrate": "globe.calibrate",
     "compare": "globe.compare",
     "compress": "globe.compress",
     "evaluate": "globe.evaluate",
@@ -29,6 +30,7 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from globe.batch import batch as batch
+    from globe.calibrate import calibrate as calibrate
     from globe.compare import compare as compare
     from globe.compress import Result as Result
     from globe.compress import compress as compress

@@ -1,4 +1,4 @@
-"""The command line: `globe inspect | compress | compare | batch | export | eval | demo`."""
+"""The command line: `globe inspect | calibrate | compress | compare | batch | export | eval | demo`."""
 
 from __future__ import annotations
 
@@ -127,6 +127,48 @@ def inspect(model: Path, families: str | None, ratio: float | None, as_json: boo
         shown = (f"{choice['ratio'][axis]:.3f}" for axis in ("touched", "experts", "checkpoint"))
         choices.add_row(str(choice["rank"]), str(choice["bank"]), f"{choice['floor']:.3f}", *shown)
     console.print(choices)
+
+
+@cli.command()
+@click.argument("model", type=_PATH)
+@click.argument("file", type=_PATH)
+@click.option("--text", metavar="FILE|pydoc", help="UTF-8 text.  [default: half of Python's own help topics]")
+@click.option("--tokens", type=int, default=32768, show_default=True, help="Use the first N tokens of the text.")
+@click.option("--window", type=int, default=512, show_default=True, help="Tokens per window.")
+@click.option(
+    "--row-moments",
+    type=click.Choice(["auto", "diagonal", "full"]),
+    default="auto",
+    show_default=True,
+    help="p × p moments of every expert's rows; auto: if below 1 GiB.",
+)
+@click.option("--device", type=_choice("device"), default="cpu", show_default=True)
+@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: all]")
+@_common
+def calibrate(
+    model: Path,
+    file: Path,
+    text: str | None,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Measure what the experts of MODEL are given on a text, and write it to FILE.
+
+    One decoder layer is in memory at a time. The default text is the half that `globe eval` does not read.
+    """
+    from globe.calibrate import calibrate as run
+    from globe.gemm import pick_device, set_threads
+
+    set_threads(threads)
+    source = Path(text) if text is not None and text != "pydoc" else None
+    found = run(model, file, text=source, device=str(pick_device(device)), progress=_display(quiet), **options)
+    if as_json:
+        click.echo(json.dumps({"file": str(file), "layers": found.layers, **found.about}))
+    elif not quiet:
+        click.echo(f"{file}: {len(found.layers)} layers, {found.about['tokens']:,} tokens of {found.about['text']}")
 
 
 @cli.command()

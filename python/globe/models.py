@@ -40,16 +40,16 @@ def load_model(directory: str | Path, device: str = "cpu", dtype: torch.dtype | 
         The model, in inference mode, and its tokenizer.
     """
     directory = Path(directory)
-    place = _device(device)
-    transformers = _transformers()
+    place = find_device(device)
+    transformers = import_transformers("evaluation")
     if not directory.is_dir():
         raise GlobeError(f"{directory}: no such directory")
     if not (directory / "config.json").is_file():
         raise GlobeError(f"{directory}: no config.json; give a checkpoint directory as saved by transformers")
-    with _quiet(transformers):
-        tokenizer = _load_tokenizer(transformers, directory)
+    with quiet(transformers):
+        tokenizer = load_tokenizer(transformers, directory)
     wanted: Any = dtype or (torch.float32 if place.type == "cpu" else "auto")
-    with _dense(directory) as dense, _quiet(transformers):
+    with _dense(directory) as dense, quiet(transformers):
         if any((dense / file).exists() for file in ("model.safetensors", INDEX_NAME)):
             Checkpoint(dense)  # a missing or truncated shard is named here
         try:
@@ -57,7 +57,7 @@ def load_model(directory: str | Path, device: str = "cpu", dtype: torch.dtype | 
                 dense, local_files_only=True, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True
             )
         except Exception as error:  # transformers, safetensors and the model's own code raise types of their own
-            raise GlobeError(f"{directory}: transformers cannot load it: {_first_line(error)}") from error
+            raise GlobeError(f"{directory}: transformers cannot load it: {first_line(error)}") from error
         missing = sorted(found["missing_keys"])
         if missing:
             raise GlobeError(
@@ -102,15 +102,17 @@ def generate_sentence(model: Any, tokenizer: Any, prompt: str, max_new_tokens: i
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
-def _transformers() -> Any:
+def import_transformers(purpose: str) -> Any:
+    """The transformers package, which is an optional dependency."""
     try:
         import transformers
     except ImportError as error:
-        raise GlobeError('evaluation needs transformers: pip install "globe-moe[hf]"') from error
+        raise GlobeError(f'{purpose} needs transformers: pip install "globe-moe[hf]"') from error
     return transformers
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The torch device of a name, if this torch and this machine have it."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -122,13 +124,14 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _load_tokenizer(transformers: Any, directory: Path) -> Any:
+def load_tokenizer(transformers: Any, directory: Path) -> Any:
+    """A checkpoint directory's own tokenizer."""
     if not any((directory / file).is_file() for file in TOKENIZER_FILES):
         raise GlobeError(f"{directory}: no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy it from the source")
     try:
         return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # tokenizers raises plain Exception
-        raise GlobeError(f"{directory}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise GlobeError(f"{directory}: its tokenizer cannot be loaded: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -147,7 +150,8 @@ def _dense(directory: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
+    """Let transformers print and log nothing."""
     logging = transformers.utils.logging
     shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
@@ -160,6 +164,7 @@ def _quiet(transformers: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error of another package says, in short."""
     line = str(error).strip().partition("\n")[0].partition(" For details look at")[0]
     return line or type(error).__name__
