@@ -29,14 +29,21 @@ class Blocks:
         Bytes of one block of proxies.
     columns : int
         Columns of the bank in the exact dictionary step.
+    pairs : int
+        Pairs of differences that the joint fit keeps.
+    cached : int
+        Bytes of experts, as its metric sees them, that the joint fit keeps in memory: all of a pool's or none.
     """
 
     experts: int = 32
     proxy_bytes: int = 256 << 20
     columns: int = 512
+    pairs: int = 10
+    cached: int = 1 << 40
 
 
 BLOCKS = Blocks()
+SMALLEST = Blocks(1, 1 << 20, 16, 1, 0)
 
 
 def machine_memory() -> int:
@@ -74,11 +81,16 @@ def plan_blocks(
     stored = 2 * sum(shapes[name].bank * shapes[name].rank * family.d for name, family in families.items())
     for name, family in families.items():
         cost = _Cost(family, shapes[name], settings, threads, exact_bytes, stored)
-        smallest = Blocks(1, 1 << 20, 16)
+        smallest = SMALLEST
         if cost.peak(smallest) > limit:
             raise UsageError(_advice(cost, settings, limit, cost.peak(smallest)))
-        for field in ("experts", "columns", "proxy_bytes"):
+        for field in ("experts", "columns", "proxy_bytes", "pairs"):
             while cost.peak(replace(smallest, **{field: getattr(chosen, field)})) > limit:
+                chosen = replace(chosen, **{field: getattr(chosen, field) // 2})
+        if cost.peak(chosen) > limit:
+            chosen = replace(chosen, cached=0)
+        for field in ("pairs", "experts"):
+            while cost.peak(chosen) > limit and getattr(chosen, field) > 1:
                 chosen = replace(chosen, **{field: getattr(chosen, field) // 2})
     return chosen
 
@@ -143,13 +155,13 @@ class _Cost:
 
 def _advice(cost: _Cost, settings: Settings, limit: int, needed: int) -> str:
     shape, bank = cost.shape, cost.shape.bank
-    while bank > 1 and replace(cost, shape=replace(shape, bank=bank)).peak(Blocks(1, 1 << 20, 16)) > limit:
+    while bank > 1 and replace(cost, shape=replace(shape, bank=bank)).peak(SMALLEST) > limit:
         bank -= max(1, bank // 20)
     remedies = [f"--max-memory {_gib(needed)}"]
-    if replace(cost, shape=replace(shape, bank=bank)).peak(Blocks(1, 1 << 20, 16)) <= limit:
+    if replace(cost, shape=replace(shape, bank=bank)).peak(SMALLEST) <= limit:
         several = settings.share_families or settings.scope != "global"
         remedies.append("a smaller --bank-size" if several else f"--bank-size {bank}")
-    aligned = replace(cost, settings=replace(settings, mod="aligned")).peak(Blocks(1, 1 << 20, 16))
+    aligned = replace(cost, settings=replace(settings, mod="aligned")).peak(SMALLEST)
     if cost.left_grams and aligned <= limit:
         remedies.append("--mod aligned")
     return (

@@ -245,19 +245,20 @@ def _pass(
     """Let all windows through a layer, in place."""
     with streamed.layer(number) as layer:
         experts = streamed.experts(number)
-        with _gathering(streamed, layer, experts, full) if experts is not None else nullcontext() as moments:
+        with _gathering(streamed, experts, full) if experts is not None else nullcontext() as moments:
             for span in streamed.batches(hidden):
                 hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
+                if moments is not None:
+                    moments.add_residual(hidden[span])
         return moments.statistics() if moments is not None else None
 
 
 @contextmanager
-def _gathering(streamed: Layerwise, layer: Any, experts: Any, full: bool) -> Iterator[Moments]:
+def _gathering(streamed: Layerwise, experts: Any, full: bool) -> Iterator[Moments]:
     """Gather what passes through a layer's experts, which the moments' own products take the place of."""
     gate_up, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
     count, d, p = down.shape
-    norm = getattr(layer, "post_attention_layernorm", None)
-    if gate_up.shape != (count, 2 * p, d) or norm is None:
+    if gate_up.shape != (count, 2 * p, d):
         raise _other_form(streamed, experts)
     moments = Moments(gate_up, down, experts.act_fn, full=full)
 
@@ -272,16 +273,10 @@ def _gathering(streamed: Layerwise, layer: Any, experts: Any, full: bool) -> Ite
                 raise _other_form(streamed, experts)
         return output
 
-    if hasattr(layer, "mlp_alpha_factor"):  # MiniMax: the norm's output is the residual, times a factor
-        scale = layer.mlp_alpha_factor
-        hook = norm.register_forward_hook(lambda _, inputs, output: moments.add_residual(output * scale))
-    else:
-        hook = norm.register_forward_pre_hook(lambda _, inputs: moments.add_residual(inputs[0]))
     experts.forward = forward
     try:
         yield moments
     finally:
-        hook.remove()
         del experts.forward
 
 

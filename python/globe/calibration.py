@@ -28,7 +28,8 @@ class LayerStatistics:
     moment : torch.Tensor, shape (d, d)
         E[x xᵀ] of the block's input x, over all tokens with equal weight.
     residual : torch.Tensor, shape ()
-        E‖h‖² of the residual stream h to which the block's output is added.
+        Harmonic mean of ‖h‖² over all tokens, h the residual stream behind the block: an error of the block's output
+        counts relative to it, and a few tokens of huge norm do not count for all others.
     share : torch.Tensor, shape (E,)
         Sum of squared routing weights over the number of all tokens.
     counts : torch.Tensor of int64, shape (E,)

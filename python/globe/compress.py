@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from globe import __version__
 from globe.budget import Blocks, plan_blocks
+from globe.calibrate import calibration_for
 from globe.card import model_card
 from globe.checkpoint import Checkpoint, Family, read_json
 from globe.errors import GlobeError, UsageError
@@ -29,13 +30,14 @@ from globe.gemm import (
     set_threads,
     working_precision,
 )
+from globe.metric import build_metric
 from globe.metrics import families_report, stored_report
 from globe.output import copy_companions, run_directory, run_key
 from globe.pools import Size, groups, pools, sizes, units
 from globe.proxies import Scan
 from globe.ratio_plan import WeightProber, candidates, plan_ratio, probes, sizes_of
 from globe.ratios import Ratios, Shape, ratios, stored_elements
-from globe.runstore import Store
+from globe.runstore import FOLDER, Store
 from globe.settings import Settings
 from globe.stages import Display, Stages
 from globe.tensorfile import write_text
@@ -233,12 +235,25 @@ def compress(
         if settings.ratio is not None:
             planned, seen = plan_sizes(planned, scans, settings, stages, store)
             environment["blocks"] = asdict(planned.blocks)
-        reports = {}
+        calibration = calibration_for(
+            planned.checkpoint,
+            settings.calibrate,
+            target / FOLDER,
+            stages,
+            tokens=settings.calibration_tokens,
+            device=str(planned.device),
+        )
+        reports, metrics_of = {}, {}
         for name, family in planned.families.items():
             shape = planned.shapes[name]
-            arguments = (family, shape, scans[name], settings, planned.device, stages, store, planned.blocks)
+            metric = build_metric(family, calibration, settings, planned.device) if calibration is not None else None
+            arguments = (family, shape, scans[name], settings, planned.device, stages, store, planned.blocks, metric)
             reports[name] = factor(*arguments, to_be_written=True)
-        fits = {name: load_fit(family, store, planned.device) for name, family in planned.families.items()}
+            metrics_of[name] = metric
+        fits = {
+            name: replace(load_fit(family, store, planned.device), metric=metrics_of[name])
+            for name, family in planned.families.items()
+        }
         written = write_weights(planned.checkpoint, fits, target, settings, stages, store, planned.blocks)
         for name, report in reports.items():
             report.update(stored_report(name, fits[name], written))
@@ -259,6 +274,7 @@ def compress(
             "blocks": environment["blocks"],
             "settings": settings.as_dict(),
             "source": described,
+            "calibration": calibration.about if calibration is not None else None,
             "stages": _with_passes(stages.as_list(), planned.families),
         }
         copy_companions(planned.checkpoint.directory, target)

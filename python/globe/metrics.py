@@ -60,8 +60,10 @@ def training_report(shape: Shape, rows: Rows, notes: Mapping[str, Any], training
 def stored_report(name: str, fit: Fit, written: Written) -> dict[str, Any]:
     """What is measured on the factors as stored."""
     errors, energies = written.errors[name], written.energies[name]
+    lost, whole = written.weighted[name].sum(0)
     return {
         "relative_error": float(errors.sum() / energies.sum()),
+        "weighted_error": float(lost / whole) if fit.metric is not None else None,
         "expert_errors": (errors / np.where(energies > 0, energies, 1.0)).tolist(),
         "ridged_left_factors": written.ridged[name],
         **_bank_report(fit.state.bank, fit.state.codes),

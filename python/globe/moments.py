@@ -40,8 +40,8 @@ class Moments:
         self.products = _zeros(3, experts, p, p) if full else None
 
     def add_residual(self, stream: torch.Tensor) -> None:
-        """Take the residual stream of some tokens, shape (..., d)."""
-        self.residual += float(stream.float().square().sum(-1).cpu().double().sum())
+        """Take the residual stream of some tokens behind the block, shape (..., d)."""
+        self.residual += float(stream.float().square().sum(-1).cpu().double().reciprocal().sum())
 
     def add(self, inputs: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Take the block's input x (n, d) with each token's experts and routing weights (n, k).
@@ -88,7 +88,7 @@ class Moments:
             full = {name: value.float() for name, value in found.items()}
         return LayerStatistics(
             moment=((self.moment + self.moment.T) / (2 * self.tokens)).float(),
-            residual=torch.tensor(self.residual / self.tokens, dtype=torch.float32),
+            residual=torch.tensor(self.tokens / self.residual, dtype=torch.float32),
             share=(self.weight / self.tokens).float(),
             counts=self.counts,
             diagonal=(self.diagonal * scale).float(),

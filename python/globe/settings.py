@@ -71,16 +71,21 @@ class Settings:
     procrustes_rounds : int
         Rotations of aligned-pca, a pass each: to the experts' leading right subspace, then to the mean of the
         rotated proxies.
-    solver : {"alternate"}
-        The training loop (specification, H).
+    solver : {"joint", "alternate"}
+        The training: the alternating loop (specification, H), or that for a start and then the joint fit of bank and
+        codes with the left factors eliminated.
+    joint_steps : int
+        Quasi-Newton steps of the joint fit, each a pass over the family or a little more.
+    history : int
+        Pairs of differences that the joint fit keeps, each of two banks; fewer where `max_memory` holds fewer.
     mod : {"exact", "aligned", "fixed"}
         Dictionary step: the true normal equations, MOD on T_i = A_i⁺ W_i, or MOD on the proxies.
     outer_loops : int
         Loops of codes, dictionary, left factors. 0: seeds, NNLS codes and left factors only.
     init_codes : {"nnls", "simplex"}
         Codes at the start: NNLS, or NNLS scaled to sum one.
-    codes : {"entmax", "sparsemax", "nnls", "simplex"}
-        Codes in the loop.
+    codes : {"entmax", "sparsemax", "nnls", "simplex", "signed"}
+        Codes in the loop; signed ones are dense.
     entmax_alpha : float
         α of entmax, in (1, 2].
     support : int
@@ -126,8 +131,17 @@ class Settings:
         Seed of the random row selector, of rpca's and residual-greedy's random directions, and of k-means++.
     threads : int, optional
         CPU threads; all cores if not given.
-    calibrate : {"none"}
-        Activation statistics; none is weight-only.
+    calibrate : str
+        Activation statistics: none is weight-only; pydoc measures them on a text that ships with Python, auto does so
+        where the model can be run; or a file of `globe calibrate`.
+    calibration_tokens : int
+        Tokens of that text.
+    metric_rows : float
+        Power of the row weights: 1 weighs a row by its effect on the expert's output, 0 not at all.
+    metric_layers : float
+        Power of the inverse residual stream by which layers are weighed.
+    metric_shrinkage : float
+        Tokens that the layer's own moments count for beside an expert's.
     """
 
     rank: float | int = 0.75
@@ -163,11 +177,13 @@ class Settings:
     hybrid_centres: Literal["kmeans", "farthest-first"] = "kmeans"
     hybrid_share: float = 0.25
     procrustes_rounds: int = 1
-    solver: Literal["alternate"] = "alternate"
+    solver: Literal["joint", "alternate"] = "joint"
+    joint_steps: int = 60
+    history: int = 10
     mod: Literal["exact", "aligned", "fixed"] = "exact"
     outer_loops: int = 6
     init_codes: Literal["nnls", "simplex"] = "nnls"
-    codes: Literal["entmax", "sparsemax", "nnls", "simplex"] = "entmax"
+    codes: Literal["entmax", "sparsemax", "nnls", "simplex", "signed"] = "entmax"
     entmax_alpha: float = 1.5
     support: int = 12
     temperature: float = 1.0
@@ -189,7 +205,11 @@ class Settings:
     max_memory: int | None = None
     seed: int = 0
     threads: int | None = None
-    calibrate: Literal["none"] = "none"
+    calibrate: str = "auto"
+    calibration_tokens: int = 32768
+    metric_rows: float = 1.0
+    metric_layers: float = 1.0
+    metric_shrinkage: float = 4096.0
 
     def __post_init__(self) -> None:
         if isinstance(self.max_memory, str):
@@ -203,7 +223,7 @@ class Settings:
                 _require(
                     value in typing.get_args(hint), field.name, value, f"one of {', '.join(typing.get_args(hint))}"
                 )
-            elif field.name not in ("families", "scope", "share_families"):
+            elif field.name not in ("families", "scope", "share_families", "calibrate"):
                 _require(_is_number(value, hint), field.name, value, "a number" if hint is not int else "an integer")
         for name in self.families:
             _require(name in ("gate", "up", "down"), "families", name, "any of gate, up and down")
@@ -282,6 +302,12 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("subspace_steps", 1, 100_000),
     ("seed_budget", 1, 1e6),
     ("outer_loops", 0, 100_000),
+    ("joint_steps", 1, 100_000),
+    ("history", 1, 1000),
+    ("calibration_tokens", 64, 1 << 40),
+    ("metric_rows", 0, 2),
+    ("metric_layers", 0, 2),
+    ("metric_shrinkage", 0, 1e12),
     ("support", 1, 1 << 20),
     ("temperature", 1e-3, 1e3),
     ("temperature_rate", 0, 10),

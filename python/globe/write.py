@@ -26,8 +26,9 @@ from globe.factored import (
     rest_name,
     shard_name,
 )
-from globe.gemm import mixtures, weights_operand
+from globe.gemm import matmul, mixtures, weights_operand
 from globe.lefts import fit_lefts, row_energies, squared_errors
+from globe.metric import Metric
 from globe.ratios import Shape
 from globe.runstore import Store
 from globe.settings import Settings
@@ -45,11 +46,13 @@ class Fit:
 
     family: Family
     state: State
+    metric: Metric | None = None
 
 
 @dataclass(frozen=True)
 class Written:
-    """Per pool, squared error and energy (N,) of every expert as stored, and the ridged left factors.
+    """Per pool, squared error and energy (N,) of every expert as stored, the ridged left factors, and
+    error and energy (N, 2) as the metric sees them.
 
     `files` has the size and SHA-256 of every weight file.
     """
@@ -57,6 +60,7 @@ class Written:
     errors: dict[str, Array]
     energies: dict[str, Array]
     ridged: dict[str, int]
+    weighted: dict[str, Array]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -89,6 +93,7 @@ def write_weights(
         {name: np.zeros(len(fit.family)) for name, fit in fits.items()},
         {name: np.zeros(len(fit.family)) for name, fit in fits.items()},
         dict.fromkeys(fits, 0),
+        {name: np.zeros((len(fit.family), 2)) for name, fit in fits.items()},
     )
     weight_map: dict[str, str] = {}
     total = sum(len(fit.family) for fit in fits.values())
@@ -124,6 +129,7 @@ def write_weights(
                 "file": file,
                 **written.files[file],
                 "errors": [written.errors[name][number] for name, number in there],
+                "weighted": [written.weighted[name][number].tolist() for name, number in there],
                 "energies": [written.energies[name][number] for name, number in there],
                 "ridged": {name: written.ridged[name] - before[name] for name in fits},
                 "elapsed": stages.so_far(),
@@ -152,6 +158,8 @@ def _is_whole(path: Path, meta: dict[str, Any]) -> bool:
 def _recall(written: Written, there: list[tuple[str, int]], meta: dict[str, Any]) -> None:
     for (name, number), error, energy in zip(there, meta["errors"], meta["energies"], strict=True):
         written.errors[name][number], written.energies[name][number] = error, energy
+    for (name, number), weighted in zip(there, meta["weighted"], strict=True):
+        written.weighted[name][number] = weighted
     for name, ridged in meta["ridged"].items():
         written.ridged[name] += ridged
     written.files[meta["file"]] = {"bytes": meta["bytes"], "sha256": meta["sha256"]}
@@ -204,6 +212,7 @@ class _Solved:
     error: float
     energy: float
     ridged: bool
+    weighted: tuple[float, float]
 
 
 def _solve(fits: dict[str, Fit], order: list[tuple[str, int]], settings: Settings, blocks: Blocks) -> Iterator[_Solved]:
@@ -221,7 +230,12 @@ def _solve(fits: dict[str, Fit], order: list[tuple[str, int]], settings: Setting
             def solve() -> list[_Solved]:
                 weights, mixed = next(readings), _mixed(fits, group)
                 return list(
-                    workers.map(lambda k: _solve_one(weights[k][None].to(device), mixed[k], settings), len(group))
+                    workers.map(
+                        lambda k: _solve_one(
+                            weights[k][None].to(device), mixed[k], settings, fits[group[k][0]].metric, group[k][1]
+                        ),
+                        len(group),
+                    )
                 )
 
             return solve
@@ -242,12 +256,28 @@ def _mixed(fits: dict[str, Fit], group: list[tuple[str, int]]) -> list[torch.Ten
     return [mixed[place] for place in group]
 
 
-def _solve_one(weights: torch.Tensor, mixed: torch.Tensor, settings: Settings) -> _Solved:
+def _solve_one(
+    weights: torch.Tensor, mixed: torch.Tensor, settings: Settings, metric: Metric | None, number: int
+) -> _Solved:
     weights = weights_operand(weights)
-    fit = fit_lefts(weights, mixed, settings)
-    stored, energy = fit.lefts.bfloat16(), row_energies(weights)
-    errors = squared_errors(weights, energy, mixed, fit, stored.float())
-    return _Solved(stored[0].cpu(), float(errors.sum()), float(energy.sum()), bool(fit.ridged[0]))
+    energy = row_energies(weights)
+    if metric is None:
+        fit = fit_lefts(weights, mixed, settings)
+        stored = fit.lefts.bfloat16()
+        errors = squared_errors(weights, energy, mixed, fit, stored.float())
+        found = float(errors.sum()), float(energy.sum())
+        return _Solved(stored[0].cpu(), *found, bool(fit.ridged[0]), found)
+    wanted, seen = metric.seen(number, weights[0].float()), metric.seen(number, mixed[0])
+    fit = fit_lefts(wanted[None], seen[None], settings)
+    stored = fit.lefts.bfloat16()
+    lost = weights[0].float() - matmul(stored[0].float(), mixed[0])
+    weighted = metric.weigh_rows(number, wanted - matmul(stored[0].float(), seen)), metric.weigh_rows(number, wanted)
+    both = _square(weighted[0]), _square(weighted[1])
+    return _Solved(stored[0].cpu(), _square(lost), float(energy.sum()), bool(fit.ridged[0]), both)
+
+
+def _square(matrix: torch.Tensor) -> float:
+    return float(row_energies(matrix[None]).sum())
 
 
 def _write_experts(
@@ -264,6 +294,7 @@ def _write_experts(
         for number in part.numbers:
             solved = next(solutions)
             written.errors[name][number], written.energies[name][number] = solved.error, solved.energy
+            written.weighted[name][number] = solved.weighted
             written.ridged[name] += solved.ridged
             lefts.append(solved.left)
             advance(1)
