@@ -270,3 +270,28 @@ def test_every_setting_is_documented_with_its_default() -> None:
         shown = "not given" if value is None else ",".join(value) if name == "families" else str(value)
         assert default == shown, name
         assert meaning in in_docstring, name
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "found"),
+    [
+        ("ratio: 0.7\n", {}, Settings(ratio=0.7)),
+        ("rank: 12\nbank_size: 3\n", {"ratio": 0.7}, Settings(ratio=0.7)),
+        ("ratio: 0.7\n", {"rank": 12}, Settings(rank=12)),
+        ("ratio: 0.7\n", {"bank_ratio": 0.1}, Settings(bank_ratio=0.1)),
+        (yaml.safe_dump(Settings(ratio=0.7).as_dict()), {"seed": 3}, Settings(ratio=0.7, seed=3)),
+        (yaml.safe_dump(Settings(ratio=0.7).as_dict()), {"bank_size": 5}, Settings(bank_size=5)),
+    ],
+)
+def test_a_ratio_takes_the_place_of_sizes(
+    text: str, overrides: dict[str, Any], found: Settings, tmp_path: Path
+) -> None:
+    assert read(tmp_path, text, **overrides) == found
+
+
+@pytest.mark.parametrize("given", [{"rank": 0.5}, {"bank_size": 3}, {"bank_ratio": 0.1}])
+def test_a_ratio_beside_sizes(given: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"^ratio and {next(iter(given))} are both given"):
+        Settings(ratio=0.7, **given)
+    with pytest.raises(UsageError, match=f"^ratio and {next(iter(given))} are both given"):
+        read(tmp_path, "", ratio=0.7, **given)
