@@ -110,6 +110,10 @@ def fit_joint(
     while now.stopped is None:
         _save(store, name, replace(now, state=State(bank, codes, now.state.temperature)), memory, elapsed())
         value, curvature = problem.curvature(bank, codes, settings.seed + now.step, advance)
+        if value.ridged and now.step == 0:  # the warm start's coordinates may be far from the metric's
+            bank = _recentre(bank, memory, value, curvature)[0]
+            value, curvature = problem.curvature(bank, codes, settings.seed, advance)
+            now = replace(now, evaluations=now.evaluations + 1)
         median = float(np.median(supports(codes)))
         line = Segment(
             now.step,

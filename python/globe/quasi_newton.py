@@ -137,8 +137,9 @@ class Preconditioner:
         self._lefts, _ = spd_inverse(lefts, 1e-6, 1e-12)
         self._columns = None
         if weigh_columns:
-            columns = curvature.columns + _COLUMN_DAMPING * torch.eye(len(curvature.columns), dtype=torch.float64)
-            self._columns = torch.cholesky_inverse(torch.linalg.cholesky(columns)).float().to(device)
+            values, vectors = torch.linalg.eigh(curvature.columns)
+            inverse = (vectors / (values.clamp(min=0) + _COLUMN_DAMPING)) @ vectors.T
+            self._columns = inverse.float().to(device)
         self._codes = curvature.codes.double().numpy()
 
     def __call__(self, vector: Vector, point: Point) -> Vector:
