@@ -32,17 +32,21 @@ def loading_config(config: dict[str, Any], manifest: dict[str, Any], index: str)
     quantization: dict[str, Any] = {
         "quant_method": METHOD,
         "format_version": manifest["format_version"],
-        "weights": index,
         "experts": _places(manifest),
     }
     replaced = {key: config[key] for key in ("auto_map", "transformers_weights") if key in config}
     if replaced:
         quantization["replaced"] = replaced
+    return marked(config, quantization, index)
+
+
+def marked(config: dict[str, Any], quantization: dict[str, Any], weights: str) -> dict[str, Any]:
+    """A config.json with the three entries; `weights` is the file or index that `globe.hf` is to load."""
     return {
         **config,
         "auto_map": {"AutoModelForCausalLM": LOADER_FILE.removesuffix("py") + "GlobeForCausalLM"},
         "transformers_weights": REMEDY,
-        "quantization_config": quantization,
+        "quantization_config": {**quantization, "weights": weights},
     }
 
 
@@ -72,5 +76,5 @@ def _places(manifest: dict[str, Any]) -> dict[str, dict[str, list[Any]]]:
             numbers = [found[e] for e in sorted(found)]
             if numbers != list(range(numbers[0], numbers[0] + len(found))):
                 raise GlobeError(f"family {family}: the experts of layer {layer} are not in order in the bank")
-            places[family][str(layer)] = [described.get("bank_name", family), numbers[0]]
+            places[family][str(layer)] = [family, numbers[0]]
     return places

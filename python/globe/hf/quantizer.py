@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from globe.autoload import METHOD, REMEDY
+from globe.autoload import METHOD
 from globe.errors import GlobeError
-from globe.factored import FORMAT_VERSION, bank_name, left_name, rest_name
+from globe.factored import FORMAT_VERSION, INDEX_FILE, bank_name, left_name, rest_name
 from globe.hf.banks import Banks
 from globe.hf.experts import FactoredExperts, Place
+from globe.hf.save import save_pretrained
 from globe.tensorfile import read_header
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?experts$")
@@ -23,7 +25,7 @@ _GATE_UP, _DOWN = "experts.gate_up_proj", "experts.down_proj"
 
 @register_quantization_config(METHOD)
 class GlobeConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """`quantization_config` of config.json: `weights` is the index of the files (None: under their usual names).
+    """`quantization_config` of config.json: `weights` is the weight file, or the index of several.
 
     `experts` has, per family and layer, a bank and the row of its codes that belongs to the layer's first expert.
     """
@@ -31,7 +33,7 @@ class GlobeConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(
         self,
         experts: dict[str, dict[str, list[Any]]] | None = None,
-        weights: str | None = None,
+        weights: str = INDEX_FILE,
         format_version: int = FORMAT_VERSION,
         replaced: dict[str, Any] | None = None,
         **unknown: Any,
@@ -109,12 +111,7 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
         for bank in model.globe.banks.values():
             bank.prepare()
         model.globe_stats = model.globe.stats
-        # What save_pretrained writes has the usual names, so config.json has to tell others that they cannot load it.
-        self.quantization_config.weights = None
-        self.quantization_config.__dict__.pop("replaced", None)
-        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-            config.transformers_weights = REMEDY
-            config.__dict__.pop("auto_map", None)
+        model.save_pretrained = MethodType(save_pretrained, model)
         return model
 
     def is_serializable(self) -> bool:
