@@ -232,18 +232,10 @@ def test_export_speaks_like_the_factored_checkpoint(layout: str, trips: Callable
     trip = trips(layout)
     load_plain(trip.dense)
     found = evaluate(trip.out, against=trip.dense, text=TEXT, window=64)
-    assert found.perplexity == pytest.approx(found.reference_perplexity, rel=1e-6)
-    assert found.kl == pytest.approx(0, abs=1e-7)
+    assert found.perplexity == pytest.approx(found.reference_perplexity, rel=5e-3)  # the export's are rounded to bf16
+    assert found.kl == pytest.approx(0, abs=1e-4)
     moved = evaluate(trip.dense, against=trip.source, text=TEXT, window=64)
     assert moved.kl is not None and moved.kl > 0
-
-
-@pytest.mark.parametrize("layout", REGISTERED)
-def test_plain_transformers_refuses_the_factored_directory(layout: str, trips: Callable[..., Trip]) -> None:
-    import transformers
-
-    with pytest.raises((OSError, ValueError, ImportError)):
-        transformers.AutoModelForCausalLM.from_pretrained(trips(layout).out, local_files_only=True)
 
 
 @pytest.mark.parametrize(("dtype", "shards"), [("float16", 1), ("float16", 3), ("float32", 1), ("float32", 3)])

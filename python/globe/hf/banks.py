@@ -27,7 +27,7 @@ class _AsStored(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _AsStored:
         before = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, kept in before.items():
             moved = self._buffers[name]
             if kept is not None and moved is not None and moved.dtype != kept.dtype:
@@ -88,7 +88,7 @@ class Bank(_AsStored):
             part.cpu().numpy() for part in (self.codes.indptr, self.codes.indices, self.codes.values)
         )
         ascending = indptr[0] == 0 and indptr[-1] == len(indices) and (np.diff(indptr) >= 0).all()
-        self._require(ascending, "codes.indptr", f"ascending offsets from 0 to {len(indices)}")
+        self._require(bool(ascending), "codes.indptr", f"ascending offsets from 0 to {len(indices)}")
         within = not len(indices) or (indices.min() >= 0 and indices.max() < len(self.atoms))
         self._require(bool(within), "codes.indices", f"atoms from 0 to {len(self.atoms) - 1}")
         self._require(bool(np.isfinite(values).all()), "codes.values", "finite values")
@@ -160,6 +160,6 @@ class Banks(nn.Module):
         return {**vars(cache), "hit_rate": cache.hit_rate, "bank_bytes": stored}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Banks:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.cache.clear()
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +38,8 @@ class FactoredExperts(nn.Module):
     banks : Banks
         Shared by all layers.
     """
+
+    act_fn: Any
 
     def __init__(self, dense: nn.Module, places: dict[str, Place], banks: Banks) -> None:
         super().__init__()
@@ -77,21 +80,24 @@ class FactoredExperts(nn.Module):
         return total
 
     def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        if "gate_up_proj" in self._parameters:
-            gate, up = linear(x, self.gate_up_proj[expert]).chunk(2, -1)
+        held = self._parameters
+        if "gate_up_proj" in held:
+            gate, up = linear(x, self._of("gate_up_proj", expert)).chunk(2, -1)
         else:
             gate, up = (self._rows(family, expert, x) for family in ("gate", "up"))
-        hidden = self.act_fn(gate) * up
-        if "down" not in self.places:
-            return linear(hidden, self.down_proj[expert])
-        left: torch.Tensor = self.down_left[expert]  # of W_downᵀ ≈ A B̃
-        return (hidden @ left) @ self.mixture("down", expert, hidden)
+        hidden: torch.Tensor = self.act_fn(gate) * up
+        if "down_proj" in held:
+            return linear(hidden, self._of("down_proj", expert))
+        return (hidden @ self._of("down_left", expert)) @ self.mixture("down", expert, hidden)  # W_downᵀ ≈ A B̃
 
     def _rows(self, family: str, expert: int, x: torch.Tensor) -> torch.Tensor:
         if family not in self.places:
-            return linear(x, self._parameters[f"{family}_dense"][expert])  # type: ignore[index]
-        left = self._parameters[f"{family}_left"][expert]  # type: ignore[index]
-        return linear(linear(x, self.mixture(family, expert, x)), left)
+            return linear(x, self._of(f"{family}_dense", expert))
+        return linear(linear(x, self.mixture(family, expert, x)), self._of(f"{family}_left", expert))
+
+    def _of(self, name: str, expert: int) -> torch.Tensor:
+        parameter: torch.Tensor = getattr(self, name)
+        return parameter[expert]
 
     def mixture(self, family: str, expert: int, like: torch.Tensor) -> torch.Tensor:
         """B̃ of an expert, in the dtype and on the device of another tensor."""
@@ -118,5 +124,5 @@ def check_experts(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
     odd = set(parameters) != {"gate_up_proj", "down_proj"} or not hasattr(module, "act_fn")
     odd = odd or getattr(module, "is_transposed", False) or not getattr(module, "is_concatenated", True)
     if odd or parameters["gate_up_proj"].ndim != 3:
-        raise GlobeError(f"{type(module).__name__} of this transformers is not made of gate_up_proj, down_proj and act_fn")
+        raise GlobeError(f"{type(module).__name__} of transformers is not made of gate_up_proj, down_proj and act_fn")
     return parameters["gate_up_proj"], parameters["down_proj"]

@@ -83,7 +83,7 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
                 _require_stored(shapes, int(match[1]), factored)
                 model.set_submodule(name, factored)
         if not any(isinstance(module, FactoredExperts) for module in model.modules()):
-            raise GlobeError(f"{type(model).__name__} of this transformers has no experts where the checkpoint has them")
+            raise GlobeError(f"{type(model).__name__} of transformers has no experts where the checkpoint has them")
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Merge the experts' left factors as transformers merges their matrices, and split them again on saving."""
@@ -159,4 +159,3 @@ def _require_stored(shapes: dict[str, tuple[int, ...]], layer: int, experts: Fac
                 f"layer {layer}: {told} are the left factors of family {family}; expected {list(wanted)} in one "
                 f"tensor or in {wanted[0]}: compress again"
             )
-
