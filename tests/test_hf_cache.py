@@ -94,7 +94,7 @@ def test_threads(budget: int | str) -> None:
         start.wait()
         for turn in range(400):
             key = chosen.randrange(10)
-            if cache.get(key, lambda: make(key)).tolist() != [key] * SIZES[key]:
+            if cache.get(key, lambda key=key: make(key)).tolist() != [key] * SIZES[key]:
                 wrong.append(key)
             if isinstance(budget, int) and cache.stats().bytes > budget:
                 over.append(key)
