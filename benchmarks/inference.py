@@ -45,9 +45,8 @@ def main(
         click.echo(json.dumps(_measure(model, json.loads(measure), **sizes)))
         return
     rows = []
-    click.echo(
-        f"{'model':24} {'dtype':9} {'cache':>9} {'prefill/s':>10} {'/CPU s':>8} {'decode/s':>9} {'/CPU s':>7} {'hits':>5} {'peak MiB':>9}"
-    )
+    columns = f"{'prefill/s':>10} {'/CPU s':>8} {'decode/s':>9} {'/CPU s':>7} {'hits':>5} {'peak MiB':>9}"
+    click.echo(f"{'model':24} {'dtype':9} {'cache':>9} {columns}")
     for dtype in dtypes.split(","):
         settings: list[tuple[Path, dict[str, Any]]] = [(model, {"experts": "eager"}), (model, {"experts": None})]
         settings += [(out, {"cache": _budget(out, cache, dtype)}) for out in outs for cache in caches.split(",")]
@@ -61,7 +60,8 @@ def main(
             hits = f"{found['hit_rate']:.2f}" if "hit_rate" in found else "-"
             click.echo(
                 f"{name:24} {dtype:9} {setting.get('cache', '-')!s:>9} {found['prefill']:10.1f} "
-                f"{found['prefill_cpu']:8.1f} {found['decode']:9.2f} {found['decode_cpu']:7.2f} {hits:>5} {found['peak_mib']:9.0f}"
+                f"{found['prefill_cpu']:8.1f} {found['decode']:9.2f} {found['decode_cpu']:7.2f} {hits:>5} "
+                f"{found['peak_mib']:9.0f}"
             )
     if json_file is not None:
         json_file.write_text(json.dumps({**sizes, "rows": rows}, indent=1) + "\n", encoding="utf-8")

@@ -57,18 +57,20 @@ def multiplied_out(experts: FactoredExperts, dense: Dense) -> dict[str, torch.Te
     found = {"gate": gate, "up": up, "down": dense.down_proj}
     for family, place in experts.places.items():
         left = getattr(experts, f"{family}_left")
-        rows = [codes(place.bank, place.first + e) for e in range(EXPERTS)]
+        rows = [codes(place.bank, place.row(e)) for e in range(EXPERTS)]
         product = left @ torch.stack([torch.tensordot(row, place.bank.atoms.float(), 1) for row in rows])
         found[family] = product.mT if family == "down" else product
     return found
 
 
 def build(families: tuple[str, ...], *, shared: bool = False) -> tuple[FactoredExperts, Dense]:
-    """Experts of the second layer of two, with banks of their own or one for all families."""
+    """Experts of the second layer of two, with banks of their own or one in which the families take turns."""
     dense = Dense()
     banks = make_banks(("all",) if shared else families, 2 * EXPERTS * (len(families) if shared else 1))
     places = {
-        family: Place(banks.banks["all" if shared else family], EXPERTS * (1 + 2 * number * shared))
+        family: Place(banks.banks["all"], EXPERTS * len(families) + number, len(families))
+        if shared
+        else Place(banks.banks[family], EXPERTS)
         for number, family in enumerate(families)
     }
     experts = FactoredExperts(dense, places, banks)
@@ -123,7 +125,7 @@ def test_mixtures_are_composed_in_the_dtype_of_the_model(dtype: torch.dtype) -> 
     experts, _ = build(("gate",))
     place = experts.places["gate"]
     found = experts.mixture("gate", 2, torch.zeros(1, dtype=dtype))
-    exact = torch.tensordot(codes(place.bank, place.first + 2).double(), place.bank.atoms.double(), 1)
+    exact = torch.tensordot(codes(place.bank, place.row(2)).double(), place.bank.atoms.double(), 1)
     assert found.dtype == dtype
     torch.testing.assert_close(found, exact.float().to(dtype), rtol=2e-6 if dtype == torch.float64 else None, atol=None
                                if dtype != torch.float64 else 1e-6)  # fmt: skip

@@ -59,22 +59,26 @@ def source_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _places(manifest: dict[str, Any]) -> dict[str, dict[str, list[Any]]]:
-    """Per family and layer, the bank and the row of its codes that belongs to the layer's first expert."""
-    layouts = {layout.name: layout for layout in read_layouts()}
-    layout = layouts[manifest["source"]["layout"]]
+    """Per family and layer [bank, first, step]: expert e of the layer has row first + step · e of the bank's codes."""
+    layout = next(layout for layout in read_layouts() if layout.name == manifest["source"]["layout"])
     places: dict[str, dict[str, list[Any]]] = {}
     for family, described in manifest["families"].items():
-        rows: dict[int, dict[int, int]] = {}
+        found: dict[int, dict[int, tuple[str, int]]] = {}
         for tensor, numbers in described["tensors"].items():
             match = layout.matcher(family).fullmatch(tensor)
             if match is None:
                 raise GlobeError(f"tensor {tensor} does not belong to family {family} of layout {layout.name}")
-            first = int(match.groupdict().get("expert", 0))
-            rows.setdefault(int(match["layer"]), {}).update({first + e: number for e, number in enumerate(numbers)})
-        places[family] = {}
-        for layer, found in sorted(rows.items()):
-            numbers = [found[e] for e in sorted(found)]
-            if numbers != list(range(numbers[0], numbers[0] + len(found))):
-                raise GlobeError(f"family {family}: the experts of layer {layer} are not in order in the bank")
-            places[family][str(layer)] = [family, numbers[0]]
+            bank, first = described.get("banks", {}).get(tensor, family), int(match.groupdict().get("expert", 0))
+            layer = found.setdefault(int(match["layer"]), {})
+            layer.update({first + e: (bank, number) for e, number in enumerate(numbers)})
+        places[family] = {str(layer): _evenly(family, layer, experts) for layer, experts in sorted(found.items())}
     return places
+
+
+def _evenly(family: str, layer: int, experts: dict[int, tuple[str, int]]) -> list[Any]:
+    rows = [experts[e][1] for e in sorted(experts)]
+    step = rows[1] - rows[0] if len(rows) > 1 else 1
+    even = step > 0 and rows == list(range(rows[0], rows[0] + step * len(rows), step))
+    if not even or sorted(experts) != list(range(len(rows))) or len({bank for bank, _ in experts.values()}) != 1:
+        raise GlobeError(f"family {family}: the experts of layer {layer} do not follow each other in one bank")
+    return [experts[0][0], rows[0], step]

@@ -17,10 +17,15 @@ FAMILIES = ("gate", "up", "down")
 
 @dataclass(frozen=True)
 class Place:
-    """Where the experts of a layer are in a family's bank: expert e has row `first + e` of its codes."""
+    """Where the experts of a layer are in a bank: expert e has row `first + step · e` of its codes."""
 
     bank: Bank
     first: int
+    step: int = 1
+
+    def row(self, expert: int) -> int:
+        """The row of an expert's codes."""
+        return self.first + self.step * expert
 
 
 class FactoredExperts(nn.Module):
@@ -102,7 +107,7 @@ class FactoredExperts(nn.Module):
     def mixture(self, family: str, expert: int, like: torch.Tensor) -> torch.Tensor:
         """B̃ of an expert, in the dtype and on the device of another tensor."""
         place = self.places[family]
-        return self._banks[0].mixture(place.bank, place.first + expert, like)
+        return self._banks[0].mixture(place.bank, place.row(expert), like)
 
     def precompose(self) -> None:
         """Put the mixtures of all experts into the cache."""

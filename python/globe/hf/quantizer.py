@@ -27,7 +27,7 @@ _GATE_UP, _DOWN = "experts.gate_up_proj", "experts.down_proj"
 class GlobeConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`quantization_config` of config.json: `weights` is the weight file, or the index of several.
 
-    `experts` has, per family and layer, a bank and the row of its codes that belongs to the layer's first expert.
+    `experts` has, per family and layer, the arguments of `Place`, with the bank by its name.
     """
 
     def __init__(
@@ -38,9 +38,9 @@ class GlobeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         replaced: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
-        if format_version != FORMAT_VERSION:
+        if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
             raise GlobeError(
-                f"config.json: format version {format_version!r}, this GloBE reads {FORMAT_VERSION}; update globe-moe"
+                f"config.json: format version {format_version!r}, this GloBE reads 1 to {FORMAT_VERSION}; update globe-moe"
             )
         if not experts:
             raise GlobeError("config.json: quantization_config names no experts; compress the source again")
@@ -64,7 +64,7 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         shapes = _stored_shapes(kwargs.get("checkpoint_files"))
         experts: dict[str, dict[str, list[Any]]] = self.quantization_config.experts
-        names = dict.fromkeys(bank for layers in experts.values() for bank, _ in layers.values())
+        names = dict.fromkeys(place[0] for layers in experts.values() for place in layers.values())
         for name in names:
             for part in ("atoms", "codes.indptr", "codes.indices", "codes.values"):
                 if bank_name(name, part) not in shapes:
@@ -73,7 +73,7 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
         modules = {name: match for name, _ in model.named_modules() if (match := _LAYER.search(name))}
         for name, match in modules.items():
             places = {
-                family: Place(model.globe.banks[layers[match[1]][0]], layers[match[1]][1])
+                family: Place(model.globe.banks[layers[match[1]][0]], *layers[match[1]][1:])
                 for family, layers in experts.items()
                 if match[1] in layers
             }
