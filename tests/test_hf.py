@@ -29,6 +29,7 @@ from globe.errors import GlobeError, UsageError  # noqa: E402
 from globe.hf import FactoredExperts, set_cache  # noqa: E402
 from globe.hf.banks import Bank  # noqa: E402
 
+SMALL: dict[str, Any] = {"rank": 0.5, "bank_size": 3, "outer_loops": 0, "device": "cpu"}
 REGISTERED = sorted(set(LAYOUTS) - {"llama4_text"})
 IDS = torch.arange(24).view(2, 12) * 7 % 256
 
@@ -48,13 +49,12 @@ Make = Callable[..., Pair]
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Make:
     made: dict[tuple[Any, ...], Pair] = {}
 
-    def make(layout: str = "olmoe", dtype: str = "float32", families: tuple[str, ...] = ("gate", "up")) -> Pair:
-        key = (layout, dtype, families)
+    def make(layout: str = "olmoe", dtype: str = "float32", **others: Any) -> Pair:
+        key = (layout, dtype, *others.items())
         if key not in made:
             root = tmp_path_factory.mktemp(layout)
             source = make_tiny(layout, root / "source", dtype=dtype, shards=2)
-            settings = Settings(rank=0.5, bank_size=3, outer_loops=0, device="cpu", families=families)
-            compress(source, root / "out", settings)
+            compress(source, root / "out", Settings(**{**SMALL, **others}))
             export(root / "out", root / "dense")
             made[key] = Pair(root / "out", root / "dense")
         return made[key]
@@ -106,6 +106,25 @@ def test_one_family(layout: str, families: tuple[str, ...], pairs: Make, tmp_pat
     torch.testing.assert_close(logits(model), logits(load(pair.dense)), rtol=1e-5, atol=5e-6)
     model.save_pretrained(tmp_path / "saved", max_shard_size="40KB")
     assert (tmp_path / "saved" / "globe.safetensors.index.json").exists()
+    assert_same_tensors(model, load(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("layout", ["granitemoe", "olmoe", "qwen3_5_moe"])
+@pytest.mark.parametrize(
+    ("others", "banks"),
+    [
+        ({"families": ("down",)}, 1),
+        ({"families": ("gate", "up", "down"), "scope": "layer"}, 6),
+        ({"families": ("gate", "up", "down"), "share_families": True}, 1),
+    ],
+    ids=["down", "layer", "shared"],
+)
+def test_down_and_other_banks(layout: str, others: dict[str, Any], banks: int, pairs: Make, tmp_path: Path) -> None:
+    pair = pairs(layout, **others)
+    model = load(pair.out)
+    assert len(model.globe.banks) == banks
+    torch.testing.assert_close(logits(model), logits(load(pair.dense)), rtol=1e-5, atol=5e-6)
+    model.save_pretrained(tmp_path / "saved")
     assert_same_tensors(model, load(tmp_path / "saved"))
 
 
@@ -272,7 +291,7 @@ def test_export_gives_back_a_source_of_its_own_code(tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     (source / "config.json").write_text(json.dumps(config))
-    compress(source, tmp_path / "out", Settings(rank=0.5, bank_size=3, outer_loops=0, device="cpu"))
+    compress(source, tmp_path / "out", Settings(**SMALL))
     load(tmp_path / "out")
     export(tmp_path / "out", tmp_path / "dense")
     assert json.loads((tmp_path / "dense" / "config.json").read_text()) == config

@@ -57,7 +57,7 @@ def plan_blocks(
     Parameters
     ----------
     families, shapes : mapping
-        By family's name.
+        By the name of the family, or of the pool of experts that share a bank.
     settings : Settings
     threads : int
         Experts worked on at the same time.
@@ -71,8 +71,9 @@ def plan_blocks(
     """
     limit = settings.max_memory if settings.max_memory is not None else machine_memory() // 2
     chosen = BLOCKS
+    stored = 2 * sum(shapes[name].bank * shapes[name].rank * family.d for name, family in families.items())
     for name, family in families.items():
-        cost = _Cost(family, shapes[name], settings, threads, exact_bytes)
+        cost = _Cost(family, shapes[name], settings, threads, exact_bytes, stored)
         smallest = Blocks(1, 1 << 20, 16)
         if cost.peak(smallest) > limit:
             raise UsageError(_advice(cost, settings, limit, cost.peak(smallest)))
@@ -84,13 +85,14 @@ def plan_blocks(
 
 @dataclass(frozen=True)
 class _Cost:
-    """Bytes that the stages of one family hold at their peaks."""
+    """Bytes that the stages of one family hold at their peaks; `stored` is all banks as they are while written."""
 
     family: Family
     shape: Shape
     settings: Settings
     threads: int
     exact_bytes: int
+    stored: int
 
     @property
     def bank(self) -> int:
@@ -105,11 +107,16 @@ class _Cost:
     def workers(self) -> int:
         """What each worker makes of an expert: W, W B̃ᵀ, A and its transpose, A⁺W, r × r matrices in fp64."""
         p, d, r = self.family.p, self.family.d, self.shape.rank
-        return self.threads * (4 * p * d + 20 * p * r + 12 * r * d + 40 * r * r)
+        turned = 2 * p * d * self.family.bytes_per_weight if "down" in self.family.families else 0
+        return turned + self.threads * (4 * p * d + 20 * p * r + 12 * r * d + 40 * r * r)
 
     def peak(self, blocks: Blocks) -> int:
         """Of all stages."""
-        return _BASE + max(self.seeds(blocks), self.loop(blocks), self.dictionary(blocks), self.bank + self.workers)
+        return _BASE + max(self.seeds(blocks), self.loop(blocks), self.dictionary(blocks), self.writing)
+
+    @property
+    def writing(self) -> int:
+        return max(self.bank, self.stored) + self.workers
 
     def seeds(self, blocks: Blocks) -> int:
         gram = 8 * 8 * len(self.family) ** 2
@@ -140,7 +147,8 @@ def _advice(cost: _Cost, settings: Settings, limit: int, needed: int) -> str:
         bank -= max(1, bank // 20)
     remedies = [f"--max-memory {_gib(needed)}"]
     if replace(cost, shape=replace(shape, bank=bank)).peak(Blocks(1, 1 << 20, 16)) <= limit:
-        remedies.append(f"--bank-size {bank}")
+        several = settings.share_families or settings.scope != "global"
+        remedies.append("a smaller --bank-size" if several else f"--bank-size {bank}")
     aligned = replace(cost, settings=replace(settings, mod="aligned")).peak(Blocks(1, 1 << 20, 16))
     if cost.left_grams and aligned <= limit:
         remedies.append("--mod aligned")

@@ -7,6 +7,13 @@ from typing import Any
 import yaml
 
 
+def _sharing(settings: dict[str, Any]) -> str:
+    several = settings.get("share_families") and len(settings["families"]) > 1
+    scope = settings.get("scope", "global")
+    layers = {"global": "all layers", "layer": "a layer"}.get(scope, f"{scope} consecutive layers")
+    return f"{layers} and families" if several else f"{layers}, for each family"
+
+
 def model_card(model: str, metrics: dict[str, Any]) -> str:
     """README.md of a factored directory: what it is, how it was made, how well it fits."""
     front = yaml.safe_dump({"base_model": model, "library_name": "globe-moe", "tags": ["globe", "compressed"]})
@@ -23,7 +30,7 @@ def model_card(model: str, metrics: dict[str, Any]) -> str:
 # {model}, experts factored by GloBE
 
 Every routed expert matrix W_i is stored as A_i · Σ_j α_ij B_j: its own left factor A_i, sparse non-negative
-codes α_i, and one bank of atoms B_j shared by all experts of all layers.
+codes α_i, and a bank of atoms B_j shared by all experts of {_sharing(metrics["settings"])}.
 
 | family | rank | atoms | relative error | median support |
 | --- | --- | --- | --- | --- |

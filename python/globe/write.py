@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Fit:
-    """A family with the state to be stored: atoms rounded to bf16 (on the CPU they are in bf16), codes to fp32."""
+    """A pool with the state to be stored: atoms rounded to bf16 (on the CPU they are in bf16), codes to fp32."""
 
     family: Family
     state: State
@@ -48,7 +49,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Written:
-    """Per family, squared error and energy (N,) of every expert as stored, and the ridged left factors.
+    """Per pool, squared error and energy (N,) of every expert as stored, and the ridged left factors.
 
     `files` has the size and SHA-256 of every weight file.
     """
@@ -96,7 +97,7 @@ def write_weights(
             file, result = shard_name(shard.path.name), f"shard-{count}"
             entries: dict[str, tuple[str, tuple[int, ...]]] = {}
             for tensor, info in shard.tensors.items():
-                entries.update(_entries(checkpoint, fits, tensor, info, tensor in places))
+                entries.update(_entries(checkpoint, fits, info, tensor, places.get(tensor, [])))
             weight_map.update(dict.fromkeys(entries, file))
             there = [place for tensor in shard.tensors for place in places.get(tensor, ())]
             meta = store.check(result)
@@ -112,8 +113,9 @@ def write_weights(
                     if tensor not in places:
                         writer.write_chunks(tensor, copy_chunks(info))
                         continue
-                    _write_experts(writer, tensor, fits, places[tensor], solutions, written, advance)
-                    for family in _kept_halves(checkpoint, fits, tensor):
+                    parts = _parts(fits, places[tensor])
+                    _write_experts(writer, tensor, fits, parts, solutions, written, advance)
+                    for family in _kept_halves(checkpoint, parts):
                         kept = checkpoint.family(family)
                         numbers = [i for i, expert in enumerate(kept.experts) if expert.tensor == tensor]
                         writer.write(rest_name(tensor, family), torch.stack([kept.read(i) for i in numbers]))
@@ -155,22 +157,41 @@ def _recall(written: Written, there: list[tuple[str, int]], meta: dict[str, Any]
     written.files[meta["file"]] = {"bytes": meta["bytes"], "sha256": meta["sha256"]}
 
 
-def _kept_halves(checkpoint: Checkpoint, fits: dict[str, Fit], tensor: str) -> list[str]:
-    return [name for name in ("gate", "up") if name not in fits] if checkpoint.layout.fused else []
+@dataclass(frozen=True)
+class _Part:
+    """The experts of one family in one source tensor: their pool, and their numbers there."""
+
+    family: str
+    pool: str
+    numbers: list[int]
+
+
+def _parts(fits: dict[str, Fit], there: list[tuple[str, int]]) -> list[_Part]:
+    """The parts of a source tensor whose experts lie `there`, in that order."""
+    runs = itertools.groupby(there, lambda place: (fits[place[0]].family.experts[place[1]].family, place[0]))
+    return [_Part(family, pool, [number for _, number in run]) for (family, pool), run in runs]
+
+
+def _kept_halves(checkpoint: Checkpoint, parts: list[_Part]) -> list[str]:
+    """The families of a fused tensor that stay as they are."""
+    held = {part.family for part in parts}
+    if checkpoint.layout.fused is None or "down" in held:
+        return []
+    return [name for name in ("gate", "up") if name not in held]
 
 
 def _entries(
-    checkpoint: Checkpoint, fits: dict[str, Fit], tensor: str, info: TensorInfo, touched: bool
+    checkpoint: Checkpoint, fits: dict[str, Fit], info: TensorInfo, tensor: str, there: list[tuple[str, int]]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    if not touched:
+    if not there:
         return {tensor: (info.dtype, info.shape)}
     fused = checkpoint.layout.fused is not None
     entries: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, fit in fits.items():
-        if fused or checkpoint.layout.matcher(name).fullmatch(tensor):
-            shape = (fit.family.p, fit.state.bank.shape[1])
-            entries[left_name(tensor, name)] = ("BF16", (info.shape[0], *shape) if fused else shape)
-    for name in _kept_halves(checkpoint, fits, tensor):
+    parts = _parts(fits, there)
+    for part in parts:
+        shape = (fits[part.pool].family.p, fits[part.pool].state.bank.shape[1])
+        entries[left_name(tensor, part.family)] = ("BF16", (info.shape[0], *shape) if fused else shape)
+    for name in _kept_halves(checkpoint, parts):
         entries[rest_name(tensor, name)] = (info.dtype, (info.shape[0], info.shape[1] // 2, info.shape[2]))
     return entries
 
@@ -211,7 +232,7 @@ def _solve(fits: dict[str, Fit], order: list[tuple[str, int]], settings: Setting
 
 
 def _mixed(fits: dict[str, Fit], group: list[tuple[str, int]]) -> list[torch.Tensor]:
-    """B̃_i (1, r, d) of experts of any families, each family's bank read once."""
+    """B̃_i (1, r, d) of experts of any pools, each bank read once."""
     mixed: dict[tuple[str, int], torch.Tensor] = {}
     for name, fit in fits.items():
         numbers = [number for family, number in group if family == name]
@@ -233,24 +254,21 @@ def _write_experts(
     writer: TensorWriter,
     tensor: str,
     fits: dict[str, Fit],
-    places: list[tuple[str, int]],
+    parts: list[_Part],
     solutions: Iterator[_Solved],
     written: Written,
     advance: Advance,
 ) -> None:
-    for name, fit in fits.items():
-        numbers = [number for family, number in places if family == name]
-        if not numbers:
-            continue
-        lefts = []
-        for number in numbers:
+    for part in parts:
+        name, lefts = part.pool, []
+        for number in part.numbers:
             solved = next(solutions)
             written.errors[name][number], written.energies[name][number] = solved.error, solved.energy
             written.ridged[name] += solved.ridged
             lefts.append(solved.left)
             advance(1)
-        fused = fit.family.experts[0].index is not None
-        writer.write(left_name(tensor, name), torch.stack(lefts) if fused else lefts[0])
+        fused = fits[name].family.experts[0].index is not None
+        writer.write(left_name(tensor, part.family), torch.stack(lefts) if fused else lefts[0])
 
 
 def _write_bank(fits: dict[str, Fit], path: Path, weight_map: dict[str, str]) -> str:
@@ -269,25 +287,25 @@ def _write_bank(fits: dict[str, Fit], path: Path, weight_map: dict[str, str]) ->
 
 def manifest(
     checkpoint: Checkpoint,
-    families: dict[str, Family],
+    pools: dict[str, Family],
     shapes: dict[str, Shape],
     settings: Settings,
     source: dict[str, Any],
 ) -> dict[str, Any]:
     """globe.json: all that export needs, so that the source need not exist any more."""
-    described = {}
-    for name, family in families.items():
-        tensors: dict[str, list[int]] = {}
-        for number, expert in enumerate(family.experts):
-            tensors.setdefault(expert.tensor, []).append(number)
-        described[name] = {
-            "experts": len(family),
-            "p": family.p,
-            "d": family.d,
-            "rank": shapes[name].rank,
-            "bank": shapes[name].bank,
-            "tensors": tensors,
-        }
+    described: dict[str, dict[str, Any]] = {}
+    for name, pool in pools.items():
+        for family in pool.families:
+            empty = {"experts": 0, "p": pool.p, "d": pool.d, "rank": shapes[name].rank, "bank": 0, "tensors": {}}
+            described.setdefault(family, {**empty, "banks": {}})["bank"] += shapes[name].bank
+        for number, expert in enumerate(pool.experts):
+            entry = described[expert.family]
+            entry["experts"] += 1
+            entry["tensors"].setdefault(expert.tensor, []).append(number)
+            entry["banks"][expert.tensor] = name
+    banks = {
+        name: {"experts": len(pools[name]), "rank": shape.rank, "bank": shape.bank} for name, shape in shapes.items()
+    }
     shards = [
         {
             "file": shard.path.name,
@@ -305,5 +323,6 @@ def manifest(
         "globe_version": __version__,
         "settings": settings.as_dict(),
         "families": described,
+        "banks": banks,
         "source": {**source, "index_metadata": index_metadata, "shards": shards},
     }

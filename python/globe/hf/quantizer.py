@@ -40,7 +40,8 @@ class GlobeConfig(QuantizationConfigMixin):  # type: ignore[misc]
     ) -> None:
         if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
             raise GlobeError(
-                f"config.json: format version {format_version!r}, this GloBE reads 1 to {FORMAT_VERSION}; update globe-moe"
+                f"config.json: format version {format_version!r}, this GloBE reads 1 to {FORMAT_VERSION}; "
+                "update globe-moe"
             )
         if not experts:
             raise GlobeError("config.json: quantization_config names no experts; compress the source again")
