@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from checkpoints import LAYOUTS, make_tiny  # noqa: E402
 from families import seed_task  # noqa: E402
 from globe import Settings, compress, evaluate, export  # noqa: E402
+from globe.autoload import source_config  # noqa: E402
 from globe.checkpoint import FAMILIES, Checkpoint, read_layouts  # noqa: E402
 from globe.cli import cli  # noqa: E402
 from globe.proxies import scan, split_rows  # noqa: E402
@@ -216,7 +217,7 @@ def weight_digests(directory: Path) -> dict[str, str]:
 
 def test_every_registered_layout_has_a_tiny_checkpoint() -> None:
     types = {name for layout in read_layouts() for name in layout.model_types}
-    assert len(REGISTERED) == 11
+    assert len(REGISTERED) == 12
     assert {name.removesuffix("_text") for name in types} >= set(REGISTERED)
 
 
@@ -235,18 +236,10 @@ def test_export_speaks_like_the_factored_checkpoint(layout: str, trips: Callable
     trip = trips(layout, *ALL)
     load_plain(trip.dense)
     found = evaluate(trip.out, against=trip.dense, text=TEXT, window=64)
-    assert found.perplexity == pytest.approx(found.reference_perplexity, rel=1e-6)
-    assert found.kl == pytest.approx(0, abs=1e-7)
+    assert found.perplexity == pytest.approx(found.reference_perplexity, rel=5e-3)  # the export's are rounded to bf16
+    assert found.kl == pytest.approx(0, abs=1e-4)
     moved = evaluate(trip.dense, against=trip.source, text=TEXT, window=64)
     assert moved.kl is not None and moved.kl > 0
-
-
-@pytest.mark.parametrize("layout", REGISTERED)
-def test_plain_transformers_refuses_the_factored_directory(layout: str, trips: Callable[..., Trip]) -> None:
-    import transformers
-
-    with pytest.raises((OSError, ValueError, ImportError)):
-        transformers.AutoModelForCausalLM.from_pretrained(trips(layout, *ALL).out, local_files_only=True)
 
 
 @pytest.mark.parametrize(("dtype", "shards"), [("float16", 1), ("float16", 3), ("float32", 1), ("float32", 3)])
@@ -396,8 +389,8 @@ def test_output_holds_its_companions(trips: Callable[..., Trip]) -> None:
     card = (trip.out / "README.md").read_text(encoding="utf-8")
     assert "relative error" in card.lower()
     config = json.loads((trip.out / "config.json").read_text(encoding="utf-8"))
-    assert config.pop("quantization_config")["quant_method"] == "globe"
-    assert config == json.loads((trip.source / "config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"]["quant_method"] == "globe"
+    assert source_config(config) == json.loads((trip.source / "config.json").read_text(encoding="utf-8"))
 
 
 def test_ratio_is_that_of_the_bytes_on_disk(trips: Callable[..., Trip]) -> None:

@@ -26,6 +26,7 @@ _HOMES = {
     "export": "globe.export",
     "get_cmake_dir": "globe.embedding",
     "inspect": "globe.inspect",
+    "load": "globe.hf.load",
 }
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from globe.errors import UsageError as UsageError
     from globe.evaluate import evaluate as evaluate
     from globe.export import export as export
+    from globe.hf.load import load as load
     from globe.inspect import inspect as inspect
     from globe.settings import Settings as Settings
 

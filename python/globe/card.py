@@ -39,7 +39,15 @@ codes α_i, and a bank of atoms B_j shared by all experts of {_sharing(metrics["
 Stored weights over dense: {ratio["touched"]:.3f} of the touched matrices, {ratio["experts"]:.3f} of all expert
 weights, {ratio["checkpoint"]:.3f} of the checkpoint.
 
-`pip install globe-moe`, then `globe export . DENSE` gives the dense checkpoint that any engine loads.
+`pip install "globe-moe[hf]"`, then in Python:
+
+```python
+import globe
+
+model = globe.load("DIRECTORY", cache="2GiB")
+```
+
+`globe export DIRECTORY DENSE` gives the dense checkpoint that any engine loads.
 
 Settings (`globe compress MODEL OUT --config settings.yaml`):
 

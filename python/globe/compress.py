@@ -13,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 
 from globe import __version__
+from globe.autoload import LOADER, LOADER_FILE, loading_config
 from globe.budget import Blocks, plan_blocks
 from globe.calibrate import calibration_for
 from globe.card import model_card
 from globe.checkpoint import Checkpoint, Family, read_json
 from globe.errors import GlobeError, UsageError
 from globe.factor import factor, load_fit, scan_family
-from globe.factored import FORMAT_VERSION, MANIFEST
+from globe.factored import INDEX_FILE, MANIFEST
 from globe.gemm import (
     check_device,
     dictionary_dtype,
@@ -282,8 +283,8 @@ def compress(
         _write_json(target / MANIFEST, told)
         _write_json(target / "metrics.json", metrics)
         write_text(target / "README.md", model_card(source.resolve().name, metrics))
-        quantization = {"quant_method": "globe", "format_version": FORMAT_VERSION}
-        _write_json(target / "config.json", {**planned.checkpoint.config, "quantization_config": quantization})
+        write_text(target / LOADER_FILE, LOADER)
+        _write_json(target / "config.json", loading_config(planned.checkpoint.config, told, INDEX_FILE))
     return Result(target, metrics, actual)
 
 

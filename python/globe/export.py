@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from globe.autoload import source_config
 from globe.checkpoint import FAMILIES, INDEX_NAME, read_json
 from globe.errors import GlobeError
 from globe.factored import Bank, Factored, left_name, open_factored, rest_name, shard_name
@@ -62,8 +63,7 @@ def export(
             weight_map = {name: shard["file"] for shard in record["shards"] for name in shard["tensors"]}
             index = {"metadata": record["index_metadata"], "weight_map": dict(sorted(weight_map.items()))}
             write_text(directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
-        config.pop("quantization_config", None)
-        write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
+        write_text(directory / "config.json", json.dumps(source_config(config), indent=2) + "\n")
     return {"output": str(target), "tensors": len(sizes), "bytes": total, "stages": stages.as_list()}
 
 

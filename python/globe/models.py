@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 def load_model(directory: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """Load the model and the tokenizer of a dense or a factored checkpoint directory.
 
-    A factored directory is first written out densely beside it (or in the system's temporary directory where that
-    place is read-only); the dense copy is deleted once loaded.
+    A factored directory is loaded as it is, by `globe.hf`.
 
     Parameters
     ----------
@@ -49,13 +46,17 @@ def load_model(directory: str | Path, device: str = "cpu", dtype: torch.dtype | 
     with quiet(transformers):
         tokenizer = load_tokenizer(transformers, directory)
     wanted: Any = dtype or (torch.float32 if place.type == "cpu" else "auto")
-    with _dense(directory) as dense, quiet(transformers):
-        if any((dense / file).exists() for file in ("model.safetensors", INDEX_NAME)):
-            Checkpoint(dense)  # a missing or truncated shard is named here
+    if (directory / FACTORED_MARK).is_file():
+        _check_factored(directory)
+    elif any((directory / file).exists() for file in ("model.safetensors", INDEX_NAME)):
+        Checkpoint(directory)  # a missing or truncated shard is named here
+    with quiet(transformers):
         try:
             model, found = transformers.AutoModelForCausalLM.from_pretrained(
-                dense, local_files_only=True, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True
+                directory, local_files_only=True, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True
             )
+        except GlobeError:
+            raise
         except Exception as error:  # transformers, safetensors and the model's own code raise types of their own
             raise GlobeError(f"{directory}: transformers cannot load it: {first_line(error)}") from error
         missing = sorted(found["missing_keys"])
@@ -134,19 +135,14 @@ def load_tokenizer(transformers: Any, directory: Path) -> Any:
         raise GlobeError(f"{directory}: its tokenizer cannot be loaded: {first_line(error)}") from error
 
 
-@contextlib.contextmanager
-def _dense(directory: Path) -> Iterator[Path]:
-    if not (directory / FACTORED_MARK).is_file():
-        yield directory
-        return
-    from globe.export import export
+def _check_factored(directory: Path) -> None:
+    from globe.factored import open_factored
 
-    parent = directory.resolve().parent
-    place = parent if os.access(parent, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix=".globe-eval-", dir=place) as temporary:
-        dense = Path(temporary) / "dense"
-        export(directory, dense)
-        yield dense
+    open_factored(directory)
+    try:
+        import globe.hf  # noqa: F401  (makes transformers load it)
+    except ImportError as error:
+        raise GlobeError(str(error)) from error
 
 
 @contextlib.contextmanager
