@@ -103,6 +103,13 @@ def test_the_valley_is_found(share: float) -> None:
     assert sum(line.endswith("best") for line in lines) == 1
 
 
+def test_of_banks_that_are_as_good_the_smallest_is_taken() -> None:
+    unit, fake = family(), Fake(lambda name, rank, atoms: 0.1749 - 0.002 * (atoms - 0.25) + 10 * max(0.0, 0.25 - atoms))
+    chosen = plan_ratio({"gate": unit}, {"gate": np.ones(len(unit))}, asked_for(0.7), fake).units["gate"]
+    assert chosen.size.bank == chosen.best.bank == len(unit) // 4
+    assert [point.bank for point in chosen.frontier] == [16, 24, 32, 48]
+
+
 def test_a_family_that_truncation_serves_better_is_named() -> None:
     unit, lines = family(), []
     plan = plan_ratio(

@@ -31,6 +31,7 @@ SHARES = (1 / 24, 1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2)  # m / N
 LOOPS = 3
 _LAYERS = 6  # that a sample is from, with several experts each: experts of a layer have the most in common
 _TRUNCATED = 8  # experts whose singular values are found
+_FLATTERED = 1.02  # a sample flatters large banks: its few atoms mix in fewer ways than those of the whole
 _REACH, _STEP = 0.08, 0.02  # of the ratio, by which families may differ from what is asked for all
 _NOTHING: Callable[[float], None] = lambda steps: None  # noqa: E731
 
@@ -100,7 +101,7 @@ class UnitPlan:
     frontier : list of Point
         At the ratio asked for; `others` at ratios around it.
     truncated_rank, truncated_error, bank_error
-        Truncated SVD of each expert at the bytes asked for and the best of the frontier, on the same few experts.
+        Truncated SVD of each expert at the bytes asked for and the bank chosen, on the same few experts.
     worth_it : bool
         Whether the bank is the better of the two.
     """
@@ -114,6 +115,11 @@ class UnitPlan:
     truncated_error: float
     bank_error: float
     worth_it: bool
+
+    @property
+    def best(self) -> Point:
+        """The point of the frontier whose bank was chosen."""
+        return next(point for point in self.frontier if point.bank == self.size.bank)
 
 
 @dataclass(frozen=True)
@@ -176,9 +182,10 @@ def plan_ratio(
     """Choose rank and bank of every unit so that all together store at most `settings.ratio` of the touched matrices.
 
     Candidates on the curve of equal bytes are fitted to a sample of experts, with as many atoms an expert as in
-    the whole: from an atom for four experts on, downhill, until both neighbours are worse. Of several units, the
-    best share of atoms of each is also probed at ratios around the one asked for; errors between are interpolated
-    (their logarithms, linearly), and the bytes are split where the sum of weight · energy · error is least.
+    the whole: from an atom for four experts on, downhill, until both neighbours are worse. Best is the smallest
+    bank within 2 % of the lowest error. Of several units, the best share of atoms of each is also probed at ratios
+    around the one asked for; errors between are interpolated (their logarithms, linearly), and the bytes are split
+    where the sum of weight · energy · error is least.
 
     Parameters
     ----------
@@ -252,7 +259,8 @@ def _probe_unit(
     if not found:
         raise GlobeError(f"family {unit.name}: too few of its experts are not zero to plan a bank; use --rank")
     frontier = [found[k][0] for k in sorted(found)]
-    best, best_errors = min(found.values(), key=lambda pair: pair[0].error)
+    bound = _FLATTERED * min(point.error for point in frontier)
+    best, best_errors = next(found[k] for k in sorted(found) if found[k][0].error <= bound)
     step = -(-len(sampled) * len(sampled[0][0]) // _TRUNCATED)  # a few of every pool
     few = [(replace(sample, experts=sample.experts[::step]), energies[::step]) for sample, energies in sampled]
     rank = max(1, math.floor(ratio * unit.p * unit.d / (unit.p + unit.d)))
@@ -292,7 +300,7 @@ def _split(
     options: list[list[tuple[float, float, Size]]] = []
     for name, unit in whole.items():
         chosen = seen[name]
-        best = min(chosen.frontier, key=lambda point: point.error)
+        best = chosen.best
         curve = sorted({point.ratio: max(point.error, 1e-12) for point in [*chosen.others, best]}.items())
         known = np.array([place for place, _ in curve])
         logs = np.log([error for _, error in curve])
@@ -383,9 +391,8 @@ def _rank(unit: Family, bank: int, ratio: float) -> int:
 def _lines(name: str, experts: int, plan: UnitPlan, ratio: float) -> Iterator[str]:
     yield f"{name}: plan for ratio {ratio:g}, seen on {plan.experts} of {experts} experts after {LOOPS} loops"
     yield f"{name}: {'rank':>6} {'bank':>6} {'ratio':>7} {'error':>7}"
-    best = min(plan.frontier, key=lambda point: point.error)
     for point in sorted([*plan.frontier, *plan.others], key=lambda point: (point.bank, point.rank)):
-        mark = "  best" if point == best else ""
+        mark = "  best" if point == plan.best else ""
         yield f"{name}: {point.rank:>6} {point.bank:>6} {point.ratio:>7.3f} {point.error:>7.4f}{mark}"
     yield f"{name}: rank {plan.size.rank} and {plan.size.bank} atoms chosen, ratio {plan.ratio:.3f}"
     compared = f"truncated SVD of rank {plan.truncated_rank} loses {plan.truncated_error:.4f} at the same bytes"
