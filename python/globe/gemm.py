@@ -317,12 +317,13 @@ def spd_inverse(matrices: torch.Tensor, ridge: float, rcond: float) -> tuple[tor
         diagonal = factor.diagonal()
         if info > 0 or not (diagonal.min() / diagonal.max()) ** 2 > rcond:
             ridged[number] = True
-            factor = _ridged_factor(work, ridge)
+            factor = ridged_factor(work, ridge)
         inverses[number] = torch.cholesky_inverse(factor)
     return inverses.to(matrices.device), ridged
 
 
-def _ridged_factor(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
+def ridged_factor(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
+    """The Cholesky factor of a semidefinite matrix (r, r; fp64) with `ridge` times its mean diagonal added."""
     mean = float(matrix.diagonal().mean())
     identity = torch.eye(len(matrix), dtype=torch.float64)
     shifted = matrix + (max(ridge, 1e-12) * mean if mean > 0 else 1.0) * identity

@@ -28,6 +28,7 @@ Array = NDArray[np.float64]
 _SEGMENT = 10  # steps between two looks at the curvature
 _SHRINKING = 0.6  # share of the steps by which the supports are at their target
 _ARMIJO = 1e-4
+_NOTHING = 1e-9  # of the energy: the fp32 residual is rounding
 _TRIALS = 10
 
 
@@ -129,8 +130,8 @@ def fit_joint(
         if now.initial_support is None:
             now = replace(now, initial_support=median)
         wanted = _wanted_support(now, settings)
-        if now.step >= settings.joint_steps:
-            now = replace(now, stopped="joint_steps")
+        if now.step >= settings.joint_steps or value.error <= _NOTHING:
+            now = replace(now, stopped="joint_steps" if value.error > _NOTHING else "exact")
             break
         if _plateau(now, settings) and (wanted is None or median <= settings.support):
             now = replace(now, stopped="plateau")

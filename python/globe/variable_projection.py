@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from globe.budget import Blocks
 from globe.checkpoint import Family
-from globe.gemm import correlations, grams, matmul, mixtures, scatter_add, spd_inverse
+from globe.gemm import correlations, grams, matmul, mixtures, ridged_factor, scatter_add, spd_inverse
 from globe.metric import Metric
 from globe.settings import Settings
 from globe.stages import Advance
@@ -123,7 +123,7 @@ class Problem:
 
     def curvature(self, bank: torch.Tensor, codes: Array, seed: int, advance: Advance) -> tuple[Value, Curvature]:
         """f, its gradient and its curvature; one pass."""
-        value, curvature = self._pass(bank, codes, advance, _Gathered(self.family, bank, seed))
+        value, curvature = self._pass(bank, codes, advance, _Gathered(self.family, bank, self._settings.ridge, seed))
         assert curvature is not None
         return value, curvature
 
@@ -146,6 +146,9 @@ class Problem:
                 ) -> tuple[float, bool, _Parts | None]:
                     seen = mixed[k] if self.metric is None else self.metric.seen(first + k, mixed[k])
                     gram = grams(seen[None])
+                    if not bool(gram.isfinite().all()):  # a step far too long
+                        slope_room[k] = 0.0
+                        return math.inf, False, None
                     inverse, was_ridged = spd_inverse(gram, self._settings.ridge, self._settings.ridge_rcond)
                     inverse = inverse[0].to(seen.device)
                     left = matmul(matmul(weighted[k], seen.mT), inverse)
@@ -185,11 +188,11 @@ class _Parts:
 class _Gathered:
     """Sums the curvature over experts."""
 
-    def __init__(self, family: Family, bank: torch.Tensor, seed: int) -> None:
+    def __init__(self, family: Family, bank: torch.Tensor, ridge: float, seed: int) -> None:
         m, r, d = bank.shape
         generator = torch.Generator().manual_seed(seed)
         self._sketch = (torch.randn(d, _SKETCH, generator=generator) / math.sqrt(_SKETCH)).to(bank.device)
-        self._bank = bank
+        self._bank, self._ridge = bank, ridge
         self._lefts = torch.zeros(m, r, r, device=bank.device)
         self._columns = torch.zeros(d, d, dtype=torch.float64)
         self._codes = torch.zeros(len(family), m, m)
@@ -215,7 +218,7 @@ class _Gathered:
         factor, failed = torch.linalg.cholesky_ex(gram.cpu())
         identity = torch.eye(r, dtype=torch.float64)
         if failed:
-            factor = torch.linalg.cholesky(gram.cpu() + 1e-6 * gram.diagonal().mean() * identity)
+            factor = ridged_factor(gram.cpu(), self._ridge)
         inner = torch.linalg.solve_triangular(factor, identity, upper=False).float().to(seen.device)
         basis = matmul(inner, seen)
         if metric is None:
