@@ -12,7 +12,8 @@ right singular vectors of m runs of experts and z = 1 for an expert's own run. B
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -46,8 +47,7 @@ def fit(task: Task, activation: str) -> Approximation:
     torch.manual_seed(task.seed)
     choice, tried = tune(task, activation, each)
     tuning = task.clock() - started
-    about = {"rank": choice.rank, "bank": choice.bank, "rate": choice.rate, "scale": choice.scale, "tried": tried}
-    about["tuning_seconds"] = tuning
+    about: dict[str, Any] = {**asdict(choice), "tried": tried, "tuning_seconds": tuning}
     size = len(task.layers) * stored_bytes(task, choice.bank, choice.rank)
     steps: list[int] = []
     about["steps"] = steps

@@ -99,17 +99,20 @@ def root(metric: Tensor) -> Tensor:
     """The symmetric square root of a positive semidefinite matrix, or of a batch of them, in fp64."""
     values, vectors = torch.linalg.eigh(metric.double())
     floor = _FLOOR * values.mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    return (vectors * values.maximum(floor).sqrt().unsqueeze(-2)) @ vectors.mT
+    found: Tensor = (vectors * values.maximum(floor).sqrt().unsqueeze(-2)) @ vectors.mT
+    return found
 
 
 def leading(gram: Tensor, rank: int) -> Tensor:
     """The `rank` leading eigenvectors of a symmetric matrix as columns, fp64."""
-    return torch.linalg.eigh(gram.double())[1].flip(-1)[..., :rank]
+    vectors: Tensor = torch.linalg.eigh(gram.double())[1]
+    return vectors.flip(-1)[..., :rank]
 
 
 def orthonormal(columns: Tensor) -> Tensor:
     """An orthonormal basis of the span of columns."""
-    return torch.linalg.qr(columns.double())[0]
+    basis: Tensor = torch.linalg.qr(columns.double())[0]
+    return basis
 
 
 def fit_left(right: Tensor, weights: Tensor, columns: Tensor | None) -> Tensor:
