@@ -135,6 +135,13 @@ LAYOUTS: dict[str, Builder] = {
         block_size=32,
         layer_types=["linear_attention", "full_attention"],
     ),
+    "minimax_m2": _layout(
+        "MiniMaxM2Config",
+        "MiniMaxM2ForCausalLM",
+        head_dim=16,
+        intermediate_size=48,
+        num_local_experts=4,
+    ),
     "qwen3_5_moe": _layout(
         "Qwen3_5MoeTextConfig",
         "Qwen3_5MoeForCausalLM",

@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from checkpoints import LAYOUTS, make_tiny  # noqa: E402
 from families import seed_task  # noqa: E402
 from globe import Settings, compress, evaluate, export  # noqa: E402
-from globe.checkpoint import Checkpoint, read_layouts  # noqa: E402
+from globe.autoload import source_config  # noqa: E402
+from globe.checkpoint import FAMILIES, Checkpoint, read_layouts  # noqa: E402
 from globe.cli import cli  # noqa: E402
 from globe.proxies import scan, split_rows  # noqa: E402
 from globe.seeds import ts_pca  # noqa: E402
@@ -77,9 +78,10 @@ def dense_experts(out: Path) -> dict[str, np.ndarray]:
     manifest = json.loads((out / "globe.json").read_text(encoding="utf-8"))
     halves: dict[str, dict[str, np.ndarray]] = {}
     for family, described in manifest["families"].items():
-        part = {key: stored[f"globe.{family}.{key}"].values() for key in ("atoms", "codes.indptr", "codes.indices")}
-        atoms, values = part["atoms"].astype(np.float64), stored[f"globe.{family}.codes.values"].values()
         for tensor, numbers in described["tensors"].items():
+            bank = described["banks"][tensor]
+            part = {key: stored[f"globe.{bank}.{key}"].values() for key in ("atoms", "codes.indptr", "codes.indices")}
+            atoms, values = part["atoms"].astype(np.float64), stored[f"globe.{bank}.codes.values"].values()
             lefts = stored[f"{tensor}.globe_{family}_left"].values().astype(np.float64)
             lefts = lefts if lefts.ndim == 3 else lefts[None]
             products = []
@@ -87,13 +89,14 @@ def dense_experts(out: Path) -> dict[str, np.ndarray]:
                 first, last = part["codes.indptr"][number : number + 2]
                 mixture = sum(float(values[k]) * atoms[part["codes.indices"][k]] for k in range(int(first), int(last)))
                 products.append(left @ mixture)
-            halves.setdefault(tensor, {})[family] = np.stack(products)
-            other = {"gate": "up", "up": "gate"}[family]
+            stacked = np.stack(products)
+            halves.setdefault(tensor, {})[family] = stacked.transpose(0, 2, 1) if family == "down" else stacked
+            other = {"gate": "up", "up": "gate"}.get(family)
             rest = f"{tensor}.globe_{other}_dense"
             if rest in stored:
                 halves[tensor][other] = stored[rest].values().astype(np.float64)
     return {
-        tensor: np.concatenate([parts[family] for family in ("gate", "up") if family in parts], 1)
+        tensor: np.concatenate([parts[family] for family in FAMILIES if family in parts], 1)
         for tensor, parts in halves.items()
     }
 
@@ -125,6 +128,7 @@ def travel(root: Path, source: Path, *options: object) -> Trip:
     return Trip(kept, root / "out", root / "dense", metrics, exported)
 
 
+ALL = ("--families", "gate,up,down")
 SMALL_OPTIONS = ("--rank", "0.5", "--bank-size", "3", "--outer-loops", "2", "--device", "cpu")
 
 
@@ -183,7 +187,7 @@ def relative_errors(trip: Trip) -> dict[str, float]:
         for tensor in described["tensors"]:
             weights = source[tensor].values().astype(np.float64)
             fitted = experts[tensor].reshape(weights.shape)
-            if weights.ndim == 3:
+            if weights.ndim == 3 and family != "down":
                 half = weights.shape[1] // 2
                 rows = slice(0, half) if family == "gate" else slice(half, None)
                 weights, fitted = weights[:, rows], fitted[:, rows]
@@ -213,36 +217,29 @@ def weight_digests(directory: Path) -> dict[str, str]:
 
 def test_every_registered_layout_has_a_tiny_checkpoint() -> None:
     types = {name for layout in read_layouts() for name in layout.model_types}
-    assert len(REGISTERED) == 11
+    assert len(REGISTERED) == 12
     assert {name.removesuffix("_text") for name in types} >= set(REGISTERED)
 
 
 @pytest.mark.parametrize("layout", REGISTERED)
 def test_round_trip(layout: str, trips: Callable[..., Trip]) -> None:
-    trip = trips(layout)
+    trip = trips(layout, *ALL)
     check_round_trip(trip)
-    assert set(trip.metrics["families"]) == {"gate", "up"}
+    assert list(trip.metrics["families"]) == ["gate", "up", "down"]
+    assert trip.metrics["ratio"]["touched"] == trip.metrics["ratio"]["experts"]
     for family, error in relative_errors(trip).items():
         assert trip.metrics["families"][family]["relative_error"] == pytest.approx(error, rel=1e-4)
 
 
 @pytest.mark.parametrize("layout", REGISTERED)
 def test_export_speaks_like_the_factored_checkpoint(layout: str, trips: Callable[..., Trip]) -> None:
-    trip = trips(layout)
+    trip = trips(layout, *ALL)
     load_plain(trip.dense)
     found = evaluate(trip.out, against=trip.dense, text=TEXT, window=64)
-    assert found.perplexity == pytest.approx(found.reference_perplexity, rel=1e-6)
-    assert found.kl == pytest.approx(0, abs=1e-7)
+    assert found.perplexity == pytest.approx(found.reference_perplexity, rel=5e-3)  # the export's are rounded to bf16
+    assert found.kl == pytest.approx(0, abs=1e-4)
     moved = evaluate(trip.dense, against=trip.source, text=TEXT, window=64)
     assert moved.kl is not None and moved.kl > 0
-
-
-@pytest.mark.parametrize("layout", REGISTERED)
-def test_plain_transformers_refuses_the_factored_directory(layout: str, trips: Callable[..., Trip]) -> None:
-    import transformers
-
-    with pytest.raises((OSError, ValueError, ImportError)):
-        transformers.AutoModelForCausalLM.from_pretrained(trips(layout).out, local_files_only=True)
 
 
 @pytest.mark.parametrize(("dtype", "shards"), [("float16", 1), ("float16", 3), ("float32", 1), ("float32", 3)])
@@ -255,13 +252,13 @@ def test_other_dtypes_and_shard_counts(layout: str, dtype: str, shards: int, tri
     load_plain(trip.dense)
 
 
-@pytest.mark.parametrize("family", ["gate", "up"])
+@pytest.mark.parametrize("family", ["gate", "up", "down"])
 @pytest.mark.parametrize("layout", ["mixtral", *FUSED])
 def test_one_family_alone(layout: str, family: str, trips: Callable[..., Trip]) -> None:
     trip = trips(layout, "--families", family)
     check_round_trip(trip)
     assert set(trip.metrics["families"]) == {family}
-    if layout in FUSED:  # the other half of every fused tensor comes back bit for bit
+    if layout in FUSED and family != "down":  # the other half of every fused tensor comes back bit for bit
         before, after = read_directory(trip.source), read_directory(trip.dense)
         for name in dense_experts(trip.out):
             half = before[name].shape[1] // 2
@@ -286,6 +283,42 @@ def test_families_have_banks_of_their_own(trips: Callable[..., Trip]) -> None:
     ]
 
 
+SCOPES: dict[str, tuple[tuple[str, ...], list[str]]] = {
+    "layer": (("--scope", "layer"), [f"{family}.layer-{layer}" for family in FAMILIES for layer in (0, 1)]),
+    "shared": (("--share-families",), ["gate+up+down"]),
+    "both": (("--scope", "1", "--share-families"), ["gate+up+down.layer-0", "gate+up+down.layer-1"]),
+}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("layout", ["olmoe", "granitemoe"])
+def test_who_shares_a_bank(layout: str, scope: str, trips: Callable[..., Trip]) -> None:
+    options, names = SCOPES[scope]
+    trip, plain = trips(layout, *ALL, *options), trips(layout, *ALL)
+    check_round_trip(trip)
+    assert list(trip.metrics["pools"]) == names and "pools" not in plain.metrics
+    assert list(trip.metrics["families"]) == list(FAMILIES)
+    for family, error in relative_errors(trip).items():
+        found = trip.metrics["families"][family]
+        assert found["relative_error"] == pytest.approx(error, rel=1e-4)
+        assert found["pools"] == [name for name in names if family in name]
+        assert len(found["expert_errors"]) == len(plain.metrics["families"][family]["expert_errors"])
+        assert 0 < found["relative_error"] < found["init"]["relative_error"] < 1
+        assert found["bank"] == (9 if "share" in str(options) else 3)
+    stored = read_directory(trip.out)
+    atoms = sum(tensor.shape[0] for name, tensor in stored.items() if name.endswith(".atoms"))
+    assert atoms == 9
+    assert trip.metrics["ratio"]["touched"] == pytest.approx(plain.metrics["ratio"]["touched"], rel=0.02)
+    if layout == "olmoe":
+        load_plain(trip.dense)
+
+
+def test_families_that_share_no_fused_tensor_with_others(trips: Callable[..., Trip]) -> None:
+    trip = trips("granitemoe", "--families", "down,up", "--share-families")
+    check_round_trip(trip)
+    assert list(trip.metrics["pools"]) == ["down+up"]
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_layers_past_the_last_are_left_alone(shards: int, tmp_path: Path) -> None:
     source = make_tiny("deepseek_v3", tmp_path / "source", shards=shards)
@@ -294,7 +327,7 @@ def test_layers_past_the_last_are_left_alone(shards: int, tmp_path: Path) -> Non
     tensors = load_file(file)
     generator = torch.Generator().manual_seed(5)
     extra = {f"model.layers.{layers}.eh_proj.weight": torch.randn(64, 128, generator=generator).bfloat16()}
-    for expert, part in itertools.product(range(8), ("gate", "up", "down")):
+    for expert, part in itertools.product(range(8), FAMILIES):
         shape = (64, 32) if part == "down" else (32, 64)
         name = f"model.layers.{layers}.mlp.experts.{expert}.{part}_proj.weight"
         extra[name] = torch.randn(shape, generator=generator).bfloat16()
@@ -304,7 +337,7 @@ def test_layers_past_the_last_are_left_alone(shards: int, tmp_path: Path) -> Non
         index = json.loads(path.read_text())
         index["weight_map"].update(dict.fromkeys(extra, file.name))
         path.write_text(json.dumps(index))
-    trip = travel(tmp_path, source, *SMALL_OPTIONS)
+    trip = travel(tmp_path, source, *SMALL_OPTIONS, *ALL)
     check_round_trip(trip)
     assert sum(trip.metrics["families"]["gate"]["support_histogram"]) == 2 * 8
     assert not set(extra) & set(dense_experts(trip.out))
@@ -347,15 +380,17 @@ def test_metrics_have_what_was_promised(trips: Callable[..., Trip]) -> None:
 def test_output_holds_its_companions(trips: Callable[..., Trip]) -> None:
     trip = trips("olmoe")
     manifest = json.loads((trip.out / "globe.json").read_text(encoding="utf-8"))
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
+    assert manifest["families"]["up"]["banks"] == dict.fromkeys(manifest["families"]["up"]["tensors"], "up")
+    assert manifest["banks"]["up"] == {"experts": 16, "rank": 16, "bank": 3}
     assert manifest["settings"]["bank_size"] == 3
     assert manifest["source"]["fingerprint"] == Checkpoint(trip.source).fingerprint()
     assert (trip.out / "tokenizer.json").read_bytes() == (trip.source / "tokenizer.json").read_bytes()
     card = (trip.out / "README.md").read_text(encoding="utf-8")
     assert "relative error" in card.lower()
     config = json.loads((trip.out / "config.json").read_text(encoding="utf-8"))
-    assert config.pop("quantization_config")["quant_method"] == "globe"
-    assert config == json.loads((trip.source / "config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"]["quant_method"] == "globe"
+    assert source_config(config) == json.loads((trip.source / "config.json").read_text(encoding="utf-8"))
 
 
 def test_ratio_is_that_of_the_bytes_on_disk(trips: Callable[..., Trip]) -> None:
@@ -494,6 +529,7 @@ def test_inspect_agrees_with_what_compress_finds(olmoe: Path, tmp_path: Path) ->
     assert {name: (family["experts"], family["p"], family["d"]) for name, family in found["families"].items()} == {
         "gate": (16, 32, 64),
         "up": (16, 32, 64),
+        "down": (16, 32, 64),
     }
     choice = next(choice for choice in found["choices"] if choice["ratio"]["touched"] < 1)
     made = run_cli(

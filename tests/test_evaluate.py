@@ -6,7 +6,6 @@ import math
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from checkpoints import LAYOUTS, make_tiny  # noqa: E402
+from globe import Settings, compress, export  # noqa: E402
 from globe.errors import GlobeError, UsageError  # noqa: E402
 from globe.evaluate import evaluate, evaluate_models, evaluation_text, generate_sentence, load_model  # noqa: E402
 
@@ -163,25 +163,25 @@ def test_missing_tensors_are_not_made_up(mixtral: Path, tmp_path: Path) -> None:
         load_model(damaged)
 
 
-def test_factored_directory_goes_through_a_dense_copy(
-    mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_factored_directory_is_loaded_as_it_is(tmp_path: Path) -> None:
+    source = make_tiny("olmoe", tmp_path / "source", dtype="float32")
+    compress(source, tmp_path / "out", Settings(rank=0.5, bank_size=3, outer_loops=1, device="cpu"))
+    export(tmp_path / "out", tmp_path / "dense")
+    before = sorted(tmp_path.rglob("*"))
+    found = evaluate(tmp_path / "out", against=tmp_path / "dense", text=TEXT, window=64)
+    assert found.kl == pytest.approx(0, abs=1e-7)
+    assert found.perplexity == pytest.approx(found.reference_perplexity, rel=1e-6)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_factored_directory_needs_transformers_that_knows_the_plug_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    factored = tmp_path / "factored"
-    shutil.copytree(mixtral, factored)
-    (factored / "model.safetensors").rename(factored / "globe-00001.safetensors")
-    (factored / "globe.json").write_text("{}")
-    copies: list[Path] = []
-
-    def export(source: Path, target: Path) -> None:
-        assert source == factored
-        shutil.copytree(mixtral, target)
-        copies.append(target)
-
-    monkeypatch.setitem(sys.modules, "globe.export", SimpleNamespace(export=export))
-    found = evaluate(factored, against=mixtral, text=TEXT, window=64)
-    assert found.kl == 0
-    assert copies[0].parent.parent == tmp_path
-    assert [path.name for path in tmp_path.iterdir()] == ["factored"]
+    source = make_tiny("olmoe", tmp_path / "source")
+    compress(source, tmp_path / "out", Settings(rank=0.5, bank_size=3, outer_loops=0, device="cpu"))
+    monkeypatch.setitem(sys.modules, "globe.hf", None)
+    with pytest.raises(GlobeError, match=r"globe\.hf"):
+        load_model(tmp_path / "out")
 
 
 def test_no_such_directory(tmp_path: Path) -> None:

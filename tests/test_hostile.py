@@ -197,7 +197,7 @@ def test_nan_in_a_fused_tensor_names_the_expert(tmp_path: Path) -> None:
         (("--bank-ratio", "1.01"), ("bank_ratio is 1.01",)),
         (("--bank-ratio", "nan"), ("bank_ratio is nan",)),
         (("--bank-ratio", "0.5", "--bank-size", "3"), ("bank_ratio and bank_size",)),
-        (("--families", "down"), ("families is 'down'",)),
+        (("--families", "router"), ("families is 'router'",)),
         (("--families", "gate,gate"), ("families", "once")),
         (("--families", ""), ("families is ''",)),
         (("--rank", "1.0", "--bank-size", "16"), ("saves nothing", "--rank", "--bank-size")),

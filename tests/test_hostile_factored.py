@@ -70,16 +70,22 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "config not JSON": (cut("config.json", 10), ("config.json", "not valid JSON")),
     "manifest cut off": (cut("globe.json", 1000), ("globe.json", "not valid JSON")),
     "manifest empty": (lambda directory: (directory / "globe.json").write_text("{}"), ("globe.json", "version None")),
-    "newer format": (manifest(lambda value: value.update(format_version=2)), ("format version 2", "update")),
+    "newer format": (manifest(lambda value: value.update(format_version=3)), ("format version 3", "update")),
     "no families": (manifest(lambda value: value.update(families={})), ("globe.json", "families are []")),
-    "another family": (manifest(lambda value: value["families"].update(down={})), ("globe.json", "'down'")),
+    "another family": (manifest(lambda value: value["families"].update(router={})), ("globe.json", "'router'")),
     "no shards": (manifest(lambda value: value["source"].pop("shards")), ("globe.json", "shards")),
     "shard outside": (manifest(lambda value: value["source"]["shards"][0].update(file="../../escaped.safetensors")),
                       ("globe.json", "'../../escaped.safetensors'")),
     "shard over config": (manifest(lambda value: value["source"]["shards"][0].update(file="config.json")),
                           ("globe.json", "'config.json'")),
     "expert beyond the codes": (manifest(lambda value: value["families"]["gate"]["tensors"].update(
-        {LEFT.removesuffix(".globe_gate_left"): [16]})), ("globe.json", "family gate has 16 experts")),
+        {LEFT.removesuffix(".globe_gate_left"): [16]})), ("globe.json", "bank gate has 16 experts")),
+    "bank of another family": (manifest(lambda value: value["families"]["gate"]["banks"].update(
+        {LEFT.removesuffix(".globe_gate_left"): "up"})), ("globe.json", "family gate has 3 atoms")),
+    "bank of nobody": (manifest(lambda value: value["families"]["gate"]["banks"].update(
+        {LEFT.removesuffix(".globe_gate_left"): "none"})), ("globe.json", "'none'")),
+    "tensor left out": (manifest(lambda value: value["source"]["shards"][0]["tensors"].pop("lm_head.weight")),
+                        ("globe.json", "it does not name tensor lm_head.weight")),
     "shape beyond memory": (manifest(lambda value: value["source"]["shards"][0]["tensors"]["lm_head.weight"].update(
         shape=[1 << 50, 64])), ("lm_head.weight", f"[{1 << 50}, 64]", "[264, 64]")),
     "missing shard": (lambda directory: (directory / SHARD).unlink(), (SHARD, "cannot be read")),
@@ -123,6 +129,21 @@ def test_the_undamaged_directory_is_exported(factored: Path, tmp_path: Path) -> 
     assert (tmp_path / "dense" / "config.json").exists()
 
 
+def test_version_1_is_read(factored: Path, tmp_path: Path) -> None:
+    export(factored, tmp_path / "dense")
+
+    def older(value: dict[str, Any]) -> None:
+        value["format_version"] = 1
+        del value["banks"]
+        for family in value["families"].values():
+            del family["banks"]
+
+    manifest(older)(factored)
+    export(factored, tmp_path / "again")
+    for file in (tmp_path / "dense").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
 @pytest.mark.parametrize("metadata", [None, [1], "text"])
 def test_index_without_metadata(metadata: object, source: Path, tmp_path: Path) -> None:
     """An index with odd metadata is an index all the same, and the export has one."""
@@ -136,7 +157,7 @@ def test_one_wrong_value_in_the_manifest(factored: Path, source: Path, tmp_path:
     """Whatever single value is replaced, the directory is refused before anything is written, or exported in full."""
     path = factored / "globe.json"
     whole = json.loads(path.read_text(encoding="utf-8"))
-    read = {key: whole[key] for key in ("format_version", "families", "source")}
+    read = {key: whole[key] for key in ("format_version", "families", "banks", "source")}
     accepted: dict[str, Any] = {}
     refused = 0
     for what, variant in json_variants(read, (None, -1, 1 << 60, "../x", [], [[]]), most=8):

@@ -84,7 +84,9 @@ CHOICES = {
 def any_settings(draw: st.DrawFn) -> dict[str, Any]:
     keys: dict[str, st.SearchStrategy[Any]] = {
         "rank": st.one_of(st.integers(1, 4096), st.floats(0, 1, exclude_min=True)),
-        "families": st.sampled_from([("gate",), ("up",), ("gate", "up"), ("up", "gate")]),
+        "scope": st.one_of(st.sampled_from(["global", "layer"]), st.integers(1, 1000)),
+        "share_families": st.booleans(),
+        "families": st.sampled_from([("gate",), ("up",), ("gate", "up"), ("up", "gate"), ("down", "up")]),
         "entmax_alpha": st.floats(1, 2, exclude_min=True),
         **{name: st.floats(*bounds) for name, bounds in FLOATS.items()},
         **{name: st.integers(least, least + 1000) for name, least in COUNTS.items()},
@@ -99,7 +101,9 @@ def any_settings(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def test_every_setting_is_covered_here() -> None:
-    assert {*FLOATS, *COUNTS, *CHOICES, "rank", "families", "entmax_alpha"} == set(NAMES)
+    assert {*FLOATS, *COUNTS, *CHOICES, "rank", "ratio", "families", "scope", "share_families", "entmax_alpha"} == set(
+        NAMES
+    )
 
 
 @given(values=any_settings())
@@ -144,7 +148,19 @@ def test_entmax_alpha(alpha: float) -> None:
         Settings(entmax_alpha=alpha)
 
 
-@pytest.mark.parametrize("families", [(), ("down",), ("gate", "gate"), "gate", (1,)])
+@pytest.mark.parametrize("scope", [0, -1, True, "4", "all", 1.0, None])
+def test_scope(scope: Any) -> None:
+    with pytest.raises(UsageError, match="^scope is .*; expected global, layer or a count of layers"):
+        Settings(scope=scope)
+
+
+@pytest.mark.parametrize("share", [1, "true", None])
+def test_share_families(share: Any) -> None:
+    with pytest.raises(UsageError, match="^share_families is .*; expected true or false"):
+        Settings(share_families=share)
+
+
+@pytest.mark.parametrize("families", [(), ("router",), ("gate", "gate"), "gate", (1,)])
 def test_families(families: Any) -> None:
     with pytest.raises(UsageError, match="^families is "):
         Settings(families=families)
@@ -234,7 +250,7 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
         ("- rank\n", "expected keys and values, found list"),
         ("rank: [\n", "cannot be read as YAML"),
         ("rank: '0.5'\n", "rank is '0.5'; expected a number"),
-        ("families: 3\n", "families is 3; expected gate, up or both"),
+        ("families: 3\n", "families is 3; expected any of gate, up and down"),
         ("3: 4\n", "config key 3 is not a setting"),
     ],
 )
@@ -254,3 +270,28 @@ def test_every_setting_is_documented_with_its_default() -> None:
         shown = "not given" if value is None else ",".join(value) if name == "families" else str(value)
         assert default == shown, name
         assert meaning in in_docstring, name
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "found"),
+    [
+        ("ratio: 0.7\n", {}, Settings(ratio=0.7)),
+        ("rank: 12\nbank_size: 3\n", {"ratio": 0.7}, Settings(ratio=0.7)),
+        ("ratio: 0.7\n", {"rank": 12}, Settings(rank=12)),
+        ("ratio: 0.7\n", {"bank_ratio": 0.1}, Settings(bank_ratio=0.1)),
+        (yaml.safe_dump(Settings(ratio=0.7).as_dict()), {"seed": 3}, Settings(ratio=0.7, seed=3)),
+        (yaml.safe_dump(Settings(ratio=0.7).as_dict()), {"bank_size": 5}, Settings(bank_size=5)),
+    ],
+)
+def test_a_ratio_takes_the_place_of_sizes(
+    text: str, overrides: dict[str, Any], found: Settings, tmp_path: Path
+) -> None:
+    assert read(tmp_path, text, **overrides) == found
+
+
+@pytest.mark.parametrize("given", [{"rank": 0.5}, {"bank_size": 3}, {"bank_ratio": 0.1}])
+def test_a_ratio_beside_sizes(given: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"^ratio and {next(iter(given))} are both given"):
+        Settings(ratio=0.7, **given)
+    with pytest.raises(UsageError, match=f"^ratio and {next(iter(given))} are both given"):
+        read(tmp_path, "", ratio=0.7, **given)

@@ -113,13 +113,14 @@ def unrounded(made: Made, dense: Path, bank: dict[str, np.ndarray]) -> Path:  # 
 def test_the_dense_export_speaks_like_the_factored_model(
     made: Made, dense: Path, unrounded: Path, smollm2_mixture: Path
 ) -> None:
-    same = evaluate(dense, against=made.out, max_tokens=TOKENS)
+    same = evaluate(made.out, against=unrounded, max_tokens=TOKENS)
     rounded = evaluate(dense, against=unrounded, max_tokens=TOKENS)
     moved = evaluate(dense, against=smollm2_mixture, max_tokens=TOKENS)
-    for name, found in (("factored", same), ("fp32 product", rounded), ("source", moved)):
+    print("factored against its fp32 products:", same)
+    for name, found in (("fp32 products", rounded), ("source", moved)):
         print(f"dense export against {name}:", found)
     assert same.kl == pytest.approx(0, abs=1e-6)
-    assert same.perplexity == pytest.approx(same.reference_perplexity, rel=1e-6)
+    assert same.perplexity == pytest.approx(same.reference_perplexity, rel=1e-5)
     assert rounded.kl is not None and rounded.top1_agreement is not None and moved.kl is not None
     assert 0 < rounded.kl < 2e-4  # bf16 rounding of the products, and nothing else
     assert rounded.top1_agreement > 0.98

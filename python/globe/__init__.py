@@ -19,16 +19,19 @@ _HOMES = {
     "Settings": "globe.settings",
     "Result": "globe.compress",
     "batch": "globe.batch",
+    "calibrate": "globe.calibrate",
     "compare": "globe.compare",
     "compress": "globe.compress",
     "evaluate": "globe.evaluate",
     "export": "globe.export",
     "get_cmake_dir": "globe.embedding",
     "inspect": "globe.inspect",
+    "load": "globe.hf.load",
 }
 
 if TYPE_CHECKING:
     from globe.batch import batch as batch
+    from globe.calibrate import calibrate as calibrate
     from globe.compare import compare as compare
     from globe.compress import Result as Result
     from globe.compress import compress as compress
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from globe.errors import UsageError as UsageError
     from globe.evaluate import evaluate as evaluate
     from globe.export import export as export
+    from globe.hf.load import load as load
     from globe.inspect import inspect as inspect
     from globe.settings import Settings as Settings
 

@@ -29,14 +29,21 @@ class Blocks:
         Bytes of one block of proxies.
     columns : int
         Columns of the bank in the exact dictionary step.
+    pairs : int
+        Pairs of differences that the joint fit keeps.
+    cached : int
+        Bytes of experts, as its metric sees them, that the joint fit keeps in memory: all of a pool's or none.
     """
 
     experts: int = 32
     proxy_bytes: int = 256 << 20
     columns: int = 512
+    pairs: int = 10
+    cached: int = 1 << 40
 
 
 BLOCKS = Blocks()
+SMALLEST = Blocks(1, 1 << 20, 16, 1, 0)
 
 
 def machine_memory() -> int:
@@ -57,7 +64,7 @@ def plan_blocks(
     Parameters
     ----------
     families, shapes : mapping
-        By family's name.
+        By the name of the family, or of the pool of experts that share a bank.
     settings : Settings
     threads : int
         Experts worked on at the same time.
@@ -71,26 +78,33 @@ def plan_blocks(
     """
     limit = settings.max_memory if settings.max_memory is not None else machine_memory() // 2
     chosen = BLOCKS
+    stored = 2 * sum(shapes[name].bank * shapes[name].rank * family.d for name, family in families.items())
     for name, family in families.items():
-        cost = _Cost(family, shapes[name], settings, threads, exact_bytes)
-        smallest = Blocks(1, 1 << 20, 16)
+        cost = _Cost(family, shapes[name], settings, threads, exact_bytes, stored)
+        smallest = SMALLEST
         if cost.peak(smallest) > limit:
             raise UsageError(_advice(cost, settings, limit, cost.peak(smallest)))
-        for field in ("experts", "columns", "proxy_bytes"):
+        for field in ("experts", "columns", "proxy_bytes", "pairs"):
             while cost.peak(replace(smallest, **{field: getattr(chosen, field)})) > limit:
+                chosen = replace(chosen, **{field: getattr(chosen, field) // 2})
+        if cost.peak(chosen) > limit:
+            chosen = replace(chosen, cached=0)
+        for field in ("pairs", "experts"):
+            while cost.peak(chosen) > limit and getattr(chosen, field) > 1:
                 chosen = replace(chosen, **{field: getattr(chosen, field) // 2})
     return chosen
 
 
 @dataclass(frozen=True)
 class _Cost:
-    """Bytes that the stages of one family hold at their peaks."""
+    """Bytes that the stages of one family hold at their peaks; `stored` is all banks as they are while written."""
 
     family: Family
     shape: Shape
     settings: Settings
     threads: int
     exact_bytes: int
+    stored: int
 
     @property
     def bank(self) -> int:
@@ -105,11 +119,16 @@ class _Cost:
     def workers(self) -> int:
         """What each worker makes of an expert: W, W B̃ᵀ, A and its transpose, A⁺W, r × r matrices in fp64."""
         p, d, r = self.family.p, self.family.d, self.shape.rank
-        return self.threads * (4 * p * d + 20 * p * r + 12 * r * d + 40 * r * r)
+        turned = 2 * p * d * self.family.bytes_per_weight if "down" in self.family.families else 0
+        return turned + self.threads * (4 * p * d + 20 * p * r + 12 * r * d + 40 * r * r)
 
     def peak(self, blocks: Blocks) -> int:
         """Of all stages."""
-        return _BASE + max(self.seeds(blocks), self.loop(blocks), self.dictionary(blocks), self.bank + self.workers)
+        return _BASE + max(self.seeds(blocks), self.loop(blocks), self.dictionary(blocks), self.writing)
+
+    @property
+    def writing(self) -> int:
+        return max(self.bank, self.stored) + self.workers
 
     def seeds(self, blocks: Blocks) -> int:
         gram = 8 * 8 * len(self.family) ** 2
@@ -136,12 +155,13 @@ class _Cost:
 
 def _advice(cost: _Cost, settings: Settings, limit: int, needed: int) -> str:
     shape, bank = cost.shape, cost.shape.bank
-    while bank > 1 and replace(cost, shape=replace(shape, bank=bank)).peak(Blocks(1, 1 << 20, 16)) > limit:
+    while bank > 1 and replace(cost, shape=replace(shape, bank=bank)).peak(SMALLEST) > limit:
         bank -= max(1, bank // 20)
     remedies = [f"--max-memory {_gib(needed)}"]
-    if replace(cost, shape=replace(shape, bank=bank)).peak(Blocks(1, 1 << 20, 16)) <= limit:
-        remedies.append(f"--bank-size {bank}")
-    aligned = replace(cost, settings=replace(settings, mod="aligned")).peak(Blocks(1, 1 << 20, 16))
+    if replace(cost, shape=replace(shape, bank=bank)).peak(SMALLEST) <= limit:
+        several = settings.share_families or settings.scope != "global"
+        remedies.append("a smaller --bank-size" if several else f"--bank-size {bank}")
+    aligned = replace(cost, settings=replace(settings, mod="aligned")).peak(SMALLEST)
     if cost.left_grams and aligned <= limit:
         remedies.append("--mod aligned")
     return (

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from globe.errors import GlobeError
+from globe.tensorfile import DTYPE_NAMES, TensorWriter, read_header, read_tensor
 
 FORMAT = "globe-calibration-1"
 
@@ -29,7 +28,8 @@ class LayerStatistics:
     moment : torch.Tensor, shape (d, d)
         E[x xᵀ] of the block's input x, over all tokens with equal weight.
     residual : torch.Tensor, shape ()
-        E‖h‖² of the residual stream h to which the block's output is added.
+        Harmonic mean of ‖h‖² over all tokens, h the residual stream behind the block: an error of the block's output
+        counts relative to it, and a few tokens of huge norm do not count for all others.
     share : torch.Tensor, shape (E,)
         Sum of squared routing weights over the number of all tokens.
     counts : torch.Tensor of int64, shape (E,)
@@ -80,11 +80,11 @@ class Calibration:
             If the file has none for it.
         """
         prefix = f"layers.{number}."
-        with safe_open(self.path, "pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]
-            if not names:
-                raise GlobeError(f"calibration {self.path}: no statistics of layer {number}; calibrate this model")
-            return LayerStatistics(**{name.removeprefix(prefix): file.get_tensor(name) for name in names})
+        stored = read_header(self.path).tensors
+        mine = {name.removeprefix(prefix): info for name, info in stored.items() if name.startswith(prefix)}
+        if not mine:
+            raise GlobeError(f"calibration {self.path}: no statistics of layer {number}; calibrate this model")
+        return LayerStatistics(**{name: read_tensor(info) for name, info in mine.items()})
 
 
 def save_calibration(path: Path, layers: Mapping[int, LayerStatistics], about: Mapping[str, Any]) -> Calibration:
@@ -95,10 +95,11 @@ def save_calibration(path: Path, layers: Mapping[int, LayerStatistics], about: M
         for field in fields(statistics)
         if (value := getattr(statistics, field.name)) is not None
     }
-    temporary = path.with_name(f".{path.name}.partial")
     metadata = {"format": FORMAT, "layers": json.dumps(sorted(layers)), "about": json.dumps(dict(about))}
-    save_file(tensors, temporary, metadata)
-    temporary.replace(path)
+    entries = {name: (DTYPE_NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
+    with TensorWriter(path, entries, metadata) as writer:
+        for name, value in tensors.items():
+            writer.write(name, value)
     return load_calibration(path)
 
 
@@ -111,9 +112,8 @@ def load_calibration(path: Path) -> Calibration:
         If it is not one.
     """
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
+        metadata = read_header(path).metadata
+    except GlobeError as error:
         raise GlobeError(f"calibration {path}: cannot be read ({error}); expected a file of globe calibrate") from None
     if metadata.get("format") != FORMAT:
         raise GlobeError(f"calibration {path}: format is {metadata.get('format')!r}; expected {FORMAT}")

@@ -14,12 +14,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from globe.errors import GlobeError
 from globe.tensorfile import TORCH_DTYPES, FileHeader, TensorInfo, read_header, read_tensor
 
-FAMILIES = ("gate", "up")
+FAMILIES = ("gate", "up", "down")
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -54,11 +56,36 @@ class Expert:
     info: TensorInfo
     index: int | None
     first_row: int
+    family: str = "gate"
+
+    @property
+    def transposed(self) -> bool:
+        """Whether W_i is the transpose of what is stored: down, whose left factor then has the expert's width."""
+        return self.family == "down"
+
+    def read(self, rows: tuple[int, int], out: torch.Tensor | None = None) -> torch.Tensor:
+        """Read rows of W_i from the first to before the last, contiguous and in the checkpoint's dtype.
+
+        Of a transposed expert all is read, whatever the rows: they lie scattered.
+        """
+        if not self.transposed:
+            first, last = rows
+            return read_tensor(self.info, (self.first_row + first, self.first_row + last), self.index, out)
+        stored = read_tensor(self.info, None, self.index)
+        if out is None:
+            out = torch.empty(rows[1] - rows[0], len(stored), dtype=stored.dtype)
+        if len(out) == stored.shape[1]:
+            return out.copy_(stored.T)
+        np.copyto(_bits(out), _bits(stored).T[slice(*rows)])  # on this thread; torch would wake its pool
+        return out
 
 
 @dataclass(frozen=True)
 class Family:
-    """All expert matrices of one kind (gate or up), N of them, each p × d, in order of layer and expert."""
+    """N expert matrices of one shape p × d in order of layer and expert: all gates, ups or downs, or a pool of them.
+
+    p is the width of the experts and d that of the model: down is taken transposed.
+    """
 
     name: str
     experts: tuple[Expert, ...]
@@ -67,6 +94,11 @@ class Family:
 
     def __len__(self) -> int:
         return len(self.experts)
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The families that its experts come from."""
+        return tuple(dict.fromkeys(expert.family for expert in self.experts))
 
     @property
     def layers(self) -> int:
@@ -80,9 +112,7 @@ class Family:
 
     def read(self, number: int, rows: tuple[int, int] | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """Read W_i (or its rows from the first to before the last), in the checkpoint's dtype, into `out` if given."""
-        expert = self.experts[number]
-        first, last = rows if rows is not None else (0, self.p)
-        return read_tensor(expert.info, (expert.first_row + first, expert.first_row + last), expert.index, out)
+        return self.experts[number].read(rows if rows is not None else (0, self.p), out)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -194,15 +224,15 @@ class Checkpoint:
                 continue  # a layer past num_hidden_layers predicts further tokens and is left alone
             if info.dtype not in ("BF16", "F16", "F32"):
                 raise GlobeError(f"tensor {tensor} has dtype {info.dtype}; expected BF16, F16 or F32: dequantise first")
-            rank = 3 if layout.fused else 2
-            if len(info.shape) != rank or (layout.fused and info.shape[1] % 2):
+            rank, halves = (3, 1 if name == "down" else 2) if layout.fused else (2, 1)
+            if len(info.shape) != rank or info.shape[-2] % halves:
                 raise GlobeError(f"tensor {tensor} has shape {list(info.shape)}; expected {rank} axes")
             layer = int(match["layer"])
             if layout.fused:
-                first = 0 if name == "gate" else info.shape[1] // 2
-                experts += [Expert(layer, e, tensor, info, e, first) for e in range(info.shape[0])]
+                first = info.shape[1] // 2 if name == "up" else 0
+                experts += [Expert(layer, e, tensor, info, e, first, name) for e in range(info.shape[0])]
             else:
-                experts.append(Expert(layer, int(match["expert"]), tensor, info, None, 0))
+                experts.append(Expert(layer, int(match["expert"]), tensor, info, None, 0, name))
         if not experts:
             raise GlobeError(f"{self.directory}: no routed experts of family {name} found")
         experts.sort(key=lambda expert: (expert.layer, expert.expert))
@@ -220,7 +250,10 @@ class Checkpoint:
             )
         if 0 in expected:
             raise GlobeError(f"tensor {experts[0].tensor} has shape {list(expected)}; expected a matrix with weights")
-        p, d = (expected[1] // 2, expected[2]) if layout.fused else expected
+        if name == "down":
+            d, p = expected[-2:]
+        else:
+            p, d = (expected[1] // 2, expected[2]) if layout.fused else expected
         per_layer = Counter(expert.layer for expert in experts)
         counts = {
             "experts per layer": (layout.experts_keys, set(per_layer.values())),
@@ -242,7 +275,7 @@ class Checkpoint:
 
     def expert_elements(self) -> int:
         """The number of weights in all routed experts: gate, up and down."""
-        matchers = {self.layout.matcher(family) for family in (*FAMILIES, "down")}
+        matchers = {self.layout.matcher(family) for family in FAMILIES}
         layers = self.layers
         total = 0
         for name, info in self.tensors.items():
@@ -263,6 +296,11 @@ class Checkpoint:
                     file.seek(size * sample // 16)
                     digest.update(file.read(65536))
         return digest.hexdigest()
+
+
+def _bits(tensor: torch.Tensor) -> NDArray[Any]:
+    """The same memory as integers: NumPy has no bf16."""
+    return tensor.view(torch.int16 if tensor.itemsize == 2 else torch.int32).numpy()
 
 
 def read_layouts() -> list[Layout]:

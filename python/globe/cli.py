@@ -1,4 +1,4 @@
-"""The command line: `globe inspect | compress | compare | batch | export | eval | demo`."""
+"""The command line: `globe inspect | calibrate | compress | compare | batch | export | eval | demo`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.table import Table
 
 from globe import __version__
 from globe.errors import GlobeError, UsageError
-from globe.settings import Settings, read_settings
+from globe.settings import Settings, merge_settings, read_settings
 from globe.stages import Display, Silent
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -34,6 +34,13 @@ class _Rank(click.ParamType[float | int]):
                 return float(value)
             except ValueError:
                 self.fail(f"{value!r} is neither a fraction such as 0.75 nor a count of rows such as 288", param, ctx)
+
+
+class _Scope(click.ParamType[str | int]):
+    name = "scope"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
+        return int(value) if str(value).isdecimal() else str(value)
 
 
 def _choice(setting: str) -> click.Choice[str]:
@@ -86,12 +93,15 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("model", type=_PATH)
+@click.option("--families", help="Any of gate, up and down.  [default: gate,up]")
+@click.option("--ratio", type=float, help="Show the ranks and bank sizes that store this much of these families.")
 @_common
-def inspect(model: Path, as_json: bool, quiet: bool) -> None:
+def inspect(model: Path, families: str | None, ratio: float | None, as_json: bool, quiet: bool) -> None:
     """Show what MODEL holds and what each rank and bank size would save, from headers only."""
     from globe.inspect import inspect as run
 
-    found = run(model)
+    given = {"families": families, "ratio": ratio}
+    found = run(model, merge_settings({key: value for key, value in given.items() if value is not None}))
     if as_json:
         click.echo(json.dumps(found))
         return
@@ -103,14 +113,14 @@ def inspect(model: Path, as_json: bool, quiet: bool) -> None:
         f"{found['bytes']['checkpoint'] / 1e6:,.1f} MB, experts {found['bytes']['experts'] / 1e6:,.1f} MB",
         highlight=False,
     )
-    families = Table(title="families")
+    held = Table(title="families")
     for column in ("family", "N", "layers", "p", "d", "dtype", "MB", "floor r/d at rank 0.75"):
-        families.add_column(column, justify="left" if column == "family" else "right")
+        held.add_column(column, justify="left" if column == "family" else "right")
     for name, family in found["families"].items():
         sizes = (family[key] for key in ("experts", "layers", "p", "d", "dtype"))
-        families.add_row(name, *map(str, sizes), f"{family['bytes'] / 1e6:,.1f}", f"{family['floor']:.3f}")
-    console.print(families)
-    choices = Table(title="stored over dense, gate and up together")
+        held.add_row(name, *map(str, sizes), f"{family['bytes'] / 1e6:,.1f}", f"{family['floor']:.3f}")
+    console.print(held)
+    choices = Table(title=f"stored over dense, {' and '.join(found['chosen'])} together")
     for column in ("rank", "bank size", "floor r/d", "touched", "all experts", "checkpoint"):
         choices.add_column(column, justify="right")
     for choice in found["choices"]:
@@ -121,19 +131,66 @@ def inspect(model: Path, as_json: bool, quiet: bool) -> None:
 
 @cli.command()
 @click.argument("model", type=_PATH)
+@click.argument("file", type=_PATH)
+@click.option("--text", metavar="FILE|pydoc", help="UTF-8 text.  [default: half of Python's own help topics]")
+@click.option("--tokens", type=int, default=32768, show_default=True, help="Use the first N tokens of the text.")
+@click.option("--window", type=int, default=512, show_default=True, help="Tokens per window.")
+@click.option(
+    "--row-moments",
+    type=click.Choice(["auto", "diagonal", "full"]),
+    default="auto",
+    show_default=True,
+    help="p × p moments of every expert's rows; auto: if below 1 GiB.",
+)
+@click.option("--device", type=_choice("device"), default="cpu", show_default=True)
+@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: all]")
+@_common
+def calibrate(
+    model: Path,
+    file: Path,
+    text: str | None,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Measure what the experts of MODEL are given on a text, and write it to FILE.
+
+    One decoder layer is in memory at a time. The default text is the half that `globe eval` does not read.
+    """
+    from globe.calibrate import calibrate as run
+    from globe.gemm import pick_device, set_threads
+
+    set_threads(threads)
+    source = Path(text) if text is not None and text != "pydoc" else None
+    found = run(model, file, text=source, device=str(pick_device(device)), progress=_display(quiet), **options)
+    if as_json:
+        click.echo(json.dumps({"file": str(file), "layers": found.layers, **found.about}))
+    elif not quiet:
+        click.echo(f"{file}: {len(found.layers)} layers, {found.about['tokens']:,} tokens of {found.about['text']}")
+
+
+@cli.command()
+@click.argument("model", type=_PATH)
 @click.argument("out", type=_PATH)
 @click.option("--rank", type=_Rank(), help="Fraction of min(p, d), or rows.  [default: 0.75]")
 @click.option("--bank-ratio", type=float, help="Bank size as a fraction of the family's experts.")
 @click.option("--bank-size", type=int, help="Bank size.  [default: 128 from 512 experts, 64 from 256, else N/4]")
-@click.option("--families", help="gate, up or gate,up.  [default: gate,up]")
+@click.option("--families", help="Any of gate, up and down.  [default: gate,up]")
+@click.option("--ratio", type=float, help="Plan rank and bank sizes to store this share of the touched matrices.")
+@click.option("--scope", type=_Scope(), help="Layers that share a bank: global, layer or a count.  [default: global]")
+@click.option("--share-families", is_flag=True, default=None, help="One bank for all families together.")
 @click.option("--method", type=_choice("method"), help="Seeds.  [default: ts-pca]")
-@click.option("--solver", type=_choice("solver"), help="Training.  [default: alternate]")
+@click.option("--solver", type=_choice("solver"), help="Training.  [default: joint]")
 @click.option("--mod", type=_choice("mod"), help="Dictionary step.  [default: exact]")
 @click.option("--outer-loops", type=int, help="0: seeds, NNLS codes and left factors only.  [default: 6]")
 @click.option("--init-codes", type=_choice("init_codes"), help="Codes at the start.  [default: nnls]")
 @click.option("--codes", type=_choice("codes"), help="Codes in the loop.  [default: entmax]")
 @click.option("--support", type=int, help="Target median support.  [default: 12]")
-@click.option("--calibrate", type=_choice("calibrate"), help="Activation statistics.  [default: none]")
+@click.option("--joint-steps", type=int, help="Steps of the joint solver.  [default: 60]")
+@click.option("--calibrate", metavar="auto|pydoc|none|FILE", help="Activation statistics.  [default: auto]")
+@click.option("--calibration-tokens", type=int, help="Tokens of pydoc or auto.  [default: 32768]")
 @click.option("--device", type=_choice("device"), help="[default: auto]")
 @click.option("--precision", type=_choice("precision"), help="fp32 refuses bf16 products.  [default: auto]")
 @click.option("--max-memory", help="Ceiling of resident memory, e.g. 6GiB.  [default: half of the machine's]")
@@ -214,7 +271,7 @@ def batch(plan: Path, fresh: bool, keep_run: bool, as_json: bool, quiet: bool) -
 @click.option("--rank", type=_Rank(), help="Fraction of min(p, d), or rows.  [default: 0.75]")
 @click.option("--bank-ratio", type=float, help="Bank size as a fraction of the family's experts.")
 @click.option("--bank-size", type=int, help="Bank size.  [default: 128 from 512 experts, 64 from 256, else N/4]")
-@click.option("--families", help="gate, up or gate,up.  [default: gate,up]")
+@click.option("--families", help="Any of gate, up and down.  [default: gate,up]")
 @click.option("--outer-loops", default="0,6", show_default=True, help="Counts of loops to show, separated by commas.")
 @click.option(
     "--codes", type=click.Choice(["entmax", "sparsemax", "nnls", "simplex"]), help="In the loop.  [default: entmax]"

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.linalg
 from numpy.typing import NDArray
 
 from globe import kernels
@@ -82,6 +83,8 @@ def coding_step(gram: Array, correlations: Array, settings: Settings, temperatur
         solved = kernels.nnls(gram, correlations, simplex=True)
         codes = prune(solved.codes, settings.epsilon)
         return Coding(codes / codes.sum(1, keepdims=True), None, int(np.count_nonzero(solved.status)))
+    if settings.codes == "signed":
+        return Coding(prune(_least_squares(gram, correlations), settings.epsilon), None, 0)
     alpha = entmax_alpha(settings)
     solved = kernels.nnls(gram, correlations)
     dense = _never_empty(solved.codes, correlations)
@@ -100,8 +103,9 @@ def entmax_alpha(settings: Settings) -> float:
 
 
 def prune(codes: Array, epsilon: float) -> Array:
-    """Drop the codes below ε times the sum of their expert's (specification, I); the largest is kept."""
-    kept = (codes >= epsilon * codes.sum(1, keepdims=True)) | (codes == codes.max(1, keepdims=True))
+    """Drop the codes below ε times the sum of their expert's (specification, I), by size; the largest is kept."""
+    sizes = np.abs(codes)
+    kept = (sizes >= epsilon * sizes.sum(1, keepdims=True)) | (sizes == sizes.max(1, keepdims=True))
     return np.where(kept, codes, 0.0)
 
 
@@ -119,6 +123,12 @@ def update_temperature(temperature: float, median_support: float, target: float,
     """
     low, high = TEMPERATURE_BOUNDS
     return min(high, max(low, temperature * math.exp(-rate * (median_support / target - 1))))
+
+
+def _least_squares(gram: Array, correlations: Array) -> Array:
+    """Signed codes; where atoms are dependent, those of least norm."""
+    codes: Array = correlations @ scipy.linalg.pinvh(gram)
+    return codes
 
 
 def _refit(gram: Array, correlations: Array, chosen: NDArray[np.bool_]) -> Array:

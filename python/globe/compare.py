@@ -70,6 +70,8 @@ def compare(
         If the checkpoint cannot be used.
     """
     base = settings or Settings()
+    if base.ratio is not None:
+        raise UsageError("methods are compared at one rank and bank size, not at a ratio; use rank and bank_size")
     known = Settings.choices("method")
     named = list(dict.fromkeys(methods)) if methods is not None else list(METHODS)
     for name in named:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from globe import __version__
+from globe.autoload import LOADER, LOADER_FILE, loading_config
 from globe.budget import Blocks, plan_blocks
+from globe.calibrate import calibration_for
 from globe.card import model_card
 from globe.checkpoint import Checkpoint, Family, read_json
 from globe.errors import GlobeError, UsageError
 from globe.factor import factor, load_fit, scan_family
-from globe.factored import FORMAT_VERSION, MANIFEST
+from globe.factored import INDEX_FILE, MANIFEST
 from globe.gemm import (
     check_device,
     dictionary_dtype,
@@ -27,9 +31,14 @@ from globe.gemm import (
     set_threads,
     working_precision,
 )
-from globe.metrics import stored_report
+from globe.metric import build_metric
+from globe.metrics import families_report, stored_report
 from globe.output import copy_companions, run_directory, run_key
+from globe.pools import Size, groups, pools, sizes, units
+from globe.proxies import Scan
+from globe.ratio_plan import WeightProber, candidates, plan_ratio, probes, sizes_of
 from globe.ratios import Ratios, Shape, ratios, stored_elements
+from globe.runstore import FOLDER, Store
 from globe.settings import Settings
 from globe.stages import Display, Stages
 from globe.tensorfile import write_text
@@ -51,9 +60,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checkpoint and settings that fit each other, known from headers alone."""
+    """A checkpoint and settings that fit each other, known from headers alone.
+
+    `families` are the pools of experts that share a bank, `units` what is sized as one. With a ratio asked for, the
+    shapes are the largest that `plan_sizes` may choose.
+    """
 
     checkpoint: Checkpoint
+    units: dict[str, Family]
     families: dict[str, Family]
     shapes: dict[str, Shape]
     device: torch.device
@@ -72,24 +86,74 @@ def plan(model_dir: Path, settings: Settings) -> Plan:
     """
     checkpoint = Checkpoint(model_dir)
     families = {name: checkpoint.family(name) for name in settings.families}
-    shapes = {
-        name: Shape(
-            settings.resolve_rank(family.p, family.d),
-            settings.resolve_bank(len(family)),
-            len(family) * _expected_support(settings, len(family)),
-        )
-        for name, family in families.items()
-    }
-    planned = ratios(checkpoint, families, shapes)
-    if planned.touched >= 1:
+    whole = units(families, settings)
+    device = pick_device(settings.device)
+    if settings.ratio is not None:
+        return _sized(checkpoint, whole, _largest(whole, settings, device), settings, device)
+    planned = _sized(checkpoint, whole, sizes(whole, families, settings), settings, device)
+    found = ratios(checkpoint, planned.families, planned.shapes)
+    if found.touched >= 1:
         raise UsageError(
-            f"rank {settings.rank} with these banks stores {planned.touched:.3f} of the touched matrices and saves "
+            f"rank {settings.rank} with these banks stores {found.touched:.3f} of the touched matrices and saves "
             "nothing; lower --rank or --bank-size (globe inspect shows the choices)"
         )
-    device = pick_device(settings.device)
+    return planned
+
+
+def _sized(
+    checkpoint: Checkpoint, whole: dict[str, Family], asked: dict[str, Size], settings: Settings, device: torch.device
+) -> Plan:
+    held, shapes = pools(whole, asked, settings)
     exact_bytes = dictionary_dtype(settings.precision, device).itemsize
-    blocks = plan_blocks(families, shapes, settings, settings.threads or torch.get_num_threads(), exact_bytes)
-    return Plan(checkpoint, families, shapes, device, blocks)
+    blocks = plan_blocks(held, shapes, settings, settings.threads or torch.get_num_threads(), exact_bytes)
+    return Plan(checkpoint, whole, held, shapes, device, blocks)
+
+
+def _fits(whole: dict[str, Family], settings: Settings, device: torch.device) -> Callable[[str, Size], bool]:
+    """Whether there is memory for a size of a unit, if the others take no more."""
+    threads, exact_bytes = settings.threads or torch.get_num_threads(), dictionary_dtype(settings.precision, device)
+
+    def fits(name: str, size: Size) -> bool:
+        try:
+            plan_blocks(*pools({name: whole[name]}, {name: size}, settings), settings, threads, exact_bytes.itemsize)
+        except UsageError:
+            return False
+        return True
+
+    return fits
+
+
+def _largest(whole: dict[str, Family], settings: Settings, device: torch.device) -> dict[str, Size]:
+    """The largest bank of every unit that a plan may choose."""
+    assert settings.ratio is not None, "no ratio to plan for"
+    fits, largest = _fits(whole, settings, device), {}
+    for name, unit in whole.items():
+        offered = candidates(unit, settings.ratio, settings.scope)
+        largest[name] = next((size for size in reversed(offered) if fits(name, size)), offered[0])
+    return largest
+
+
+def plan_sizes(
+    planned: Plan, scans: dict[str, Scan], settings: Settings, stages: Stages, store: Store
+) -> tuple[Plan, dict[str, Any]]:
+    """Probe what is to be stored for the ratio asked for, unless `store` has it; the plan, and what was seen."""
+    meta = store.check("plan")
+    if meta is None:
+        energies: dict[str, list[NDArray[np.float64]]] = {}
+        for name, unit in planned.units.items():
+            energies[name] = [scans[pool.name].energy for pool in groups(unit, settings.scope)]
+        joined = {name: np.concatenate(parts) for name, parts in energies.items()}
+        with stages.stage("plan", probes(len(planned.units))) as advance, store.scratch() as folder:
+            prober = WeightProber(settings, planned.device, planned.blocks, Path(folder))
+            fits = _fits(planned.units, settings, planned.device)
+            log = stages.display.log
+            found = plan_ratio(planned.units, joined, settings, prober, fits=fits, advance=advance, log=log)
+            meta = {"plan": found.as_dict(), "stage": stages.so_far()}
+            store.save("plan", {}, meta)
+    else:
+        stages.recall(meta["stage"])
+    sized = sizes_of(meta["plan"])
+    return _sized(planned.checkpoint, planned.units, sized, settings, planned.device), meta["plan"]
 
 
 def compress(
@@ -168,12 +232,29 @@ def compress(
         scans = {}
         for name, family in planned.families.items():  # all before the first is trained: a bad tensor ends it early
             scans[name] = scan_family(family, settings, stages, store)
-        reports = {}
+        seen: dict[str, Any] | None = None
+        if settings.ratio is not None:
+            planned, seen = plan_sizes(planned, scans, settings, stages, store)
+            environment["blocks"] = asdict(planned.blocks)
+        calibration = calibration_for(
+            planned.checkpoint,
+            settings.calibrate,
+            target / FOLDER,
+            stages,
+            tokens=settings.calibration_tokens,
+            device=str(planned.device),
+        )
+        reports, metrics_of = {}, {}
         for name, family in planned.families.items():
             shape = planned.shapes[name]
-            arguments = (family, shape, scans[name], settings, planned.device, stages, store, planned.blocks)
+            metric = build_metric(family, calibration, settings, planned.device) if calibration is not None else None
+            arguments = (family, shape, scans[name], settings, planned.device, stages, store, planned.blocks, metric)
             reports[name] = factor(*arguments, to_be_written=True)
-        fits = {name: load_fit(family, store, planned.device) for name, family in planned.families.items()}
+            metrics_of[name] = metric
+        fits = {
+            name: replace(load_fit(family, store, planned.device), metric=metrics_of[name])
+            for name, family in planned.families.items()
+        }
         written = write_weights(planned.checkpoint, fits, target, settings, stages, store, planned.blocks)
         for name, report in reports.items():
             report.update(stored_report(name, fits[name], written))
@@ -183,7 +264,8 @@ def compress(
         described = {"path": str(model_dir), "layout": planned.checkpoint.layout.name, "fingerprint": fingerprint}
         metrics = {
             "globe_version": __version__,
-            "families": reports,
+            **families_report(settings.families, reports, fits, written),
+            **({"plan": seen} if seen is not None else {}),
             "ratio": asdict(actual),
             "bytes": _bytes(planned, written),
             "files": written.files,
@@ -193,6 +275,7 @@ def compress(
             "blocks": environment["blocks"],
             "settings": settings.as_dict(),
             "source": described,
+            "calibration": calibration.about if calibration is not None else None,
             "stages": _with_passes(stages.as_list(), planned.families),
         }
         copy_companions(planned.checkpoint.directory, target)
@@ -200,8 +283,8 @@ def compress(
         _write_json(target / MANIFEST, told)
         _write_json(target / "metrics.json", metrics)
         write_text(target / "README.md", model_card(source.resolve().name, metrics))
-        quantization = {"quant_method": "globe", "format_version": FORMAT_VERSION}
-        _write_json(target / "config.json", {**planned.checkpoint.config, "quantization_config": quantization})
+        write_text(target / LOADER_FILE, LOADER)
+        _write_json(target / "config.json", loading_config(planned.checkpoint.config, told, INDEX_FILE))
     return Result(target, metrics, actual)
 
 
@@ -215,12 +298,6 @@ def _finished(target: Path) -> Result:
                 "is otherwise finished; use --fresh to make it again"
             )
     return Result(target, metrics, Ratios(**metrics["ratio"]), found=True)
-
-
-def _expected_support(settings: Settings, experts: int) -> int:
-    bank = settings.resolve_bank(experts)
-    steered = settings.codes in ("entmax", "sparsemax") and settings.outer_loops > 0
-    return min(bank, settings.support) if steered else bank // 2
 
 
 def _needed_bytes(planned: Plan) -> int:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from globe.checkpoint import INDEX_NAME, read_json
+from globe.autoload import source_config
+from globe.checkpoint import FAMILIES, INDEX_NAME, read_json
 from globe.errors import GlobeError
 from globe.factored import Bank, Factored, left_name, open_factored, rest_name, shard_name
 from globe.output import copy_companions, output_directory
@@ -54,7 +55,7 @@ def export(
     stages = Stages(progress)
     with output_directory(target, source, overwrite=overwrite, needed_bytes=total) as directory:
         with stages.stage("export", len(sizes)) as advance:
-            banks = {name: factored.bank(name) for name in factored.manifest["families"]}
+            banks = {name: factored.bank(name) for name in factored.manifest["banks"]}
             for shard in record["shards"]:
                 _export_shard(factored, banks, shard, directory, advance)
         copy_companions(source, directory)
@@ -62,8 +63,7 @@ def export(
             weight_map = {name: shard["file"] for shard in record["shards"] for name in shard["tensors"]}
             index = {"metadata": record["index_metadata"], "weight_map": dict(sorted(weight_map.items()))}
             write_text(directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
-        config.pop("quantization_config", None)
-        write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
+        write_text(directory / "config.json", json.dumps(source_config(config), indent=2) + "\n")
     return {"output": str(target), "tensors": len(sizes), "bytes": total, "stages": stages.as_list()}
 
 
@@ -86,20 +86,21 @@ def reconstruct(factored: Factored, banks: dict[str, Bank], name: str, entry: di
     stored = next(header.tensors for header in factored.shards.values() if _holds(header.tensors, name))
     dtype = TORCH_DTYPES[entry["dtype"]]
     parts = []
-    for family in ("gate", "up"):
+    for family in FAMILIES:
         left, rest = left_name(name, family), rest_name(name, family)
         if left in stored:
             numbers = factored.manifest["families"][family]["tensors"][name]
+            bank = banks[factored.bank_of(family, name)]
             lefts = read_tensor(stored[left]).float()
             lefts = lefts if lefts.ndim == 3 else lefts[None]
-            products = torch.stack([a @ banks[family].mixture(i) for a, i in zip(lefts, numbers, strict=True)])
+            products = torch.stack([a @ bank.mixture(i) for a, i in zip(lefts, numbers, strict=True)])
             if not products.isfinite().all():
                 raise GlobeError(f"{stored[left].file}: tensor {left} holds NaN or Inf; compress the source again")
-            parts.append(products.to(dtype))
+            parts.append((products.mT if family == "down" else products).to(dtype))
         elif rest in stored:
             parts.append(read_tensor(stored[rest]))
-    return torch.cat(parts, 1).view(entry["shape"])
+    return torch.cat(parts, 1).reshape(entry["shape"])
 
 
 def _holds(tensors: dict[str, Any], name: str) -> bool:
-    return any(left_name(name, family) in tensors for family in ("gate", "up"))
+    return any(left_name(name, family) in tensors for family in FAMILIES)

@@ -12,6 +12,8 @@ from globe.budget import Blocks
 from globe.checkpoint import Family
 from globe.choose import ORDER, choose
 from globe.errors import GlobeError
+from globe.joint import fit_joint, joint_before
+from globe.metric import Metric
 from globe.metrics import proxy_error, seeds_report, training_report
 from globe.progress import Progress, States
 from globe.proxies import Rows, Scan, scan, split_rows
@@ -22,6 +24,7 @@ from globe.settings import Settings
 from globe.stages import Advance, Stages
 from globe.sweep import State
 from globe.training import Training, first_progress, train
+from globe.variable_projection import Problem
 from globe.write import Fit, rounded
 
 
@@ -48,6 +51,7 @@ def factor(
     stages: Stages,
     store: Store,
     blocks: Blocks,
+    metric: Metric | None = None,
     *,
     to_be_written: bool = False,
 ) -> dict[str, Any]:
@@ -64,7 +68,7 @@ def factor(
     meta = store.check(f"{family.name}.fit")
     if meta is None:
         loops = settings.outer_loops > 0 or not to_be_written
-        meta = _train(family, shape, rows, settings, device, stages, store, blocks, loops=loops)
+        meta = _train(family, shape, rows, settings, device, stages, store, blocks, metric, loops=loops)
     else:
         for record in meta["stages"]:
             stages.recall(record)
@@ -91,11 +95,18 @@ def _train(
     stages: Stages,
     store: Store,
     blocks: Blocks,
+    metric: Metric | None,
     *,
     loops: bool,
 ) -> dict[str, Any]:
     """Seed the family and train it, with `loops`, or keep the seeds without a measure."""
     name, log = family.name, stages.display.log
+    joint = settings.solver == "joint" and settings.outer_loops > 0
+    warm = store.check(f"{name}.warm") if joint else None
+    if warm is not None:
+        for record in warm["stages"]:
+            stages.recall(record)
+        return _fit_jointly(family, warm, settings, device, stages, store, blocks, metric)
     states = States(store, name, device, stages.so_far)
     progress = states.find()
     if progress is None:
@@ -103,7 +114,7 @@ def _train(
     else:
         stages.recall(states.notes["stage"])
     seeded = states.notes["stage"]
-    if METHODS[states.notes["seeds"]["choice"]["chosen"]].sees_all_rows:
+    if joint or METHODS[states.notes["seeds"]["choice"]["chosen"]].sees_all_rows:
         rows = rows.all_trained()
     if not loops:
         training = Training(states.load(progress.loop), None, None, [], "outer_loops")
@@ -115,17 +126,60 @@ def _train(
         if training.measure is not None and training.measure.ridged:
             log(f"{name}: {training.measure.ridged} left factors were ill-conditioned and took a ridge")
         report = training_report(shape, rows, states.notes, training)
-        return _save_fit(family, training.state, report, [seeded, stages.so_far()], store, states)
+        records = [seeded, stages.so_far()]
+        if not joint:
+            return _save_fit(family, training.state, report, records, store, states)
+        warm = {"report": report, "stages": records, "temperature": training.state.temperature}
+        tensors = {"bank": training.state.bank, "codes": torch.from_numpy(training.state.codes)}
+        store.save(f"{name}.warm", tensors, warm)
+        states.clear()
+        del training, tensors
+    return _fit_jointly(family, warm, settings, device, stages, store, blocks, metric)
+
+
+def _fit_jointly(
+    family: Family,
+    warm: dict[str, Any],
+    settings: Settings,
+    device: torch.device,
+    stages: Stages,
+    store: Store,
+    blocks: Blocks,
+    metric: Metric | None,
+) -> dict[str, Any]:
+    """Fit bank and codes together from the state that the loops left in `store`."""
+    name = family.name
+    saved = store.load(f"{name}.warm")
+    if saved is None:
+        raise GlobeError(f"family {name}: the state that its loops left was damaged during the run; run it again")
+    start = State(saved.tensors["bank"].to(device), saved.array("codes"), warm["temperature"])
+    del saved
+    problem = Problem(family, metric, settings, blocks, device)
+    passes = settings.joint_steps + settings.joint_steps // 10 + 2
+    with stages.stage(f"{name}: joint", passes * len(family), joint_before(store, name)) as advance:
+        elapsed = stages.so_far
+        found = fit_joint(problem, start, settings, blocks.pairs, store, name, elapsed, advance, stages.display.log)
+        report = {**warm["report"], "joint": found.report(), "temperature": found.state.temperature}
+        meta = _save_fit(family, found.state, report, [*warm["stages"], stages.so_far()], store)
+    for key in ("joint", "warm"):
+        store.drop(f"{name}.{key}")
+    return meta
 
 
 def _save_fit(
-    family: Family, state: State, report: dict[str, Any], records: list[dict[str, Any]], store: Store, states: States
+    family: Family,
+    state: State,
+    report: dict[str, Any],
+    records: list[dict[str, Any]],
+    store: Store,
+    states: States | None = None,
 ) -> dict[str, Any]:
     state = rounded(state)
     meta = {"report": report, "stages": records}
     codes = torch.from_numpy(state.codes.astype("float32"))
     store.save(f"{family.name}.fit", {"atoms": state.bank, "codes": codes}, meta)
-    states.clear()
+    if states is not None:
+        states.clear()
     return meta
 
 

@@ -15,7 +15,7 @@ from globe.errors import GlobeError
 from globe.gemm import mixtures
 from globe.tensorfile import FileHeader, read_header, read_tensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "globe.json"
 BANK_FILE = "globe-bank.safetensors"
 INDEX_FILE = "globe.safetensors.index.json"
@@ -31,7 +31,7 @@ def shard_name(source: str) -> str:
 
 
 def left_name(tensor: str, family: str) -> str:
-    """The tensor of a left factor A_i ([p, r], or [E, p, r] for a fused source tensor)."""
+    """The tensor of left factors A_i ([p, r], or [E, p, r] for a fused source tensor), of down those of W_iᵀ."""
     return f"{tensor}.globe_{family}_left"
 
 
@@ -40,14 +40,14 @@ def rest_name(tensor: str, family: str) -> str:
     return f"{tensor}.globe_{family}_dense"
 
 
-def bank_name(family: str, part: str) -> str:
+def bank_name(name: str, part: str) -> str:
     """A tensor in the bank's file; `part` is atoms, codes.indptr, codes.indices or codes.values."""
-    return f"globe.{family}.{part}"
+    return f"globe.{name}.{part}"
 
 
 @dataclass(frozen=True)
 class Bank:
-    """A family's stored atoms (m, r, d), fp32 in memory, and codes (N, m)."""
+    """Stored atoms (m, r, d), fp32 in memory, and the codes (N, m) of the experts that share them."""
 
     atoms: torch.Tensor
     codes: scipy.sparse.csr_array
@@ -66,8 +66,13 @@ class Factored:
     manifest: dict[str, Any]
     shards: dict[str, FileHeader]
 
+    def bank_of(self, family: str, tensor: str) -> str:
+        """The name of the bank of which the experts of a family in a source tensor are made."""
+        name: str = self.manifest["families"][family]["banks"][tensor]
+        return name
+
     def bank(self, family: str) -> Bank:
-        """Read a family's atoms and codes."""
+        """Read a bank's atoms and codes by its name, which is the family's where it has one for itself."""
         tensors = self.shards[BANK_FILE].tensors
         atoms, indptr, indices, values = (
             read_tensor(tensors[bank_name(family, part)])
@@ -110,11 +115,14 @@ def open_factored(directory: Path) -> Factored:
         raise GlobeError(f"{directory}: config.json is missing, so the run that wrote it did not finish; run it again")
     manifest = read_json(directory / MANIFEST)
     version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise GlobeError(
-            f"{directory / MANIFEST}: format version {version!r}, this GloBE reads {FORMAT_VERSION}; update globe-moe"
+            f"{directory / MANIFEST}: format version {version!r}, this GloBE reads 1 to {FORMAT_VERSION}; update "
+            "globe-moe"
         )
     try:
+        if version == 1:
+            _name_banks(manifest)
         files = [shard["file"] for shard in manifest["source"]["shards"]]
         for file in files:
             if Path(file).name != file or not file.endswith(".safetensors"):
@@ -128,6 +136,14 @@ def open_factored(directory: Path) -> Factored:
     return factored
 
 
+def _name_banks(manifest: dict[str, Any]) -> None:
+    """Say in a manifest of version 1 what version 2 says: every family has one bank, of its own name."""
+    manifest["banks"] = {}
+    for name, family in manifest["families"].items():
+        manifest["banks"][name] = {key: family[key] for key in ("experts", "rank", "bank")}
+        family["banks"] = dict.fromkeys(family["tensors"], name)
+
+
 def _check(factored: Factored) -> None:
     """Check that the files hold what the manifest promises, so that no export fails half-way or writes nonsense."""
     families, source = factored.manifest["families"], factored.manifest["source"]
@@ -135,30 +151,54 @@ def _check(factored: Factored) -> None:
     single = [shard["file"] for shard in source["shards"]] == ["model.safetensors"]
     described = source["index_metadata"]
     _require(isinstance(described, dict) or (described is None and single), f"index_metadata is {described!r}")
+    numbers = _check_banks(factored)
     for name, family in families.items():
-        numbers = [number for part in family["tensors"].values() for number in part]
-        count, size, rank, d = (family[key] for key in ("experts", "bank", "rank", "d"))
+        count, held = family["experts"], set(family["banks"].values())
+        _require(set(family["banks"]) == set(family["tensors"]), f"family {name} has banks for tensors of others")
         _require(
-            len(numbers) == count and set(numbers) == set(range(count)) and all(type(n) is int for n in numbers),
+            type(count) is int and sum(map(len, family["tensors"].values())) == count,
             f"family {name} has {count} experts and the tensors of others",
         )
-        bank = factored.shards[BANK_FILE]
-        indices = bank.tensors.get(bank_name(name, "codes.indices"))
-        nonzeros = indices.shape[0] if indices is not None and indices.shape else 0
-        _expect(bank, bank_name(name, "atoms"), "BF16", (size, rank, d))
-        _expect(bank, bank_name(name, "codes.indptr"), "I32", (count + 1,))
-        _expect(bank, bank_name(name, "codes.indices"), "I32", (nonzeros,))
-        _expect(bank, bank_name(name, "codes.values"), "F32", (nonzeros,))
+        for tensor, bank in family["banks"].items():
+            numbers[bank] += family["tensors"][tensor]
+        ranks, size = {factored.manifest["banks"][bank]["rank"] for bank in held}, family["bank"]
+        _require({family["rank"]} == ranks, f"family {name} has rank {family['rank']}")
+        total = sum(factored.manifest["banks"][bank]["bank"] for bank in held)
+        _require(type(size) is int and size == total, f"family {name} has {size} atoms")
+        for bank in held:
+            shape = tuple(factored.manifest["banks"][bank][key] for key in ("bank", "rank"))
+            _expect(factored.shards[BANK_FILE], bank_name(bank, "atoms"), "BF16", (*shape, family["d"]))
+    for bank, found in numbers.items():
+        count = factored.manifest["banks"][bank]["experts"]
+        _require(
+            len(found) == count and set(found) == set(range(count)) and all(type(n) is int for n in found),
+            f"bank {bank} has {count} experts and the tensors of others",
+        )
     missing = {tensor for family in families.values() for tensor in family["tensors"]}
     for shard in source["shards"]:
         header = factored.shards[shard_name(shard["file"])]
         _require(all(isinstance(text, str) for text in shard["metadata"].values()), "metadata is not text")
+        unnamed = set(header.tensors)
         for tensor, entry in shard["tensors"].items():
             _require(all(type(n) is int for n in entry["shape"]), f"tensor {tensor} has shape {entry['shape']}")
             for stored, (dtype, shape) in _promised(families, tensor, entry["dtype"], tuple(entry["shape"])).items():
                 _expect(header, stored, dtype, shape)
+                unnamed.discard(stored)
             missing.discard(tensor)
+        _require(not unnamed, f"it does not name tensor {min(unnamed, default='')} of {header.path.name}")
     _require(not missing, f"no shard has tensor {min(missing, default='')}")
+
+
+def _check_banks(factored: Factored) -> dict[str, list[int]]:
+    """Check the tensors of every bank's codes; room for the numbers of its experts, by its name."""
+    header, banks = factored.shards[BANK_FILE], factored.manifest["banks"]
+    for name, bank in banks.items():
+        indices = header.tensors.get(bank_name(name, "codes.indices"))
+        nonzeros = indices.shape[0] if indices is not None and indices.shape else 0
+        _expect(header, bank_name(name, "codes.indptr"), "I32", (bank["experts"] + 1,))
+        _expect(header, bank_name(name, "codes.indices"), "I32", (nonzeros,))
+        _expect(header, bank_name(name, "codes.values"), "F32", (nonzeros,))
+    return {name: [] for name in banks}
 
 
 def _promised(
@@ -171,15 +211,17 @@ def _promised(
     family = next(iter(held.values()))
     fused = shape[:1] if len(shape) == 3 else ()
     p, d = family["p"], family["d"]
-    _require(shape == ((*fused, 2 * p, d) if fused else (p, d)), f"tensor {tensor} has shape {list(shape)}")
+    matrix = (d, p) if "down" in held else (2 * p, d) if fused else (p, d)
+    _require(shape == (*fused, *matrix), f"tensor {tensor} has shape {list(shape)}")
     _require(dtype in ("BF16", "F16", "F32"), f"tensor {tensor} has dtype {dtype}")
-    _require(bool(fused) or len(held) == 1, f"tensor {tensor} is in two families")
+    together = bool(fused) and "down" not in held
+    _require(together or len(held) == 1, f"tensor {tensor} is in two families")
     promised = {}
     for name in FAMILIES:
         if name in held:
             _require(len(held[name]["tensors"][tensor]) == (fused[0] if fused else 1), f"tensor {tensor} has experts")
             promised[left_name(tensor, name)] = ("BF16", (*fused, p, held[name]["rank"]))
-        elif fused:
+        elif together and name != "down":
             promised[rest_name(tensor, name)] = (dtype, (*fused, p, d))
     return promised
 

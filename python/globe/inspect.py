@@ -6,8 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from globe.checkpoint import FAMILIES, Checkpoint
+from globe.checkpoint import FAMILIES, Checkpoint, Family
 from globe.errors import UsageError
+from globe.ratio_plan import candidates
 from globe.ratios import Shape, ratios
 from globe.settings import Settings
 
@@ -23,13 +24,14 @@ def inspect(directory: Path | str, settings: Settings | None = None) -> dict[str
     directory : Path or str
         A dense checkpoint directory.
     settings : Settings, optional
-        Whose target support the codes are counted with.
+        Which families are chosen, and the target support that their codes are counted with.
 
     Returns
     -------
     dict
         `architecture`, `layout`, `families` (N, layers, p, d, dtype, bytes, floor r/d at the default rank),
-        `bytes` on three axes, and `choices`: rank, bank size and the ratio on three axes.
+        `bytes` on three axes, `chosen` families, and `choices`: rank, bank size and the ratio on three axes with these.
+        With `settings.ratio`, the choices are those of a family that store so much of it.
 
     Raises
     ------
@@ -38,24 +40,18 @@ def inspect(directory: Path | str, settings: Settings | None = None) -> dict[str
     """
     settings = settings or Settings()
     checkpoint = Checkpoint(Path(directory))
-    families = {name: checkpoint.family(name) for name in FAMILIES}
+    everything = {name: checkpoint.family(name) for name in FAMILIES}
+    families = {name: everything[name] for name in settings.families}
     first = next(iter(families.values()))
     choices = []
-    for fraction in _RANKS:
-        rank = max(1, round(fraction * min(first.p, first.d)))
-        sizes = {max(1, round(share * len(first))) for share in _BANK_RATIOS}
-        try:
-            sizes.add(settings.resolve_bank(len(first)))
-        except UsageError:
-            pass
-        for bank in sorted(sizes):
-            shape = Shape(rank, bank, min(bank, settings.support) * len(first))
-            saved = ratios(checkpoint, families, dict.fromkeys(families, shape))
-            choices.append({"rank": rank, "bank": bank, "floor": rank / first.d, "ratio": asdict(saved)})
+    for rank, bank in _pairs(first, settings):
+        shape = Shape(rank, bank, min(bank, settings.support) * len(first))
+        saved = ratios(checkpoint, families, dict.fromkeys(families, shape))
+        choices.append({"rank": rank, "bank": bank, "floor": rank / first.d, "ratio": asdict(saved)})
     expert_bytes = sum(
         info.nbytes
         for name, info in checkpoint.tensors.items()
-        if any(checkpoint.layout.matcher(kind).fullmatch(name) for kind in (*FAMILIES, "down"))
+        if any(checkpoint.layout.matcher(kind).fullmatch(name) for kind in FAMILIES)
     )
     described = {
         name: {
@@ -67,7 +63,7 @@ def inspect(directory: Path | str, settings: Settings | None = None) -> dict[str
             "bytes": len(family) * family.p * family.d * family.bytes_per_weight,
             "floor": settings.resolve_rank(family.p, family.d) / family.d,
         }
-        for name, family in families.items()
+        for name, family in everything.items()
     }
     architectures = checkpoint.config.get("architectures")
     return {
@@ -83,5 +79,19 @@ def inspect(directory: Path | str, settings: Settings | None = None) -> dict[str
             "experts": expert_bytes,
             "checkpoint": sum(info.nbytes for info in checkpoint.tensors.values()),
         },
+        "chosen": list(families),
         "choices": choices,
     }
+
+
+def _pairs(family: Family, settings: Settings) -> list[tuple[int, int]]:
+    """Ranks and bank sizes worth showing: all that store the ratio asked for, or a grid."""
+    if settings.ratio is not None:
+        return [(size.rank, size.bank) for size in candidates(family, settings.ratio)]
+    sizes = {max(1, round(share * len(family))) for share in _BANK_RATIOS}
+    try:
+        sizes.add(settings.resolve_bank(len(family)))
+    except UsageError:
+        pass
+    ranks = [max(1, round(fraction * min(family.p, family.d))) for fraction in _RANKS]
+    return [(rank, bank) for rank in ranks for bank in sorted(sizes)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,11 +60,46 @@ def training_report(shape: Shape, rows: Rows, notes: Mapping[str, Any], training
 def stored_report(name: str, fit: Fit, written: Written) -> dict[str, Any]:
     """What is measured on the factors as stored."""
     errors, energies = written.errors[name], written.energies[name]
+    lost, whole = written.weighted[name].sum(0)
     return {
         "relative_error": float(errors.sum() / energies.sum()),
+        "weighted_error": float(lost / whole) if fit.metric is not None else None,
         "expert_errors": (errors / np.where(energies > 0, energies, 1.0)).tolist(),
         "ridged_left_factors": written.ridged[name],
         **_bank_report(fit.state.bank, fit.state.codes),
+    }
+
+
+def families_report(
+    names: Sequence[str], reports: dict[str, dict[str, Any]], fits: Mapping[str, Fit], written: Written
+) -> dict[str, Any]:
+    """`families`: the reports; where the pools are not the families, a summary of each, and the reports in `pools`."""
+    if set(reports) == set(names):
+        return {"families": reports}
+    return {"families": {name: _family_report(name, reports, fits, written) for name in names}, "pools": reports}
+
+
+def _family_report(
+    name: str, reports: Mapping[str, dict[str, Any]], fits: Mapping[str, Fit], written: Written
+) -> dict[str, Any]:
+    """A family's experts over all pools that hold some; errors at the start are those of its pools."""
+    held = {pool: fit for pool, fit in fits.items() if name in fit.family.families}
+    errors, energies, seeds, sizes = [], [], [], []
+    for pool, fit in held.items():
+        numbers = [number for number, expert in enumerate(fit.family.experts) if expert.family == name]
+        errors.append(written.errors[pool][numbers])
+        energies.append(written.energies[pool][numbers])
+        seeds.append(reports[pool]["init"]["relative_error"] * energies[-1].sum())
+        sizes.append(supports(fit.state.codes[numbers]))
+    error, energy = np.concatenate(errors), np.concatenate(energies)
+    return {
+        "pools": list(held),
+        "rank": next(reports[pool]["rank"] for pool in held),
+        "bank": sum(reports[pool]["bank"] for pool in held),
+        "init": {"relative_error": float(sum(seeds) / energy.sum())},
+        "relative_error": float(error.sum() / energy.sum()),
+        "expert_errors": (error / np.where(energy > 0, energy, 1.0)).tolist(),
+        "support_median": float(np.median(np.concatenate(sizes))),
     }
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 def load_model(directory: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """Load the model and the tokenizer of a dense or a factored checkpoint directory.
 
-    A factored directory is first written out densely beside it (or in the system's temporary directory where that
-    place is read-only); the dense copy is deleted once loaded.
+    A factored directory is loaded as it is, by `globe.hf`.
 
     Parameters
     ----------
@@ -40,24 +37,28 @@ def load_model(directory: str | Path, device: str = "cpu", dtype: torch.dtype | 
         The model, in inference mode, and its tokenizer.
     """
     directory = Path(directory)
-    place = _device(device)
-    transformers = _transformers()
+    place = find_device(device)
+    transformers = import_transformers("evaluation")
     if not directory.is_dir():
         raise GlobeError(f"{directory}: no such directory")
     if not (directory / "config.json").is_file():
         raise GlobeError(f"{directory}: no config.json; give a checkpoint directory as saved by transformers")
-    with _quiet(transformers):
-        tokenizer = _load_tokenizer(transformers, directory)
+    with quiet(transformers):
+        tokenizer = load_tokenizer(transformers, directory)
     wanted: Any = dtype or (torch.float32 if place.type == "cpu" else "auto")
-    with _dense(directory) as dense, _quiet(transformers):
-        if any((dense / file).exists() for file in ("model.safetensors", INDEX_NAME)):
-            Checkpoint(dense)  # a missing or truncated shard is named here
+    if (directory / FACTORED_MARK).is_file():
+        _check_factored(directory)
+    elif any((directory / file).exists() for file in ("model.safetensors", INDEX_NAME)):
+        Checkpoint(directory)  # a missing or truncated shard is named here
+    with quiet(transformers):
         try:
             model, found = transformers.AutoModelForCausalLM.from_pretrained(
-                dense, local_files_only=True, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True
+                directory, local_files_only=True, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True
             )
+        except GlobeError:
+            raise
         except Exception as error:  # transformers, safetensors and the model's own code raise types of their own
-            raise GlobeError(f"{directory}: transformers cannot load it: {_first_line(error)}") from error
+            raise GlobeError(f"{directory}: transformers cannot load it: {first_line(error)}") from error
         missing = sorted(found["missing_keys"])
         if missing:
             raise GlobeError(
@@ -102,15 +103,17 @@ def generate_sentence(model: Any, tokenizer: Any, prompt: str, max_new_tokens: i
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
-def _transformers() -> Any:
+def import_transformers(purpose: str) -> Any:
+    """The transformers package, which is an optional dependency."""
     try:
         import transformers
     except ImportError as error:
-        raise GlobeError('evaluation needs transformers: pip install "globe-moe[hf]"') from error
+        raise GlobeError(f'{purpose} needs transformers: pip install "globe-moe[hf]"') from error
     return transformers
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The torch device of a name, if this torch and this machine have it."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -122,32 +125,29 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _load_tokenizer(transformers: Any, directory: Path) -> Any:
+def load_tokenizer(transformers: Any, directory: Path) -> Any:
+    """A checkpoint directory's own tokenizer."""
     if not any((directory / file).is_file() for file in TOKENIZER_FILES):
         raise GlobeError(f"{directory}: no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy it from the source")
     try:
         return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # tokenizers raises plain Exception
-        raise GlobeError(f"{directory}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise GlobeError(f"{directory}: its tokenizer cannot be loaded: {first_line(error)}") from error
+
+
+def _check_factored(directory: Path) -> None:
+    from globe.factored import open_factored
+
+    open_factored(directory)
+    try:
+        import globe.hf  # noqa: F401  (makes transformers load it)
+    except ImportError as error:
+        raise GlobeError(str(error)) from error
 
 
 @contextlib.contextmanager
-def _dense(directory: Path) -> Iterator[Path]:
-    if not (directory / FACTORED_MARK).is_file():
-        yield directory
-        return
-    from globe.export import export
-
-    parent = directory.resolve().parent
-    place = parent if os.access(parent, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix=".globe-eval-", dir=place) as temporary:
-        dense = Path(temporary) / "dense"
-        export(directory, dense)
-        yield dense
-
-
-@contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
+    """Let transformers print and log nothing."""
     logging = transformers.utils.logging
     shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
@@ -160,6 +160,7 @@ def _quiet(transformers: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error of another package says, in short."""
     line = str(error).strip().partition("\n")[0].partition(" For details look at")[0]
     return line or type(error).__name__

@@ -12,11 +12,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeGuard
 
+from globe.autoload import LOADER_FILE
 from globe.errors import GlobeError, UsageError
 from globe.runstore import FOLDER, Log, RunStore, differences, stored_key
 
 _LOCK = ".globe-lock"
-_WRITTEN = ("config.json", "globe.json", "metrics.json", "README.md", "*.safetensors", "*.safetensors.index.json")
+_SMALL = ("config.json", "globe.json", "metrics.json", "README.md", LOADER_FILE)
+_WRITTEN = (*_SMALL, "*.safetensors", "*.safetensors.index.json")
 
 
 @contextmanager
@@ -211,7 +213,7 @@ def _is_full(error: BaseException) -> TypeGuard[OSError]:
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy the tokenizer and other small files: all but weights, config.json and what GloBE writes itself."""
-    left_alone = {"config.json", "README.md", "metrics.json", "globe.json", "globe.safetensors.index.json"}
+    left_alone = {*_SMALL, "globe.safetensors.index.json"}
     weights = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"}
     for entry in sorted(source.iterdir()):
         hidden = entry.name.startswith(".") or entry.name.endswith(".index.json")

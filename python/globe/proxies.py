@@ -62,9 +62,10 @@ def scan(family: Family, settings: Settings, advance: Advance) -> Scan:
             for number, rows in enumerate(found, span.start):
                 if not np.isfinite(rows).all():
                     expert, row = family.experts[number], int(np.flatnonzero(~np.isfinite(rows))[0])
+                    line = "column" if expert.transposed else "row"
                     raise GlobeError(
                         f"tensor {expert.tensor} (expert {expert.expert} of layer {expert.layer}) holds NaN or Inf in "
-                        f"row {row} of family {family.name}; expected finite weights: fetch the checkpoint again"
+                        f"{line} {row} of family {family.name}; expected finite weights: fetch the checkpoint again"
                     )
                 energy[number] = rows.sum()
                 if number % step == 0:

@@ -24,12 +24,20 @@ class Settings:
     ----------
     rank : float or int
         Rank r of the mixtures: a fraction of min(p, d) if below 1 or a float, a count of rows if an int.
+    ratio : float, optional
+        Stored weights over those of the touched matrices; rank and bank size are then planned for it, family by
+        family, from a probe on a sample of experts. In place of `rank`, `bank_ratio` and `bank_size`.
     bank_ratio : float, optional
         Bank size m as a fraction of the family's N.
     bank_size : int, optional
         Bank size m. With neither: 128 where N ≥ 512, 64 where N ≥ 256, else N / 4 (specification, M).
     families : tuple of str
-        Which of gate and up to compress.
+        Which of gate, up and down to compress; down is taken transposed.
+    scope : {"global", "layer"} or int
+        Which layers share a bank: all, none, or groups of so many consecutive ones. A family's atoms are dealt to
+        its groups, so the stored bytes stay the same.
+    share_families : bool
+        One bank for all chosen families together, with the atoms of all of them.
     method : str
         The seeds (specification, A to F): ts-pca, left-gram, rpca, kmeans, farthest-first, residual-greedy,
         hybrid-split, hybrid-replace, aligned-pca or grouped-subspace; auto tries several and keeps the best (L).
@@ -63,16 +71,21 @@ class Settings:
     procrustes_rounds : int
         Rotations of aligned-pca, a pass each: to the experts' leading right subspace, then to the mean of the
         rotated proxies.
-    solver : {"alternate"}
-        The training loop (specification, H).
+    solver : {"joint", "alternate"}
+        The training: the alternating loop (specification, H), or that for a start and then the joint fit of bank and
+        codes with the left factors eliminated.
+    joint_steps : int
+        Quasi-Newton steps of the joint fit, each a pass over the family or a little more.
+    history : int
+        Pairs of differences that the joint fit keeps, each of two banks; fewer where `max_memory` holds fewer.
     mod : {"exact", "aligned", "fixed"}
         Dictionary step: the true normal equations, MOD on T_i = A_i⁺ W_i, or MOD on the proxies.
     outer_loops : int
         Loops of codes, dictionary, left factors. 0: seeds, NNLS codes and left factors only.
     init_codes : {"nnls", "simplex"}
         Codes at the start: NNLS, or NNLS scaled to sum one.
-    codes : {"entmax", "sparsemax", "nnls", "simplex"}
-        Codes in the loop.
+    codes : {"entmax", "sparsemax", "nnls", "simplex", "signed"}
+        Codes in the loop; signed ones are dense.
     entmax_alpha : float
         α of entmax, in (1, 2].
     support : int
@@ -118,14 +131,26 @@ class Settings:
         Seed of the random row selector, of rpca's and residual-greedy's random directions, and of k-means++.
     threads : int, optional
         CPU threads; all cores if not given.
-    calibrate : {"none"}
-        Activation statistics; none is weight-only.
+    calibrate : str
+        Activation statistics: none is weight-only; pydoc measures them on a text that ships with Python, auto does so
+        where the model can be run; or a file of `globe calibrate`.
+    calibration_tokens : int
+        Tokens of that text.
+    metric_rows : float
+        Power of the row weights: 1 weighs a row by its effect on the expert's output, 0 not at all.
+    metric_layers : float
+        Power of the inverse residual stream by which layers are weighed.
+    metric_shrinkage : float
+        Tokens that the layer's own moments count for beside an expert's.
     """
 
     rank: float | int = 0.75
+    ratio: float | None = None
     bank_ratio: float | None = None
     bank_size: int | None = None
     families: tuple[str, ...] = ("gate", "up")
+    scope: Literal["global", "layer"] | int = "global"
+    share_families: bool = False
     method: Literal[
         "ts-pca",
         "left-gram",
@@ -152,11 +177,13 @@ class Settings:
     hybrid_centres: Literal["kmeans", "farthest-first"] = "kmeans"
     hybrid_share: float = 0.25
     procrustes_rounds: int = 1
-    solver: Literal["alternate"] = "alternate"
+    solver: Literal["joint", "alternate"] = "joint"
+    joint_steps: int = 60
+    history: int = 10
     mod: Literal["exact", "aligned", "fixed"] = "exact"
     outer_loops: int = 6
     init_codes: Literal["nnls", "simplex"] = "nnls"
-    codes: Literal["entmax", "sparsemax", "nnls", "simplex"] = "entmax"
+    codes: Literal["entmax", "sparsemax", "nnls", "simplex", "signed"] = "entmax"
     entmax_alpha: float = 1.5
     support: int = 12
     temperature: float = 1.0
@@ -178,12 +205,16 @@ class Settings:
     max_memory: int | None = None
     seed: int = 0
     threads: int | None = None
-    calibrate: Literal["none"] = "none"
+    calibrate: str = "auto"
+    calibration_tokens: int = 32768
+    metric_rows: float = 1.0
+    metric_layers: float = 1.0
+    metric_shrinkage: float = 4096.0
 
     def __post_init__(self) -> None:
         if isinstance(self.max_memory, str):
             object.__setattr__(self, "max_memory", parse_bytes(self.max_memory))  # type: ignore[unreachable]
-        _require(isinstance(self.families, list | tuple), "families", self.families, "gate, up or both")
+        _require(isinstance(self.families, list | tuple), "families", self.families, "any of gate, up and down")
         object.__setattr__(self, "families", tuple(self.families))
         hints = typing.get_type_hints(Settings)
         for field in dataclasses.fields(self):
@@ -192,11 +223,16 @@ class Settings:
                 _require(
                     value in typing.get_args(hint), field.name, value, f"one of {', '.join(typing.get_args(hint))}"
                 )
-            elif field.name != "families":
+            elif field.name not in ("families", "scope", "share_families", "calibrate"):
                 _require(_is_number(value, hint), field.name, value, "a number" if hint is not int else "an integer")
         for name in self.families:
-            _require(name in ("gate", "up"), "families", name, "gate, up or both")
+            _require(name in ("gate", "up", "down"), "families", name, "any of gate, up and down")
         _require(len(set(self.families)) == len(self.families) > 0, "families", self.families, "each family once")
+        several = type(self.scope) is int and self.scope >= 1
+        _require(
+            several or self.scope in ("global", "layer"), "scope", self.scope, "global, layer or a count of layers"
+        )
+        _require(type(self.share_families) is bool, "share_families", self.share_families, "true or false")
         for name, low, high in _BOUNDS:
             value = getattr(self, name)
             _require(value is None or low <= value <= high, name, value, f"a value from {low} to {high}")
@@ -204,6 +240,11 @@ class Settings:
         _require(1 < self.entmax_alpha <= 2, "entmax_alpha", self.entmax_alpha, "a value in (1, 2]")
         if self.bank_ratio is not None and self.bank_size is not None:
             raise UsageError("bank_ratio and bank_size are both given; give one of them")
+        if self.ratio is not None:
+            given = [name for name in _SIZES if getattr(self, name) != _DEFAULTS[name]]
+            _require(0 < self.ratio < 1, "ratio", self.ratio, "a value between 0 and 1")
+            if given:
+                raise UsageError(f"ratio and {given[0]} are both given; ratio plans rank and bank size: leave one out")
         if self.l1 > 0 and self.codes != "nnls":
             raise UsageError(
                 f"l1 is {self.l1} with codes {self.codes}: on the simplex the L1 norm is constant; use codes nnls"
@@ -236,11 +277,18 @@ class Settings:
             raise UsageError(f"bank size is {size}; expected 1 to the family's {experts} experts")
         return size
 
+    def expected_support(self, bank: int) -> int:
+        """The non-zero codes of an expert that are planned for, on a bank of this size."""
+        steered = self.codes in ("entmax", "sparsemax") and self.outer_loops > 0
+        return min(bank, self.support) if steered else max(1, bank // 2)
+
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, ready for YAML and JSON."""
         return {**dataclasses.asdict(self), "families": list(self.families)}
 
 
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Settings)}
+_SIZES = ("rank", "bank_size", "bank_ratio")
 _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("bank_ratio", 0, 1),
     ("bank_size", 1, 1 << 20),
@@ -254,6 +302,12 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("subspace_steps", 1, 100_000),
     ("seed_budget", 1, 1e6),
     ("outer_loops", 0, 100_000),
+    ("joint_steps", 1, 100_000),
+    ("history", 1, 1000),
+    ("calibration_tokens", 64, 1 << 40),
+    ("metric_rows", 0, 2),
+    ("metric_layers", 0, 2),
+    ("metric_shrinkage", 0, 1e12),
     ("support", 1, 1 << 20),
     ("temperature", 1e-3, 1e3),
     ("temperature_rate", 0, 10),
@@ -307,6 +361,9 @@ def read_settings(path: Path | None, overrides: dict[str, Any]) -> Settings:
     UsageError
         If the file cannot be read, or a key or value is not a setting's.
     """
+    given = [name for name in _SIZES if overrides.get(name) is not None]
+    if overrides.get("ratio") is not None and given:
+        raise UsageError(f"ratio and {given[0]} are both given; ratio plans rank and bank size: leave one out")
     return merge_settings(read_yaml(path, "config") if path is not None else {}, overrides)
 
 
@@ -340,6 +397,10 @@ def merge_settings(*layers: Mapping[str, Any]) -> Settings:
         for name, other in (("bank_size", "bank_ratio"), ("bank_ratio", "bank_size")):
             if layer.get(name) is not None:
                 values.pop(other, None)
+        if layer.get("ratio") is not None:
+            values = {key: value for key, value in values.items() if key not in _SIZES}
+        elif any(layer.get(name) is not None for name in _SIZES):
+            values.pop("ratio", None)
         values.update(layer)
     known = {field.name for field in dataclasses.fields(Settings)}
     for key in values:

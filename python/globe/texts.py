@@ -32,21 +32,22 @@ def evaluation_text(half: str) -> str:
     return text[:middle] if half == "calibration" else text[middle:]
 
 
-def read_text(text: str | Path | None) -> tuple[str, str]:
+def read_text(text: str | Path | None, half: str = "evaluation") -> tuple[str, str]:
     """Return a text and its name.
 
     Parameters
     ----------
     text : str, Path or None
-        A `Path` is a UTF-8 file to read, a `str` the text itself, None the evaluation half of `evaluation_text`.
+        A `Path` is a UTF-8 file to read, a `str` the text itself, None a half of `evaluation_text`.
+    half : str
+        Which half None stands for.
 
     Returns
     -------
     tuple of str
     """
     if text is None:
-        label = f"pydoc_data.topics of Python {platform.python_version()}, evaluation half"
-        return evaluation_text("evaluation"), label
+        return evaluation_text(half), f"pydoc_data.topics of Python {platform.python_version()}, {half} half"
     if isinstance(text, str):
         return text, "given text"
     try:

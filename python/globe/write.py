@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,8 +26,9 @@ from globe.factored import (
     rest_name,
     shard_name,
 )
-from globe.gemm import mixtures, weights_operand
+from globe.gemm import matmul, mixtures, weights_operand
 from globe.lefts import fit_lefts, row_energies, squared_errors
+from globe.metric import Metric
 from globe.ratios import Shape
 from globe.runstore import Store
 from globe.settings import Settings
@@ -40,15 +42,17 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Fit:
-    """A family with the state to be stored: atoms rounded to bf16 (on the CPU they are in bf16), codes to fp32."""
+    """A pool with the state to be stored: atoms rounded to bf16 (on the CPU they are in bf16), codes to fp32."""
 
     family: Family
     state: State
+    metric: Metric | None = None
 
 
 @dataclass(frozen=True)
 class Written:
-    """Per family, squared error and energy (N,) of every expert as stored, and the ridged left factors.
+    """Per pool, squared error and energy (N,) of every expert as stored, the ridged left factors, and
+    error and energy (N, 2) as the metric sees them.
 
     `files` has the size and SHA-256 of every weight file.
     """
@@ -56,6 +60,7 @@ class Written:
     errors: dict[str, Array]
     energies: dict[str, Array]
     ridged: dict[str, int]
+    weighted: dict[str, Array]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -88,6 +93,7 @@ def write_weights(
         {name: np.zeros(len(fit.family)) for name, fit in fits.items()},
         {name: np.zeros(len(fit.family)) for name, fit in fits.items()},
         dict.fromkeys(fits, 0),
+        {name: np.zeros((len(fit.family), 2)) for name, fit in fits.items()},
     )
     weight_map: dict[str, str] = {}
     total = sum(len(fit.family) for fit in fits.values())
@@ -96,7 +102,7 @@ def write_weights(
             file, result = shard_name(shard.path.name), f"shard-{count}"
             entries: dict[str, tuple[str, tuple[int, ...]]] = {}
             for tensor, info in shard.tensors.items():
-                entries.update(_entries(checkpoint, fits, tensor, info, tensor in places))
+                entries.update(_entries(checkpoint, fits, info, tensor, places.get(tensor, [])))
             weight_map.update(dict.fromkeys(entries, file))
             there = [place for tensor in shard.tensors for place in places.get(tensor, ())]
             meta = store.check(result)
@@ -112,8 +118,9 @@ def write_weights(
                     if tensor not in places:
                         writer.write_chunks(tensor, copy_chunks(info))
                         continue
-                    _write_experts(writer, tensor, fits, places[tensor], solutions, written, advance)
-                    for family in _kept_halves(checkpoint, fits, tensor):
+                    parts = _parts(fits, places[tensor])
+                    _write_experts(writer, tensor, fits, parts, solutions, written, advance)
+                    for family in _kept_halves(checkpoint, parts):
                         kept = checkpoint.family(family)
                         numbers = [i for i, expert in enumerate(kept.experts) if expert.tensor == tensor]
                         writer.write(rest_name(tensor, family), torch.stack([kept.read(i) for i in numbers]))
@@ -122,6 +129,7 @@ def write_weights(
                 "file": file,
                 **written.files[file],
                 "errors": [written.errors[name][number] for name, number in there],
+                "weighted": [written.weighted[name][number].tolist() for name, number in there],
                 "energies": [written.energies[name][number] for name, number in there],
                 "ridged": {name: written.ridged[name] - before[name] for name in fits},
                 "elapsed": stages.so_far(),
@@ -150,27 +158,48 @@ def _is_whole(path: Path, meta: dict[str, Any]) -> bool:
 def _recall(written: Written, there: list[tuple[str, int]], meta: dict[str, Any]) -> None:
     for (name, number), error, energy in zip(there, meta["errors"], meta["energies"], strict=True):
         written.errors[name][number], written.energies[name][number] = error, energy
+    for (name, number), weighted in zip(there, meta["weighted"], strict=True):
+        written.weighted[name][number] = weighted
     for name, ridged in meta["ridged"].items():
         written.ridged[name] += ridged
     written.files[meta["file"]] = {"bytes": meta["bytes"], "sha256": meta["sha256"]}
 
 
-def _kept_halves(checkpoint: Checkpoint, fits: dict[str, Fit], tensor: str) -> list[str]:
-    return [name for name in ("gate", "up") if name not in fits] if checkpoint.layout.fused else []
+@dataclass(frozen=True)
+class _Part:
+    """The experts of one family in one source tensor: their pool, and their numbers there."""
+
+    family: str
+    pool: str
+    numbers: list[int]
+
+
+def _parts(fits: dict[str, Fit], there: list[tuple[str, int]]) -> list[_Part]:
+    """The parts of a source tensor whose experts lie `there`, in that order."""
+    runs = itertools.groupby(there, lambda place: (fits[place[0]].family.experts[place[1]].family, place[0]))
+    return [_Part(family, pool, [number for _, number in run]) for (family, pool), run in runs]
+
+
+def _kept_halves(checkpoint: Checkpoint, parts: list[_Part]) -> list[str]:
+    """The families of a fused tensor that stay as they are."""
+    held = {part.family for part in parts}
+    if checkpoint.layout.fused is None or "down" in held:
+        return []
+    return [name for name in ("gate", "up") if name not in held]
 
 
 def _entries(
-    checkpoint: Checkpoint, fits: dict[str, Fit], tensor: str, info: TensorInfo, touched: bool
+    checkpoint: Checkpoint, fits: dict[str, Fit], info: TensorInfo, tensor: str, there: list[tuple[str, int]]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    if not touched:
+    if not there:
         return {tensor: (info.dtype, info.shape)}
     fused = checkpoint.layout.fused is not None
     entries: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, fit in fits.items():
-        if fused or checkpoint.layout.matcher(name).fullmatch(tensor):
-            shape = (fit.family.p, fit.state.bank.shape[1])
-            entries[left_name(tensor, name)] = ("BF16", (info.shape[0], *shape) if fused else shape)
-    for name in _kept_halves(checkpoint, fits, tensor):
+    parts = _parts(fits, there)
+    for part in parts:
+        shape = (fits[part.pool].family.p, fits[part.pool].state.bank.shape[1])
+        entries[left_name(tensor, part.family)] = ("BF16", (info.shape[0], *shape) if fused else shape)
+    for name in _kept_halves(checkpoint, parts):
         entries[rest_name(tensor, name)] = (info.dtype, (info.shape[0], info.shape[1] // 2, info.shape[2]))
     return entries
 
@@ -183,6 +212,7 @@ class _Solved:
     error: float
     energy: float
     ridged: bool
+    weighted: tuple[float, float]
 
 
 def _solve(fits: dict[str, Fit], order: list[tuple[str, int]], settings: Settings, blocks: Blocks) -> Iterator[_Solved]:
@@ -200,7 +230,12 @@ def _solve(fits: dict[str, Fit], order: list[tuple[str, int]], settings: Setting
             def solve() -> list[_Solved]:
                 weights, mixed = next(readings), _mixed(fits, group)
                 return list(
-                    workers.map(lambda k: _solve_one(weights[k][None].to(device), mixed[k], settings), len(group))
+                    workers.map(
+                        lambda k: _solve_one(
+                            weights[k][None].to(device), mixed[k], settings, fits[group[k][0]].metric, group[k][1]
+                        ),
+                        len(group),
+                    )
                 )
 
             return solve
@@ -211,7 +246,7 @@ def _solve(fits: dict[str, Fit], order: list[tuple[str, int]], settings: Setting
 
 
 def _mixed(fits: dict[str, Fit], group: list[tuple[str, int]]) -> list[torch.Tensor]:
-    """B̃_i (1, r, d) of experts of any families, each family's bank read once."""
+    """B̃_i (1, r, d) of experts of any pools, each bank read once."""
     mixed: dict[tuple[str, int], torch.Tensor] = {}
     for name, fit in fits.items():
         numbers = [number for family, number in group if family == name]
@@ -221,36 +256,50 @@ def _mixed(fits: dict[str, Fit], group: list[tuple[str, int]]) -> list[torch.Ten
     return [mixed[place] for place in group]
 
 
-def _solve_one(weights: torch.Tensor, mixed: torch.Tensor, settings: Settings) -> _Solved:
+def _solve_one(
+    weights: torch.Tensor, mixed: torch.Tensor, settings: Settings, metric: Metric | None, number: int
+) -> _Solved:
     weights = weights_operand(weights)
-    fit = fit_lefts(weights, mixed, settings)
-    stored, energy = fit.lefts.bfloat16(), row_energies(weights)
-    errors = squared_errors(weights, energy, mixed, fit, stored.float())
-    return _Solved(stored[0].cpu(), float(errors.sum()), float(energy.sum()), bool(fit.ridged[0]))
+    energy = row_energies(weights)
+    if metric is None:
+        fit = fit_lefts(weights, mixed, settings)
+        stored = fit.lefts.bfloat16()
+        errors = squared_errors(weights, energy, mixed, fit, stored.float())
+        found = float(errors.sum()), float(energy.sum())
+        return _Solved(stored[0].cpu(), *found, bool(fit.ridged[0]), found)
+    wanted, seen = metric.seen(number, weights[0].float()), metric.seen(number, mixed[0])
+    fit = fit_lefts(wanted[None], seen[None], settings)
+    stored = fit.lefts.bfloat16()
+    lost = weights[0].float() - matmul(stored[0].float(), mixed[0])
+    weighted = metric.weigh_rows(number, wanted - matmul(stored[0].float(), seen)), metric.weigh_rows(number, wanted)
+    both = _square(weighted[0]), _square(weighted[1])
+    return _Solved(stored[0].cpu(), _square(lost), float(energy.sum()), bool(fit.ridged[0]), both)
+
+
+def _square(matrix: torch.Tensor) -> float:
+    return float(row_energies(matrix[None]).sum())
 
 
 def _write_experts(
     writer: TensorWriter,
     tensor: str,
     fits: dict[str, Fit],
-    places: list[tuple[str, int]],
+    parts: list[_Part],
     solutions: Iterator[_Solved],
     written: Written,
     advance: Advance,
 ) -> None:
-    for name, fit in fits.items():
-        numbers = [number for family, number in places if family == name]
-        if not numbers:
-            continue
-        lefts = []
-        for number in numbers:
+    for part in parts:
+        name, lefts = part.pool, []
+        for number in part.numbers:
             solved = next(solutions)
             written.errors[name][number], written.energies[name][number] = solved.error, solved.energy
+            written.weighted[name][number] = solved.weighted
             written.ridged[name] += solved.ridged
             lefts.append(solved.left)
             advance(1)
-        fused = fit.family.experts[0].index is not None
-        writer.write(left_name(tensor, name), torch.stack(lefts) if fused else lefts[0])
+        fused = fits[name].family.experts[0].index is not None
+        writer.write(left_name(tensor, part.family), torch.stack(lefts) if fused else lefts[0])
 
 
 def _write_bank(fits: dict[str, Fit], path: Path, weight_map: dict[str, str]) -> str:
@@ -269,25 +318,25 @@ def _write_bank(fits: dict[str, Fit], path: Path, weight_map: dict[str, str]) ->
 
 def manifest(
     checkpoint: Checkpoint,
-    families: dict[str, Family],
+    pools: dict[str, Family],
     shapes: dict[str, Shape],
     settings: Settings,
     source: dict[str, Any],
 ) -> dict[str, Any]:
     """globe.json: all that export needs, so that the source need not exist any more."""
-    described = {}
-    for name, family in families.items():
-        tensors: dict[str, list[int]] = {}
-        for number, expert in enumerate(family.experts):
-            tensors.setdefault(expert.tensor, []).append(number)
-        described[name] = {
-            "experts": len(family),
-            "p": family.p,
-            "d": family.d,
-            "rank": shapes[name].rank,
-            "bank": shapes[name].bank,
-            "tensors": tensors,
-        }
+    described: dict[str, dict[str, Any]] = {}
+    for name, pool in pools.items():
+        for family in pool.families:
+            empty = {"experts": 0, "p": pool.p, "d": pool.d, "rank": shapes[name].rank, "bank": 0, "tensors": {}}
+            described.setdefault(family, {**empty, "banks": {}})["bank"] += shapes[name].bank
+        for number, expert in enumerate(pool.experts):
+            entry = described[expert.family]
+            entry["experts"] += 1
+            entry["tensors"].setdefault(expert.tensor, []).append(number)
+            entry["banks"][expert.tensor] = name
+    banks = {
+        name: {"experts": len(pools[name]), "rank": shape.rank, "bank": shape.bank} for name, shape in shapes.items()
+    }
     shards = [
         {
             "file": shard.path.name,
@@ -305,5 +354,6 @@ def manifest(
         "globe_version": __version__,
         "settings": settings.as_dict(),
         "families": described,
+        "banks": banks,
         "source": {**source, "index_metadata": index_metadata, "shards": shards},
     }

@@ -1,0 +1,75 @@
+"""Load a factored directory to run it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from globe.errors import UsageError
+from globe.factored import open_factored
+from globe.hf.cache import DEFAULT_BUDGET, read_budget
+from globe.hf.experts import FactoredExperts
+
+
+def load(
+    directory: str | Path,
+    *,
+    cache: int | str | None = DEFAULT_BUDGET,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    **options: Any,
+) -> Any:
+    """Load a factored directory as the causal language model of its architecture.
+
+    The bank is held once. The mixtures B̃_i that the router asks for are composed when first used and kept in one
+    cache for all layers.
+
+    Parameters
+    ----------
+    directory : str or Path
+        Written by `globe compress`, or by `save_pretrained` of a model loaded here.
+    cache : int, str or None
+        Most bytes of composed mixtures: a number, a size such as "2GiB", "all" to compose and keep every mixture now,
+        or 0 to compose each time it is used.
+    dtype : str or torch.dtype
+        To compute in; by default as the checkpoint states.
+    device : str or torch.device
+        Where to put the model.
+    **options
+        Passed on to `AutoModelForCausalLM.from_pretrained`.
+
+    Returns
+    -------
+    PreTrainedModel
+        In inference mode. `globe_stats()` tells the cache's hit rate and bytes; `set_cache` gives it another budget.
+
+    Raises
+    ------
+    GlobeError
+        If the directory is not whole.
+    UsageError
+        If the cache's budget is none.
+    """
+    read_budget(cache)
+    directory = Path(directory)
+    if not (directory / "config.json").is_file() or (directory / "globe.json").is_file():
+        open_factored(directory)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options)
+    if not hasattr(model, "globe_stats"):
+        raise UsageError(f"{directory}: not factored; use transformers to load it")
+    if "device_map" not in options:
+        model.to(device)
+    set_cache(model, cache)
+    return model
+
+
+def set_cache(model: Any, cache: int | str | None) -> None:
+    """Give the cache of mixtures of a loaded model another budget (as `cache` of `load`)."""
+    model.globe.cache.resize(cache)
+    if read_budget(cache) is None:
+        for module in model.modules():
+            if isinstance(module, FactoredExperts):
+                module.precompose()

@@ -1,0 +1,162 @@
+"""The plug-in: `from_pretrained` builds factored experts and finds their tensors in the files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from globe.autoload import METHOD
+from globe.errors import GlobeError
+from globe.factored import FORMAT_VERSION, INDEX_FILE, bank_name, left_name, rest_name
+from globe.hf.banks import Banks
+from globe.hf.experts import FactoredExperts, Place
+from globe.hf.save import save_pretrained
+from globe.tensorfile import read_header
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?experts$")
+_GATE_UP, _DOWN = "experts.gate_up_proj", "experts.down_proj"
+
+
+@register_quantization_config(METHOD)
+class GlobeConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`quantization_config` of config.json: `weights` is the weight file, or the index of several.
+
+    `experts` has, per family and layer, the arguments of `Place`, with the bank by its name.
+    """
+
+    def __init__(
+        self,
+        experts: dict[str, dict[str, list[Any]]] | None = None,
+        weights: str = INDEX_FILE,
+        format_version: int = FORMAT_VERSION,
+        replaced: dict[str, Any] | None = None,
+        **unknown: Any,
+    ) -> None:
+        if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
+            raise GlobeError(
+                f"config.json: format version {format_version!r}, this GloBE reads 1 to {FORMAT_VERSION}; "
+                "update globe-moe"
+            )
+        if not experts:
+            raise GlobeError("config.json: quantization_config names no experts; compress the source again")
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.weights = weights
+        self.experts = experts
+        if replaced:
+            self.replaced = replaced
+
+
+@register_quantizer(METHOD)
+class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Replaces experts modules by `FactoredExperts`, and hangs the banks on the model as `model.globe`."""
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Name the weight files: of all hooks, this one sees config.json before they are looked for."""
+        config.transformers_weights = self.quantization_config.weights
+        return config
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        shapes = _stored_shapes(kwargs.get("checkpoint_files"))
+        experts: dict[str, dict[str, list[Any]]] = self.quantization_config.experts
+        names = dict.fromkeys(place[0] for layers in experts.values() for place in layers.values())
+        for name in names:
+            for part in ("atoms", "codes.indptr", "codes.indices", "codes.values"):
+                if bank_name(name, part) not in shapes:
+                    raise GlobeError(f"tensor {bank_name(name, part)} is in none of the weight files; compress again")
+        model.globe = Banks(names, shapes)
+        modules = {name: match for name, _ in model.named_modules() if (match := _LAYER.search(name))}
+        for name, match in modules.items():
+            places = {
+                family: Place(model.globe.banks[layers[match[1]][0]], *layers[match[1]][1:])
+                for family, layers in experts.items()
+                if match[1] in layers
+            }
+            if places:
+                dense = model.get_submodule(name)
+                factored = FactoredExperts(dense, places, model.globe)
+                _require_stored(shapes, int(match[1]), factored)
+                model.set_submodule(name, factored)
+        if not any(isinstance(module, FactoredExperts) for module in model.modules()):
+            raise GlobeError(f"{type(model).__name__} of transformers has no experts where the checkpoint has them")
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Merge the experts' left factors as transformers merges their matrices, and split them again on saving."""
+        factored = set(self.quantization_config.experts)
+        before: list[Any] = []
+        kept: list[Any] = []
+        for conversion in weight_conversions:
+            targets = getattr(conversion, "_original_target_patterns", [])
+            sources = getattr(conversion, "_original_source_patterns", [])
+            families = _families(conversion, targets, sources)
+            if not factored & set(families):
+                kept.append(conversion)
+                continue
+            for family, source in zip(families, sources, strict=True):
+                name = left_name(source, family) if family in factored else source
+                target = re.sub(r"(gate_up|down)_proj$", _parameter(family, factored), targets[0])
+                before.append(conversion.copy([name], [target], operations=[MergeModulelist(dim=0)]))
+        fused = {left_name(_DOWN if name == "down" else _GATE_UP, name): name for name in factored}
+        if factored & {"gate", "up"}:
+            fused |= {rest_name(_GATE_UP, name): name for name in {"gate", "up"} - factored}
+        renamed = [WeightRenaming(stored, f"experts.{_parameter(name, factored)}") for stored, name in fused.items()]
+        return [*before, *kept, *renamed]
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for bank in model.globe.banks.values():
+            bank.prepare()
+        model.globe_stats = model.globe.stats
+        model.save_pretrained = MethodType(save_pretrained, model)
+        return model
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The factors are not trained here."""
+        return False
+
+
+def _families(conversion: Any, targets: list[str], sources: list[str]) -> tuple[str, ...]:
+    """The families that a conversion of transformers merges out of one matrix per expert."""
+    if isinstance(conversion, WeightConverter) and len(targets) == 1 and any("experts" in name for name in sources):
+        for end, families in ((_GATE_UP, ("gate", "up")), (_DOWN, ("down",))):
+            if targets[0].replace("\\", "").endswith(end) and len(sources) == len(families):
+                return families
+    return ()
+
+
+def _parameter(family: str, factored: set[str]) -> str:
+    """The parameter of `FactoredExperts` that holds a family."""
+    if family in factored:
+        return f"{family}_left"
+    return "down_proj" if family == "down" else f"{family}_dense"
+
+
+def _stored_shapes(files: list[str] | None) -> dict[str, tuple[int, ...]]:
+    if not files:
+        raise GlobeError("a factored checkpoint is loaded from files; expected a directory written by globe compress")
+    headers = [read_header(Path(file)) for file in files]
+    return {name: info.shape for header in headers for name, info in header.tensors.items()}
+
+
+def _require_stored(shapes: dict[str, tuple[int, ...]], layer: int, experts: FactoredExperts) -> None:
+    """Check that the files hold the left factors of a layer, which transformers would otherwise make up."""
+    for family in experts.places:
+        wanted = tuple(getattr(experts, f"{family}_left").shape)
+        ours = re.compile(rf"(?:^|\.)layers\.{layer}\..*\.(?:globe_)?{family}_left$")
+        found = [shape for name, shape in shapes.items() if ours.search(name)]
+        if found != [wanted] and found != [wanted[1:]] * wanted[0]:
+            told = f"{len(found)} tensors of shapes {sorted(set(found))}"
+            raise GlobeError(
+                f"layer {layer}: {told} are the left factors of family {family}; expected {list(wanted)} in one "
+                f"tensor or in {wanted[0]}: compress again"
+            )

@@ -1,0 +1,158 @@
+"""Vectors of a bank and codes, L-BFGS on them, and the preconditioner of the joint fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from globe.gemm import matmul, spd_inverse
+from globe.variable_projection import Curvature, Value
+
+Array = NDArray[np.float64]
+
+_LEFT_DAMPING = 1e-4  # of the mean diagonal of an atom's left block
+_COLUMN_DAMPING = 1e-3
+_CODE_DAMPING = 1e-2
+_FIRST_STEP = 0.5  # of the block-diagonal Newton step, before a pair tells
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A direction or a slope: a part for the bank (m, r, d; fp32) and one for the codes' variables (N, m)."""
+
+    bank: torch.Tensor
+    codes: Array
+
+    def dot(self, other: Vector) -> float:
+        """The inner product, summed in fp64 over atoms."""
+        products = (torch.dot(a.flatten(), b.flatten()) for a, b in zip(self.bank, other.bank, strict=True))
+        return float(sum(float(product) for product in products)) + float((self.codes * other.codes).sum())
+
+    def times(self, factor: float) -> Vector:
+        """The vector scaled."""
+        return Vector(self.bank * factor, self.codes * factor)
+
+    def minus(self, other: Vector) -> Vector:
+        """The difference."""
+        return Vector(self.bank - other.bank, self.codes - other.codes)
+
+    def add(self, other: Vector, factor: float) -> Vector:
+        """This vector plus `factor` times the other, the bank's part in place."""
+        return Vector(self.bank.add_(other.bank, alpha=factor), self.codes + factor * other.codes)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A bank and codes. The codes' variables are the codes where `signed`, else their roots on the support."""
+
+    bank: torch.Tensor
+    codes: Array
+    signed: bool
+
+    @property
+    def variables(self) -> Array:
+        """What the codes are functions of."""
+        return self.codes if self.signed else np.sqrt(self.codes)
+
+    @property
+    def chain(self) -> Array:
+        """Derivatives of the codes by their variables; zero off the support of non-negative codes, which stays."""
+        return np.ones_like(self.codes) if self.signed else 2 * np.sqrt(self.codes)
+
+    def slope(self, value: Value) -> Vector:
+        """The gradient of the objective in bank and variables."""
+        return Vector(value.bank, value.codes * self.chain)
+
+    def moved(self, direction: Vector, size: float) -> Point:
+        """The point `size` times the direction away."""
+        variables = self.variables + size * direction.codes
+        bank = torch.add(self.bank, direction.bank, alpha=size)
+        return Point(bank, variables if self.signed else variables**2, self.signed)
+
+
+class Pairs:
+    """The last pairs of differences of points and slopes, at most `most`."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.steps: list[Vector] = []
+        self.slopes: list[Vector] = []
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def clear(self) -> None:
+        """Forget all pairs."""
+        self.steps.clear()
+        self.slopes.clear()
+
+    def add(self, step: Vector, slope: Vector) -> None:
+        """Remember a pair, unless its curvature is not positive."""
+        curvature = step.dot(slope)
+        if curvature <= 1e-10 * np.sqrt(step.dot(step) * slope.dot(slope)):
+            return
+        if len(self.steps) == self.most:
+            del self.steps[0], self.slopes[0]
+        self.steps.append(step)
+        self.slopes.append(slope)
+
+    def direction(self, slope: Vector, precondition: Callable[[Vector], Vector]) -> Vector:
+        """−H g with H from the pairs on top of the preconditioner (Nocedal & Wright, 2006, algorithm 7.4)."""
+        pairs = list(zip(self.steps, self.slopes, strict=True))
+        rest = Vector(slope.bank.clone(), slope.codes)
+        weights = []
+        for step, change in reversed(pairs):
+            weight = step.dot(rest) / step.dot(change)
+            weights.append(weight)
+            rest = rest.add(change, -weight)
+        result = precondition(rest)
+        scale = _FIRST_STEP
+        if pairs:
+            step, change = pairs[-1]
+            scale = step.dot(change) / change.dot(precondition(change))
+        result = result.times(scale)
+        for (step, change), weight in zip(pairs, reversed(weights), strict=True):
+            back = change.dot(result) / step.dot(change)
+            result = result.add(step, weight - back)
+        return result.times(-1.0)
+
+    def move(self, forward: torch.Tensor, backward: torch.Tensor) -> None:
+        """Change coordinates: steps by Q from the left, slopes by Q⁻ᵀ; both (r, r)."""
+        self.steps = [Vector(matmul(forward, step.bank), step.codes) for step in self.steps]
+        self.slopes = [Vector(matmul(backward, slope.bank), slope.codes) for slope in self.slopes]
+
+
+class Preconditioner:
+    """The inverse of the block-diagonal Gauss-Newton matrix: lefts_j ⊗ columns for an atom, (m, m) for an expert."""
+
+    def __init__(self, curvature: Curvature, weigh_columns: bool) -> None:
+        device = curvature.lefts.device
+        lefts = curvature.lefts
+        damped = _LEFT_DAMPING * lefts.diagonal(dim1=1, dim2=2).mean(1)
+        lefts.diagonal(dim1=1, dim2=2).add_(torch.where(damped > 0, damped, torch.ones_like(damped))[:, None])
+        self._lefts, _ = spd_inverse(lefts, 1e-6, 1e-12)
+        self._columns = None
+        if weigh_columns:
+            values, vectors = torch.linalg.eigh(curvature.columns)
+            inverse = (vectors / (values.clamp(min=0) + _COLUMN_DAMPING)) @ vectors.T
+            self._columns = inverse.float().to(device)
+        self._codes = curvature.codes.double().numpy()
+
+    def __call__(self, vector: Vector, point: Point) -> Vector:
+        """The inverse applied to a slope at a point."""
+        bank = matmul(self._lefts, vector.bank)
+        if self._columns is not None:
+            bank = matmul(bank, self._columns)
+        codes = np.zeros_like(vector.codes)
+        for number, chain in enumerate(point.chain):
+            active = np.flatnonzero(chain)
+            block = self._codes[number][np.ix_(active, active)] * np.outer(chain[active], chain[active])
+            mean = np.trace(block) / max(len(active), 1)
+            if mean > 0:
+                block[np.diag_indices_from(block)] += _CODE_DAMPING * mean
+                codes[number, active] = np.linalg.solve(block, vector.codes[number, active])
+        return Vector(bank, codes)

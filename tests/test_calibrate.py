@@ -1,0 +1,399 @@
+"""Activation statistics against a whole model with plain hooks; one layer in memory; refusals and reuse."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from click.testing import CliRunner  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+import globe  # noqa: E402
+from checkpoints import make_tiny  # noqa: E402
+from globe.calibrate import FILE, calibration_for  # noqa: E402
+from globe.calibration import Calibration, load_calibration  # noqa: E402
+from globe.checkpoint import Checkpoint  # noqa: E402
+from globe.cli import cli  # noqa: E402
+from globe.errors import GlobeError, UsageError  # noqa: E402
+from globe.layerwise import Layerwise  # noqa: E402
+from globe.models import load_model  # noqa: E402
+from globe.moments import Moments, value_and_slope  # noqa: E402
+from globe.stages import Stages  # noqa: E402
+from globe.texts import evaluation_text  # noqa: E402
+
+# per-expert tensors; a dense first layer; a dense layer between; fused as [E, 2p, d]; linear attention; post-norm
+ARCHITECTURES = ("mixtral", "olmoe", "deepseek_v3", "qwen3_moe", "qwen3_5_moe", "granitemoe", "minimax")
+TOKENS, WINDOW = 640, 64
+
+
+class _Lines:
+    """A display that keeps the lines it is given."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def stage(self, name: str, total: float) -> Any:
+        return globe.stages.Silent().stage(name, total)
+
+    def log(self, line: str) -> None:
+        self.lines.append(line)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def make(layout: str) -> Path:
+        if layout not in made:
+            made[layout] = make_tiny(layout, tmp_path_factory.mktemp(layout) / "model", shards=2)
+        return made[layout]
+
+    return make
+
+
+def _calibrate(model: Path, path: Path, **options: Any) -> Calibration:
+    return globe.calibrate(model, path, **{"tokens": TOKENS, "window": WINDOW, **options})
+
+
+def _windows(tokenizer: Any) -> Any:
+    return torch.tensor(tokenizer(evaluation_text("calibration"))["input_ids"][:TOKENS]).view(-1, WINDOW)
+
+
+def _weights(checkpoint: Checkpoint, layer: int) -> list[tuple[Any, Any, Any]]:
+    """Gate, up and down of every expert of a layer in fp64, read by name."""
+    layout, gates, ups = checkpoint.layout, checkpoint.family("gate"), checkpoint.family("up")
+    tensors = {name: value for shard in checkpoint.shards for name, value in load_file(shard.path).items()}
+    down: dict[int, Any] = {}
+    for name, value in tensors.items():
+        match = layout.matcher("down").fullmatch(name)
+        if match is not None and int(match["layer"]) == layer:
+            down.update(enumerate(value) if layout.fused else {int(match["expert"]): value}.items())
+    places = [place for place, expert in enumerate(gates.experts) if expert.layer == layer]
+    return [
+        (gates.read(place).double(), ups.read(place).double(), down[expert].double())
+        for expert, place in enumerate(places)
+    ]
+
+
+def _oracle(model_dir: Path, tokens_of_layer: dict[int, list[Any]], layer: int) -> dict[str, Any]:
+    """The definitions of LayerStatistics, token by token in fp64."""
+    x, chosen, routing = (torch.cat(parts) for parts in zip(*tokens_of_layer[layer], strict=True))
+    x, routing = x.double(), routing.double()
+    found: dict[str, list[Any]] = {}
+    for expert, (gate, up, down) in enumerate(_weights(Checkpoint(model_dir), layer)):
+        w = torch.where(chosen == expert, routing, 0).sum(1)
+        weight = w[:, None] ** 2
+        g, u = x @ gate.T, x @ up.T
+        sigmoid = torch.sigmoid(g)
+        phi, slope = g * sigmoid, sigmoid * (1 + g * (1 - sigmoid))
+        total = max(float(weight.sum()), 1e-300)
+
+        def mean(value: Any, weight: Any = weight, total: float = total) -> Any:
+            return (value * weight).sum(0) / total
+
+        def moment(value: Any, weight: Any = weight, total: float = total) -> Any:
+            return (value * weight).T @ value / total
+
+        gram = down.T @ down
+        for name, value in {
+            "share": weight.sum() / len(x),
+            "counts": (w != 0).sum(),
+            "diagonal": mean(x**2),
+            "gate_rows": mean((slope * u) ** 2) * (down**2).sum(0),
+            "up_rows": mean(phi**2) * (down**2).sum(0),
+            "hidden": mean((phi * u) ** 2),
+            "hidden_moment": moment(phi * u),
+            "gate_moment": moment(slope * u) * gram,
+            "up_moment": moment(phi) * gram,
+        }.items():
+            found.setdefault(name, []).append(value)
+    return {"moment": x.T @ x / len(x), **{name: torch.stack(values) for name, values in found.items()}}
+
+
+@pytest.mark.parametrize("layout", ARCHITECTURES)
+def test_statistics_are_those_of_the_whole_model(layout: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    model_dir = tiny(layout)
+    model, tokenizer = load_model(model_dir)
+    seen: dict[int, list[Any]] = {}
+    streams: dict[int, list[Any]] = {}
+    for number, layer in enumerate(model.model.layers):
+        for module in layer.modules():
+            if hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
+                module.register_forward_pre_hook(lambda _, x, n=number: seen.setdefault(n, []).append(x))
+        layer.register_forward_hook(
+            lambda _, x, y, n=number: streams.setdefault(n, []).append(y[0] if isinstance(y, tuple) else y)
+        )
+    with torch.no_grad():
+        model(_windows(tokenizer))
+    found = _calibrate(model_dir, tmp_path / "statistics", row_moments="full")
+    assert found.layers == tuple(sorted(seen))
+    for number in found.layers:
+        statistics = asdict(found.layer(number))
+        expected = _oracle(model_dir, seen, number)
+        expected["residual"] = 1 / torch.cat(streams[number]).double().square().sum(-1).reciprocal().mean()
+        assert statistics.keys() == expected.keys()
+        for name, value in expected.items():
+            assert statistics[name].shape == value.shape
+            distance = torch.linalg.norm(statistics[name].double() - value)
+            assert distance <= 2e-5 * torch.linalg.norm(value.double()), (number, name)
+
+
+@pytest.mark.parametrize("layout", ["minimax", "deepseek_v2", "phimoe", "qwen2_moe"])
+def test_streamed_states_are_the_models_own(layout: str, tiny: Callable[[str], Path]) -> None:
+    model, tokenizer = load_model(tiny(layout))
+    windows = _windows(tokenizer)
+    expected: list[Any] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, x, y: expected.append(y))
+    with torch.no_grad():
+        model(windows)
+    streamed = Layerwise(Checkpoint(tiny(layout)), torch.device("cpu"))
+    hidden, arguments = streamed.embed(windows)
+    for number, after in enumerate(expected):
+        with streamed.layer(number) as layer:
+            for span in streamed.batches(windows):
+                hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
+        torch.testing.assert_close(hidden, after, rtol=1e-4, atol=1e-4 * float(after.abs().max()))
+
+
+def test_one_layer_has_weights_at_a_time(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[tuple[int, list[int]]] = []
+    run = Layerwise.run
+
+    def spy(self: Layerwise, number: int, *arguments: Any) -> Any:
+        there = [n for n, layer in enumerate(self.layers) if any(not part.is_meta for part in layer.parameters())]
+        others = [name for name, part in self.model.named_parameters() if ".layers." not in name and not part.is_meta]
+        assert others == []
+        held = [part for part in gc.get_objects() if type(part) in (torch.Tensor, torch.nn.Parameter)]
+        stacks = {part.data_ptr() for part in held if part.shape == (8, 64, 64) and not part.is_meta}
+        assert len(stacks) == (number != 1)  # layer 1 is dense
+        loaded.append((number, there))
+        return run(self, number, *arguments)
+
+    monkeypatch.setattr(Layerwise, "run", spy)
+    monkeypatch.setattr("globe.layerwise._TOKENS", 256)
+    _calibrate(tiny("qwen3_moe"), tmp_path / "statistics")
+    assert loaded == [(number, [number]) for number in range(3) for _ in range(3)]  # 10 windows in batches of 4
+
+
+def test_batches_change_rounding_only(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _calibrate(tiny("olmoe"), tmp_path / "whole").layer(1)
+    again = _calibrate(tiny("olmoe"), tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert again.about["warnings"] == []
+    monkeypatch.setattr("globe.layerwise._TOKENS", 192)
+    parts = _calibrate(tiny("olmoe"), tmp_path / "parts").layer(1)
+    for name, value in asdict(whole).items():
+        torch.testing.assert_close(asdict(parts)[name], value, rtol=1e-4, atol=1e-5 * float(value.double().abs().max()))
+
+
+def test_row_moments(tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("mixtral")
+    assert _calibrate(model, tmp_path / "auto").layer(0).gate_moment is not None
+    assert _calibrate(model, tmp_path / "diagonal", row_moments="diagonal").layer(0).gate_moment is None
+    monkeypatch.setattr(sys.modules["globe.calibrate"], "_AUTO_BYTES", 3 * 4 * 2 * 4 * 48 * 48)
+    assert _calibrate(model, tmp_path / "auto").layer(0).gate_moment is None
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
+def test_slope_of_an_activation(name: str) -> None:
+    activation = transformers.activations.ACT2FN[name]
+    at = torch.linspace(-4, 4, 41, dtype=torch.float64) + 0.01
+    value, slope = value_and_slope(activation, at)
+    torch.testing.assert_close(value, activation(at))
+    torch.testing.assert_close(slope, (activation(at + 1e-6) - activation(at - 1e-6)) / 2e-6, rtol=1e-6, atol=1e-8)
+
+
+def test_an_expert_that_is_sent_nothing() -> None:
+    random = torch.Generator().manual_seed(0)
+    gate_up, down = torch.randn(2, 6, 4, generator=random), torch.randn(2, 4, 3, generator=random)
+    moments = Moments(gate_up, down, torch.nn.functional.silu, full=True)
+    moments.add(torch.randn(5, 4, generator=random), torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1))
+    statistics: Any = moments.statistics()
+    assert statistics.counts.tolist() == [5, 0]
+    assert all(value[1].eq(0).all() for value in (statistics.diagonal, statistics.hidden, statistics.gate_moment))
+
+
+def test_moments_take_only_what_mps_has() -> None:
+    from fake_mps import MPS, FakeMps
+
+    random = torch.Generator().manual_seed(0)
+    gate_up, down, x = (torch.randn(shape, generator=random) for shape in ((2, 6, 4), (2, 4, 3), (5, 4)))
+    routing = (torch.tensor([[0], [1], [1], [0], [1]]), torch.rand(5, 1, generator=random))
+    found = []
+    for place in (MPS, torch.device("cpu")):
+        with FakeMps():
+            moments = Moments(gate_up.to(place), down.to(place), torch.nn.functional.silu, full=True)
+            moments.add_residual(x.to(place))
+            moments.add(x.to(place), *(part.to(place) for part in routing))
+            found.append(asdict(moments.statistics()))
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value)
+
+
+def test_the_text_is_not_the_one_evaluated(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    from pydoc_data.topics import topics
+
+    halves = [evaluation_text(half) for half in ("calibration", "evaluation")]
+    assert "".join(halves) == "\n\n".join(topics[key] for key in sorted(topics))
+    about = _calibrate(tiny("mixtral"), tmp_path / "statistics").about
+    assert about["sha256"] == hashlib.sha256(halves[0].encode()).hexdigest()
+    assert "calibration half" in about["text"]
+    assert about["fingerprint"] == Checkpoint(tiny("mixtral")).fingerprint()
+    assert (about["tokens"], about["window"], about["globe_version"]) == (TOKENS, WINDOW, globe.__version__)
+
+
+def test_command(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    text, file = tmp_path / "text", tmp_path / "statistics"
+    text.write_text("A router sends every token to a few experts. " * 10, encoding="utf-8")
+    arguments = ["calibrate", str(tiny("olmoe")), str(file), "--text", str(text), "--window", "100", "--json", "-q"]
+    said = CliRunner().invoke(cli, arguments)
+    assert said.exit_code == 0, said.output
+    found = json.loads(said.stdout)
+    assert (found["tokens"], found["text"], found["layers"]) == (400, str(text), [0, 1])
+    assert load_calibration(file).about["sha256"] == found["sha256"]
+
+
+def test_few_tokens_and_unused_experts_are_told(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    lines = _Lines()
+    found = _calibrate(tiny("deepseek_v3"), tmp_path / "statistics", text="x" * 8, tokens=8, window=4, progress=lines)
+    assert found.about["warnings"] == lines.lines
+    assert "8 tokens are few for moments of 64 inputs; at least 256" in lines.lines[0]
+    assert "of 16 experts were sent no token, first expert" in lines.lines[1]
+
+
+def _drop(name: str) -> Callable[[Path], None]:
+    def change(model: Path) -> None:
+        tensors = load_file(model / "model.safetensors")
+        del tensors[name]
+        save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+    return change
+
+
+def _damage(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"].fill_(torch.nan)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "told"),
+    [
+        (lambda model: (model / "tokenizer.json").unlink(), {}, "no tokenizer|tokenizer cannot"),
+        (_drop("model.layers.1.input_layernorm.weight"), {}, "lacks weight of MixtralRMSNorm .layer 1."),
+        (_drop("model.embed_tokens.weight"), {}, "lacks weight of Embedding"),
+        (_damage, {}, "layer 1 gives values that are not finite"),
+        (None, {"text": "too short"}, "has 9 tokens; expected at least two windows of 64"),
+        (None, {"tokens": 100}, "tokens is 100; expected at least two windows of 64"),
+        (None, {"window": 1}, "window is 1"),
+        (None, {"window": 1024, "tokens": 4096}, "window is 1024; the model knows 512 positions"),
+        (None, {"row_moments": "some"}, "row moments is 'some'; expected one of auto, diagonal, full"),
+        (None, {"device": "toaster"}, "not a torch device"),
+        (None, {"text": Path("nowhere")}, "nowhere: No such file"),
+    ],
+)
+def test_refusals(
+    change: Callable[[Path], None] | None,
+    options: dict[str, Any],
+    told: str,
+    tmp_path: Path,
+) -> None:
+    model = make_tiny("mixtral", tmp_path / "model")
+    if change is not None:
+        for file in ("tokenizer_config.json",) if "tokenizer" in told else ():
+            (model / file).unlink()
+        change(model)
+    with pytest.raises(GlobeError, match=told):
+        _calibrate(model, tmp_path / "statistics", **options)
+    assert not (tmp_path / "statistics").exists()
+
+
+def test_experts_of_another_form(tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = transformers.models.mixtral.modeling_mixtral.MixtralExperts
+    forward = experts.forward
+    monkeypatch.setattr(experts, "forward", lambda *arguments: forward(*arguments).clamp(max=0.01))
+    with pytest.raises(GlobeError, match=r"MixtralExperts is not down \(φ\(gate x\) · up x\)"):
+        _calibrate(tiny("mixtral"), tmp_path / "statistics")
+
+
+def test_architecture_that_transformers_lacks(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("Unrecognized configuration class\nand more")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", refuse)
+    with pytest.raises(GlobeError, match="transformers cannot run it: Unrecognized configuration class$"):
+        _calibrate(tiny("mixtral"), tmp_path / "statistics")
+
+
+def test_an_error_of_the_models_own_code(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention = transformers.models.mixtral.modeling_mixtral.MixtralAttention
+    monkeypatch.setattr(attention, "forward", lambda *_, **__: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(GlobeError, match="transformers cannot run it: .*size"):
+        _calibrate(tiny("mixtral"), tmp_path / "statistics")
+
+
+def test_choices_of_a_compression(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    checkpoint, lines = Checkpoint(tiny("mixtral")), _Lines()
+    assert calibration_for(checkpoint, "none", tmp_path, Stages(lines)) is None
+    assert lines.lines == []
+    stages = Stages(lines)
+    made = calibration_for(checkpoint, "pydoc", tmp_path, stages, tokens=1024)
+    assert made is not None and made.path == tmp_path / FILE
+    assert [stage.name for stage in stages.records] == ["calibrate"]
+    assert "calibrated on 1,024 tokens of pydoc_data" in lines.lines[-1]
+
+    stages, before = Stages(lines), made.path.stat().st_mtime_ns
+    assert calibration_for(checkpoint, "auto", tmp_path, stages, tokens=1024) == made
+    assert (stages.records, made.path.stat().st_mtime_ns) == ([], before)
+    assert "calibrated before, on 1,024 tokens" in lines.lines[-1]
+    assert calibration_for(checkpoint, str(made.path), tmp_path, stages) == made
+
+    more = calibration_for(checkpoint, "auto", tmp_path, stages, tokens=1536)
+    assert more is not None and more.about["tokens"] == 1536
+    with pytest.raises(GlobeError, match="made of another checkpoint than .*; run globe calibrate on this one"):
+        calibration_for(Checkpoint(tiny("olmoe")), str(made.path), tmp_path, stages)
+    with pytest.raises(GlobeError, match="cannot be read"):
+        calibration_for(checkpoint, str(tmp_path / "nowhere"), tmp_path, stages)
+
+
+def test_auto_goes_on_without_what_it_needs(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = shutil.copytree(tiny("mixtral"), tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    lines = _Lines()
+    assert calibration_for(Checkpoint(bare), "auto", tmp_path, Stages(lines)) is None
+    assert len(lines.lines) == 1 and "weights only, without activation statistics" in lines.lines[0]
+    assert "no tokenizer" in lines.lines[0]
+    with pytest.raises(GlobeError, match="no tokenizer"):
+        calibration_for(Checkpoint(bare), "pydoc", tmp_path, Stages(lines))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert calibration_for(Checkpoint(tiny("mixtral")), "auto", tmp_path, Stages(lines)) is None
+    assert "needs transformers: pip install" in lines.lines[-1]
+
+
+def test_place_of_the_file(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such directory"):
+        _calibrate(tiny("mixtral"), tmp_path / "nowhere" / "statistics")
+    with pytest.raises(UsageError, match="is a directory"):
+        _calibrate(tiny("mixtral"), tmp_path)
