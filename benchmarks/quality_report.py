@@ -45,7 +45,8 @@ _JUDGED = (("perplexity", ",.2f"), ("kl", ".4f"), ("top1_agreement", ".1%"))
 def curves(rows: Sequence[dict[str, Any]], error: str) -> dict[str, list[tuple[float, float]]]:
     """Points (seconds, error) of every method and metric, in order of time.
 
-    A row is a point. A row of GloBE has its history before it, where that tells this error loop by loop.
+    A row is a point. A weight-only row of GloBE has the history of its relative error before it; in a metric the
+    history is of the fit's own objective, which is another.
     """
     found: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
@@ -60,10 +61,9 @@ def curves(rows: Sequence[dict[str, Any]], error: str) -> dict[str, list[tuple[f
 def _history(row: dict[str, Any], error: str) -> list[tuple[float, float]]:
     """After loop k of all families: the seconds of all so far, the error of all together."""
     histories = row.get("history") or {}
-    told = all(error in record for records in histories.values() for record in records)
-    if not histories or not told:
+    if not histories or error != "relative_error" or row["metric"] != "weights":
         return []
-    energies = {name: row["families"][name][error.replace("error", "energy")] for name in histories}
+    energies = {name: row["families"][name]["relative_energy"] for name in histories}
     seconds = {name: row["seed_seconds"][name] for name in histories}
     points = []
     for loop in range(max(map(len, histories.values()))):

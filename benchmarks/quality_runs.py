@@ -194,9 +194,19 @@ def run_globe(
             name: {key: found.get(key) for key in ("rank", "bank", "support_median")}
             for name, found in metrics["families"].items()
         },
-        "history": {name: found["history"] for name, found in metrics["families"].items()},
+        "history": {name: _history(found) for name, found in metrics["families"].items()},
         "seed_seconds": {name: found["init"]["seconds"] for name, found in metrics["families"].items()},
     }
+
+
+def _history(report: Mapping[str, Any]) -> list[dict[str, float]]:
+    """Seconds and relative error of the loops of alternation and, after them, of the steps of the joint fit."""
+    told = [{key: record[key] for key in ("seconds", "relative_error")} for record in report["history"]]
+    before = 0.0
+    for step in report.get("joint", {}).get("history", []):
+        told.append({"seconds": step["seconds"] - before, "relative_error": step["error"]})
+        before = step["seconds"]
+    return told
 
 
 def measure_error(
@@ -245,6 +255,8 @@ def _main() -> int:
     calibration = load_calibration(Path(request["calibration"])) if request["calibration"] else None
     checkpoint, dense = Checkpoint(Path(request["model"])), Path(request["dense"])
     try:
+        if calibration is not None and calibration.about.get("fingerprint", "") not in ("", checkpoint.fingerprint()):
+            raise GlobeError(f"calibration {calibration.path}: made of another checkpoint than {request['model']}")
         if request["options"] is not None:
             asked = (request["families"], request["options"], request["threads"], request["clock"])
             row = run_globe(checkpoint, dense, *asked)
