@@ -112,7 +112,7 @@ def fit_joint(
         _save(store, name, replace(now, state=State(bank, codes, now.state.temperature)), memory, elapsed())
         value, curvature = problem.curvature(bank, codes, settings.seed + now.step, advance)
         if value.ridged and now.step == 0:  # the warm start's coordinates may be far from the metric's
-            bank = _recentre(bank, memory, value, curvature)[0]
+            bank, codes, memory, *_ = _recentre(Point(bank, codes, signed), memory, value, curvature)
             value, curvature = problem.curvature(bank, codes, settings.seed, advance)
             now = replace(now, evaluations=now.evaluations + 1)
         median = float(np.median(supports(codes)))
@@ -147,7 +147,7 @@ def fit_joint(
                 value = problem.evaluate(bank, codes, advance)
                 now = replace(now, evaluations=now.evaluations + 1)
             now = replace(now, state=replace(now.state, temperature=temperature))
-        bank, memory, value, curvature = _recentre(bank, memory, value, curvature)
+        bank, codes, memory, value, curvature = _recentre(Point(bank, codes, signed), memory, value, curvature)
         preconditioner = Preconditioner(curvature, problem.metric is not None)
         steps = min(_SEGMENT, settings.joint_steps - now.step)
         bank, codes, taken, evaluations = _descend(
@@ -182,7 +182,7 @@ def _descend(
                 break
             memory.clear()
             continue
-        size, found = 1.0, None
+        size, found = point.reach(direction), None
         for _ in range(_TRIALS):
             trial = point.moved(direction, size)
             found = problem.evaluate(trial.bank, trial.codes, advance)
@@ -205,17 +205,24 @@ def _descend(
 
 
 def _recentre(
-    bank: torch.Tensor, memory: Pairs, value: Value, curvature: Curvature
-) -> tuple[torch.Tensor, Pairs, Value, Curvature]:
-    """Everything in coordinates in which the mean of B̃'B̃'ᵀ is the identity: B_j → Q B_j, A_i → A_i Q⁻¹."""
+    point: Point, memory: Pairs, value: Value, curvature: Curvature
+) -> tuple[torch.Tensor, Array, Pairs, Value, Curvature]:
+    """Everything in coordinates in which the mean of B̃'B̃'ᵀ is the identity, and all experts' codes are of sum one.
+
+    B_j → Q B_j, α_i → c_i α_i and A_i → A_i Q⁻¹ / c_i leave f as it is.
+    """
     values, vectors = torch.linalg.eigh(curvature.gram)
     values = values.clamp(min=1e-9 * float(values[-1]))
-    forward = ((vectors * values.rsqrt()) @ vectors.T).float().to(bank.device)
-    backward = ((vectors * values.sqrt()) @ vectors.T).float().to(bank.device)
-    memory.move(forward, backward)
+    device = point.bank.device
+    forward = ((vectors * values.rsqrt()) @ vectors.T).float().to(device)
+    backward = ((vectors * values.sqrt()) @ vectors.T).float().to(device)
+    scales = 1 / np.abs(point.codes).sum(1, keepdims=True)
+    memory.move(forward, backward, scales if point.signed else np.sqrt(scales))
     lefts = matmul(matmul(backward, curvature.lefts), backward)
-    value = replace(value, bank=matmul(backward, value.bank))
-    return matmul(forward, bank), memory, value, replace(curvature, lefts=(lefts + lefts.mT) / 2)
+    means = torch.from_numpy(scales**-2)[:, :, None]
+    curvature = replace(curvature, lefts=(lefts + lefts.mT) / 2, codes=(curvature.codes * means).float())
+    value = replace(value, bank=matmul(backward, value.bank), codes=value.codes / scales)
+    return matmul(forward, point.bank), point.codes * scales, memory, value, curvature
 
 
 def _wanted_support(now: Joint, settings: Settings) -> float | None:

@@ -17,6 +17,7 @@ Array = NDArray[np.float64]
 _LEFT_DAMPING = 1e-4  # of the mean diagonal of an atom's left block
 _COLUMN_DAMPING = 1e-3
 _CODE_DAMPING = 1e-2
+_REACH = 2.0  # of the size of a bank or an expert's variables, in one step
 _FIRST_STEP = 0.5  # of the block-diagonal Newton step, before a pair tells
 
 
@@ -66,6 +67,13 @@ class Point:
     def slope(self, value: Value) -> Vector:
         """The gradient of the objective in bank and variables."""
         return Vector(value.bank, value.codes * self.chain)
+
+    def reach(self, direction: Vector) -> float:
+        """The part of a direction, at most 1, along which neither the bank nor any expert's variables triple."""
+        sizes = np.linalg.norm(self.variables, axis=1), np.linalg.norm(direction.codes, axis=1)
+        bank, step = (float(torch.linalg.vector_norm(part)) for part in (self.bank, direction.bank))
+        parts = [_REACH * sizes[0] / np.maximum(sizes[1], 1e-300), np.array([_REACH * bank / max(step, 1e-300)])]
+        return float(min(1.0, *(part.min() for part in parts)))
 
     def moved(self, direction: Vector, size: float) -> Point:
         """The point `size` times the direction away."""
@@ -120,10 +128,10 @@ class Pairs:
             result = result.add(step, weight - back)
         return result.times(-1.0)
 
-    def move(self, forward: torch.Tensor, backward: torch.Tensor) -> None:
-        """Change coordinates: steps by Q from the left, slopes by Q⁻ᵀ; both (r, r)."""
-        self.steps = [Vector(matmul(forward, step.bank), step.codes) for step in self.steps]
-        self.slopes = [Vector(matmul(backward, slope.bank), slope.codes) for slope in self.slopes]
+    def move(self, forward: torch.Tensor, backward: torch.Tensor, scales: Array) -> None:
+        """Change coordinates: banks by Q (steps) and Q⁻ᵀ (slopes), (r, r); variables by a factor per expert, (N, 1)."""
+        self.steps = [Vector(matmul(forward, step.bank), step.codes * scales) for step in self.steps]
+        self.slopes = [Vector(matmul(backward, slope.bank), slope.codes / scales) for slope in self.slopes]
 
 
 class Preconditioner:
