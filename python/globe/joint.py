@@ -83,8 +83,8 @@ def fit_joint(
     Variable projection (Golub & Pereyra, 1973) with L-BFGS (Nocedal, 1980). Every `_SEGMENT` steps one more pass finds
     the Gauss-Newton blocks that precondition it, bank and pairs are moved to coordinates in which the mean of
     B̃'B̃'ᵀ is the identity (f does not change: A_i absorbs it), and the state is saved. Non-negative codes are
-    squares of the variables on their support, which is the form of entmax-1.5 above its threshold; for entmax and
-    sparsemax the supports shrink to the target by temperature over the first part of the steps.
+    squares of the variables on their support, which is the form of entmax-1.5 above its threshold. A Newton step lets
+    atoms in at the start; for entmax and sparsemax the supports then shrink to the target, by temperature.
 
     Parameters
     ----------
@@ -136,17 +136,20 @@ def fit_joint(
         if _plateau(now, settings) and (wanted is None or median <= settings.support):
             now = replace(now, stopped="plateau")
             break
-        if not signed:
+        if not signed and now.step == 0:
             grown = newton_codes(curvature.codes, codes, value.codes)
-            temperature = now.state.temperature
-            if wanted is not None and median > wanted:
-                codes, temperature = shrink_support(
-                    curvature.codes, codes, value.codes, grown, wanted, entmax_alpha(settings)
-                )
-                memory = Pairs(pairs)
-                value = problem.evaluate(bank, codes, advance)
-                now = replace(now, evaluations=now.evaluations + 1)
-            now = replace(now, state=replace(now.state, temperature=temperature))
+            found = problem.evaluate(bank, grown, advance)
+            now = replace(now, evaluations=now.evaluations + 1)
+            if found.error <= value.error:
+                codes, value = grown, found
+                now = replace(now, initial_support=max(median, float(np.median(supports(codes)))))
+        elif wanted is not None and median > wanted:
+            arguments = (curvature.codes, codes, value.codes)
+            codes, temperature = shrink_support(*arguments, newton_codes(*arguments), wanted, entmax_alpha(settings))
+            memory.clear()
+            value = problem.evaluate(bank, codes, advance)
+            log(f"{name}: step {now.step}: supports shrunk to {wanted:.3g}, error {value.error:.5f}")
+            now = replace(now, state=replace(now.state, temperature=temperature), evaluations=now.evaluations + 1)
         bank, codes, memory, value, curvature = _recentre(Point(bank, codes, signed), memory, value, curvature)
         preconditioner = Preconditioner(curvature, problem.metric is not None)
         steps = min(_SEGMENT, settings.joint_steps - now.step)
@@ -230,7 +233,7 @@ def _wanted_support(now: Joint, settings: Settings) -> float | None:
     if settings.codes not in ("entmax", "sparsemax"):
         return None
     assert now.initial_support is not None
-    share = min(1.0, (now.step + _SEGMENT) / max(_SHRINKING * settings.joint_steps, 1))
+    share = min(1.0, now.step / max(_SHRINKING * settings.joint_steps, 1))
     first, last = max(now.initial_support, settings.support), settings.support
     return float(first * (last / first) ** share)
 
