@@ -26,6 +26,7 @@ _HOMES = {
     "export": "globe.export",
     "get_cmake_dir": "globe.embedding",
     "inspect": "globe.inspect",
+    "report": "globe.report",
 }
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from globe.evaluate import evaluate as evaluate
     from globe.export import export as export
     from globe.inspect import inspect as inspect
+    from globe.report import report as report
     from globe.settings import Settings as Settings
 
 __all__ = [*_HOMES, "__version__"]

@@ -16,7 +16,16 @@ from globe.errors import GlobeError, UsageError
 from globe.runstore import FOLDER, Log, RunStore, differences, stored_key
 
 _LOCK = ".globe-lock"
-_WRITTEN = ("config.json", "globe.json", "metrics.json", "README.md", "*.safetensors", "*.safetensors.index.json")
+REPORT = "report.html"
+_WRITTEN = (
+    "config.json",
+    "globe.json",
+    "metrics.json",
+    "README.md",
+    REPORT,
+    "*.safetensors",
+    "*.safetensors.index.json",
+)
 
 
 @contextmanager
@@ -211,7 +220,7 @@ def _is_full(error: BaseException) -> TypeGuard[OSError]:
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy the tokenizer and other small files: all but weights, config.json and what GloBE writes itself."""
-    left_alone = {"config.json", "README.md", "metrics.json", "globe.json", "globe.safetensors.index.json"}
+    left_alone = {"config.json", "README.md", "metrics.json", "globe.json", "globe.safetensors.index.json", REPORT}
     weights = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"}
     for entry in sorted(source.iterdir()):
         hidden = entry.name.startswith(".") or entry.name.endswith(".index.json")

@@ -6,11 +6,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from globe.errors import GlobeError, UsageError
+from globe.output import REPORT
 from globe.report.data import read_run
 from globe.report.page import render
 from globe.tensorfile import write_text
-
-REPORT = "report.html"
 
 
 def report(out_dir: Path | str, other: Path | str | None = None, *, output: Path | str | None = None) -> Path:

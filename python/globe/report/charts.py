@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,14 +65,12 @@ def line(
         parts.append(text(where + 4, frame.top + 9, label, "start", class_="remark"))
     dots = len(xs) <= 400
     for one in series:
-        points = [(frame.across(x), frame.up(y)) for x, y in zip(one.xs, one.ys, strict=True) if math.isfinite(y)]
+        finite = [(x, y) for x, y in zip(one.xs, one.ys, strict=True) if math.isfinite(y)]
+        points = [(frame.across(x), frame.up(y)) for x, y in finite]
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points) if points else "M0 0"
         parts.append(tag("path", class_=f"line s{one.colour % 6}{' dashed' if one.dashed else ''}", d=path))
         if dots:
-            for (x, y), at, value in zip(
-                points, [x for x, y in zip(one.xs, one.ys, strict=True) if math.isfinite(y)],
-                [y for y in one.ys if math.isfinite(y)], strict=True,
-            ):  # fmt: skip
+            for (x, y), (at, value) in zip(points, finite, strict=True):
                 said = tip(f"{one.name}: {y_format(value)} at {x_label} {number(at)}")
                 parts.append(tag("circle", said, class_=f"dot s{one.colour % 6}", cx=x, cy=y, r=2.4))
     keys = [
@@ -122,7 +121,9 @@ def bars(
         x = frame.across(mark[0])
         parts.append(tag("line", class_="mark", x1=x, x2=x, y1=frame.top, y2=frame.height - frame.bottom))
         near = x > frame.width - 90
-        parts.append(text(x - 4 if near else x + 4, frame.top + 9, mark[1], "end" if near else "start", class_="remark"))
+        parts.append(
+            text(x - 4 if near else x + 4, frame.top + 9, mark[1], "end" if near else "start", class_="remark")
+        )
     return figure(title, about, "".join(parts), frame.width, frame.height)
 
 
@@ -151,20 +152,20 @@ def levels(
 def heat_map(
     title: str,
     values: Array,
-    rows: Sequence[object],
-    columns: Sequence[object],
+    rows: Sequence[int],
+    columns: Sequence[int],
     row_label: str,
     column_label: str,
     edges: Sequence[float],
     *,
     about: str = "",
-    unit: str = "",
+    scale: Sequence[str] | None = None,
     format_: Callable[[float], str] = number,
     tips: Callable[[int, int], str] | None = None,
 ) -> str:
     """A matrix as coloured cells: colour k where `edges` has k values that are no higher, none where it has NaN.
 
-    Cells of one colour are one path; up to 4000 cells have a tip each.
+    Cells of one colour are one path; up to 4000 cells have a tip each. `scale` names the colours in the legend.
     """
     count, across = values.shape
     wide = min(22.0, max(5.0, 348 / max(across, 1)))
@@ -185,8 +186,8 @@ def heat_map(
         for y, x in zip(*np.nonzero(np.isfinite(values)), strict=True):
             said = f"{row_label} {rows[y]}, {column_label} {columns[x]}: {format_(float(values[y, x]))}"
             said = tips(int(y), int(x)) if tips is not None else said
-            place = {"x": left + x * wide, "y": top + y * tall, "width": wide, "height": tall}
-            parts.append(tag("rect", tip(said), class_="cell", **place))
+            at = {"x": left + x * wide, "y": top + y * tall, "width": wide, "height": tall}
+            parts.append(tag("rect", tip(said), class_="cell", **at))
     for place in _thinned(across, wide, 8.0 * max((len(str(one)) for one in columns), default=1) + 4):
         parts.append(text(left + (place + 0.5) * wide, top + tall * count + 14, columns[place]))
     for place in _thinned(count, tall, 13):
@@ -198,14 +199,13 @@ def heat_map(
         row_note = ""
     else:
         row_note = f"Rows: {row_label}. "
-    said = _scale(edges, format_)
+    names = scale if scale is not None else _scale(edges, format_)
     keys = "".join(
-        tag("span", tag("i", " ", class_=f"swatch q{_colour(shade, len(edges))}") + escape(said[shade]))
+        tag("span", tag("i", " ", class_=f"swatch q{_colour(shade, len(edges))}") + escape(names[shade]))
         for shade in range(len(edges) + 1)
         if ((shades == shade) & np.isfinite(values)).any()
     )
-    legend = (escape(unit) + " " if unit else "") + keys
-    return figure(title, row_note + about, "".join(parts), width, height, legend)
+    return figure(title, row_note + about, "".join(parts), width, height, keys)
 
 
 def even_edges(low: float, high: float) -> list[float]:
@@ -216,7 +216,7 @@ def even_edges(low: float, high: float) -> list[float]:
 def _scale(edges: Sequence[float], format_: Callable[[float], str]) -> list[str]:
     if not len(edges):
         return ["all"]
-    inner = [f"{format_(low)} – {format_(high)}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    inner = [f"{format_(low)} – {format_(high)}" for low, high in itertools.pairwise(edges)]
     return [f"< {format_(edges[0])}", *inner, f"≥ {format_(edges[-1])}"]
 
 

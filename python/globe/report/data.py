@@ -137,8 +137,8 @@ def _family(factored: Factored, metrics: dict[str, Any], name: str, held: list[t
         raise ValueError(f"family {name} has errors of {errors.size} experts, not of {len(held)}")
     layers = np.array([layer for layer, _, _ in held])
     numbers = np.concatenate([np.arange(count) for count in np.unique(layers, return_counts=True)[1]])
-    sizes = (described[key] for key in ("p", "d", "rank", "bank"))
-    return FamilyView(name, *sizes, layers, numbers, errors, weighted, report)
+    p, d, rank, atoms = (described[key] for key in ("p", "d", "rank", "bank"))
+    return FamilyView(name, p, d, rank, atoms, layers, numbers, errors, weighted, report)
 
 
 def _pool(

@@ -6,10 +6,11 @@ import importlib.resources
 from collections.abc import Sequence
 from typing import Any
 
+from globe.report.costs import costs_section
 from globe.report.data import Run
 from globe.report.findings import findings
-from globe.report.sections import LETTERS, banks_section, costs_section, experts_section
-from globe.report.svg import duration, escape, number, percent, size, tag
+from globe.report.sections import LETTERS, banks_section, experts_section
+from globe.report.svg import duration, escape, number, size, tag
 from globe.settings import Settings
 
 _AXES = (
@@ -26,7 +27,8 @@ def render(runs: Sequence[Run]) -> str:
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     head = (
         '<meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}"/><meta name="color-scheme" content="light dark"/>'
+        '<meta name="color-scheme" content="light dark"/>'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"/>'
         + tag("title", escape(title))
         + tag("style", style)
     )
@@ -136,7 +138,8 @@ def _origins(runs: Sequence[Run]) -> list[str]:
     told = [_origin(run) for run in runs]
     keys = dict.fromkeys(key for one in told for key in one)
     return [
-        tag("tr", tag("th", escape(key)) + "".join(tag("td", escape(one.get(key, "–"))) for one in told)) for key in keys
+        tag("tr", tag("th", escape(key)) + "".join(tag("td", escape(one.get(key, "–"))) for one in told))
+        for key in keys
     ]
 
 

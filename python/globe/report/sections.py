@@ -7,16 +7,28 @@ from itertools import zip_longest
 
 import numpy as np
 
-from globe.report.charts import Series, bars, even_edges, figure, heat_map, levels, line, span
+from globe.report.charts import Series, bars, even_edges, figure, heat_map, line, span
 from globe.report.data import Array, FamilyView, PoolView, Run
-from globe.report.svg import duration, escape, number, percent, size, tag, text
+from globe.report.svg import escape, number, percent, tag, text
 
 LETTERS = "AB"
 _OPEN_POOLS = 4
 _SHARES = (1e-9, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6)
+_SHARE_NAMES = (
+    "unused",
+    "below 1 %",
+    "1 – 2 %",
+    "2 – 5 %",
+    "5 – 10 %",
+    "10 – 20 %",
+    "20 – 40 %",
+    "40 – 60 %",
+    "60 % or more",
+)
 _OVERLAPS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 Figures = list[str]
+_Errors = Callable[[FamilyView], Array | None]
 
 
 def side_by_side(each: Sequence[Figures]) -> str:
@@ -36,7 +48,7 @@ def side_by_side(each: Sequence[Figures]) -> str:
 
 def experts_section(runs: Sequence[Run]) -> str:
     """Error by layer, then by expert, family by family; the scales of two runs are the same."""
-    kinds: list[tuple[str, Callable[[FamilyView], Array | None], str]] = [
+    kinds: list[tuple[str, _Errors, str]] = [
         ("Relative error", lambda family: family.errors, "‖W − Ŵ‖² / ‖W‖²: 0 is lossless, 1 is nothing kept."),
         (
             "Activation-weighted error",
@@ -47,7 +59,10 @@ def experts_section(runs: Sequence[Run]) -> str:
     each: list[Figures] = [[] for _ in runs]
     for title, errors_of, about in kinds[::-1]:
         present = [
-            (run, family, errors) for run in runs for family in run.families if (errors := errors_of(family)) is not None
+            (run, family, errors)
+            for run in runs
+            for family in run.families
+            if (errors := errors_of(family)) is not None
         ]
         if not present:
             continue
@@ -60,27 +75,39 @@ def experts_section(runs: Sequence[Run]) -> str:
                 series.append(Series(f"{family.name}, worst expert", layers, worst, colour, dashed=True))
             said = f"{about} The mean of each layer's experts, and the worst of them."
             figures.append(line(f"{title} by layer", series, "layer", title.lower(), about=said, y_range=y_range))
-    names = list(dict.fromkeys(family.name for run in runs for family in run.families))
+    names = dict.fromkeys(family.name for run in runs for family in run.families)
     for name in names:
+        held = [next((one for one in run.families if one.name == name), None) for run in runs]
         for title, errors_of, _ in kinds[::-1]:
-            held = [next((one for one in run.families if one.name == name), None) for run in runs]
-            seen = [errors_of(family) if family is not None else None for family in held]
-            present_errors = [errors for errors in seen if errors is not None]
-            if not present_errors:
-                continue
-            everything = np.concatenate(present_errors)
-            edges = even_edges(float(everything.min()), float(everything.max()))
-            for family, errors, figures in zip(held, seen, each, strict=True):
-                if family is None or errors is None:
-                    figures.append("")
-                    continue
-                grid, layers = family.grid(errors)
-                rows = range(len(grid))
-                about = f"One cell an expert of {name}."
-                shown = lambda value: number(value, 3)  # noqa: E731
-                what = f"{title} by expert, {name}"
-                figures.append(heat_map(what, grid, rows, layers, "expert", "layer", edges, about=about, format_=shown))
+            for figures, drawn in zip(each, _by_expert(title, name, held, errors_of), strict=True):
+                figures.append(drawn)
+    for place in reversed(range(max(map(len, each)))):  # what neither run has
+        if not any(figures[place] for figures in each):
+            for figures in each:
+                del figures[place]
     return side_by_side(each)
+
+
+def _by_expert(title: str, name: str, held: Sequence[FamilyView | None], errors_of: _Errors) -> Figures:
+    """A family's experts × layers in each run; "" where there are none."""
+    seen = [(family, errors_of(family)) if family is not None else (None, None) for family in held]
+    present = [errors for _, errors in seen if errors is not None]
+    if not present:
+        return ["" for _ in held]
+    everything, drawn = np.concatenate(present), []
+    edges = even_edges(float(everything.min()), float(everything.max()))
+    for family, errors in seen:
+        if family is None or errors is None:
+            drawn.append("")
+            continue
+        grid, layers = family.grid(errors)
+        what, about, rows = f"{title} by expert, {name}", f"One cell is one expert of {name}.", range(len(grid))
+        drawn.append(heat_map(what, grid, rows, layers, "expert", "layer", edges, about=about, format_=_three))
+    return drawn
+
+
+def _three(value: float) -> str:
+    return number(value, 3)
 
 
 def banks_section(runs: Sequence[Run]) -> str:
@@ -136,18 +163,19 @@ def _usage(pool: PoolView) -> Figures:
     weight, users = pool.weight[order], pool.users[order]
 
     def said(atom: int, layer: int) -> str:
-        return (
-            f"atom {order[atom]}, layer {pool.layers[layer]}: {percent(float(weight[atom, layer]))} of the weight, used "
-            f"by {users[atom, layer]} of {pool.held[layer]} experts"
-        )
+        used = f"used by {users[atom, layer]} of {pool.held[layer]} experts"
+        share = percent(float(weight[atom, layer]))
+        return f"atom {order[atom]}, layer {pool.layers[layer]}: {share} of the weight, {used}"
 
     about = (
-        "How much of each layer's mixtures an atom makes up: its share of the codes' sum, over the experts of the layer. "
+        "How much of each layer's mixtures an atom makes up: its share of the codes' sum, over the layer's experts. "
         "Atoms are in order of the mean layer they serve, those of no use last."
     )
-    arguments = {"about": about, "format_": percent, "tips": said}
-    name = f"Which layers use which atoms, {pool.name}"
-    found = [heat_map(name, weight, order.tolist(), pool.layers, "atom", "layer", _SHARES, **arguments)]  # type: ignore[arg-type]
+    name, atoms = f"Which layers use which atoms, {pool.name}", order.tolist()
+    drawn = heat_map(
+        name, weight, atoms, pool.layers, "atom", "layer", _SHARES, about=about, scale=_SHARE_NAMES, tips=said
+    )
+    found = [drawn]
     if len(pool.layers) > 1:
         about = "The part of two layers' weight that lies on the same atoms: 0 % share nothing, 100 % mix the same."
         name = f"What layers share, {pool.name}"
@@ -217,7 +245,9 @@ def _training(pool: PoolView, others: Sequence[PoolView]) -> Figures:
     loops, joint = pool.report.get("history", []), (pool.report.get("joint") or {}).get("history", [])
     marks = [(float(loops[-1]["loop"]) + 0.5, "joint fit")] if loops and joint else []
     errors = [name for name in own if "error" in name or "rows" in name]
-    values = [y for one in courses for name, points in one.items() for _, y in points if "error" in name or "rows" in name]
+    values = [
+        y for one in courses for name, points in one.items() for _, y in points if "error" in name or "rows" in name
+    ]
     x_label, log = "passes over the experts", bool(values) and max(values) > 8 * min(values) > 0
     series = [_series(name, own[name], colour) for colour, name in enumerate(errors)]
     found = [
@@ -245,61 +275,3 @@ def _training(pool: PoolView, others: Sequence[PoolView]) -> Figures:
 
 def _series(name: str, points: Sequence[tuple[float, float]], colour: int) -> Series:
     return Series(name, [x for x, _ in points], [y for _, y in points], colour)
-
-
-def costs_section(runs: Sequence[Run]) -> str:
-    """Time and memory of every stage, as bars and as a table; where stages are many, those of one kind together."""
-    each: list[Figures] = []
-    grouped = [_stages(run) for run in runs]
-    seconds = max(one["seconds"] for stages in grouped for one in stages)
-    memory = max(one["peak_rss_bytes"] for stages in grouped for one in stages)
-    for run, stages in zip(runs, grouped, strict=True):
-        whole = sum(one["seconds"] for one in stages)
-        about = f"Wall time, {duration(whole)} in all, on {run.metrics.get('device')} with {run.metrics.get('threads')} threads."
-        times = [(one["name"], one["seconds"], f"{one['name']}: {duration(one['seconds'])}") for one in stages]
-        peaks = [(one["name"], one["peak_rss_bytes"], f"{one['name']}: {size(one['peak_rss_bytes'])}") for one in stages]
-        figures = [
-            levels("Time of each stage", times, about=about, top=seconds, format_=duration),
-            levels(
-                "Peak memory by the end of each stage",
-                [(name, float(value), said) for name, value, said in peaks],
-                about="Largest resident memory of the process so far; it never falls.",
-                top=memory,
-                format_=size,
-            ),
-        ]
-        heads = "".join(
-            tag("th", one) for one in ("stage", "seconds", "read", "passes", "peak memory", "resumed")
-        )
-        rows = "".join(
-            tag(
-                "tr",
-                tag("th", escape(one["name"]))
-                + tag("td", number(one["seconds"], 3))
-                + tag("td", size(one["bytes_read"]))
-                + tag("td", number(one["passes"], 3) if one.get("passes") is not None else "–")
-                + tag("td", size(one["peak_rss_bytes"]))
-                + tag("td", "yes" if one["resumed"] else "no"),
-            )
-            for one in stages
-        )
-        table = tag("table", tag("thead", tag("tr", heads)) + tag("tbody", rows))
-        figures.append(tag("figure", tag("figcaption", tag("b", "Stages")) + tag("div", table, class_="scroll")))
-        each.append(figures)
-    return side_by_side(each)
-
-
-def _stages(run: Run) -> list[dict[str, object]] | list[dict[str, float]]:
-    stages = run.metrics["stages"]
-    if len(stages) <= 24:
-        return list(stages)
-    kinds: dict[str, dict[str, object]] = {}
-    for one in stages:
-        kind = one["name"].rpartition(": ")[2]
-        kinds.setdefault(kind, {"name": f"{kind} (all)", "seconds": 0.0, "bytes_read": 0, "peak_rss_bytes": 0, "resumed": False})
-        held = kinds[kind]
-        for key in ("seconds", "bytes_read"):
-            held[key] += one[key]
-        held["peak_rss_bytes"] = max(held["peak_rss_bytes"], one["peak_rss_bytes"])
-        held["resumed"] = held["resumed"] or one["resumed"]
-    return list(kinds.values())
