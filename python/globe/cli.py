@@ -1,4 +1,4 @@
-"""The command line: `globe inspect | calibrate | compress | compare | batch | export | eval | demo`."""
+"""The command line: `globe inspect | calibrate | compress | report | compare | batch | export | eval | demo`."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def compress(
     """Factor the experts of MODEL (a checkpoint directory) and write OUT.
 
     A run that was stopped is continued by the same command, to the same bytes: every stage leaves its result in
-    OUT/.globe-run. Where OUT is finished already, nothing is done.
+    OUT/.globe-run. Where OUT is finished already, nothing is done. OUT/report.html shows what was done.
     """
 
     settings = read_settings(config, {key: value for key, value in options.items() if value is not None})
@@ -236,6 +236,25 @@ def compress(
             f"stored over dense: {result.ratio.touched:.3f} of the touched matrices, {result.ratio.experts:.3f} of all "
             f"expert weights, {result.ratio.checkpoint:.3f} of the checkpoint"
         )
+
+
+@cli.command()
+@click.argument("out", type=_PATH)
+@click.argument("other", type=_PATH, required=False)
+@click.option("--output", type=_PATH, metavar="FILE.html", help="The page.  [default: OUT/report.html]")
+@_common
+def report(out: Path, other: Path | None, output: Path | None, as_json: bool, quiet: bool) -> None:
+    """Draw a page about OUT, or about OUT beside OTHER: errors, banks, what layers share, training, costs.
+
+    The page needs nothing but itself, no network and no script. `globe compress` ends with it.
+    """
+    from globe.report import report as run
+
+    written = run(out, other, output=output)
+    if as_json:
+        click.echo(json.dumps({"report": str(written)}))
+    elif not quiet:
+        click.echo(f"{written}: {written.stat().st_size / 1e6:,.1f} MB, open it in a browser")
 
 
 @cli.command()

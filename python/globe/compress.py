@@ -33,11 +33,12 @@ from globe.gemm import (
 )
 from globe.metric import build_metric
 from globe.metrics import families_report, stored_report
-from globe.output import copy_companions, run_directory, run_key
+from globe.output import REPORT, copy_companions, run_directory, run_key
 from globe.pools import Size, groups, pools, sizes, units
 from globe.proxies import Scan
 from globe.ratio_plan import WeightProber, candidates, plan_ratio, probes, sizes_of
 from globe.ratios import Ratios, Shape, ratios, stored_elements
+from globe.report import report as draw
 from globe.runstore import FOLDER, Store
 from globe.settings import Settings
 from globe.stages import Display, Stages
@@ -176,7 +177,7 @@ def compress(
     model_dir : Path or str
         A dense checkpoint directory of a known layout.
     out_dir : Path or str
-        The factored directory; made here. config.json is renamed into place last.
+        The factored directory; made here. config.json is renamed into place last; then report.html is drawn.
     settings : Settings, optional
         Defaults of the specification, section M.
     overwrite : bool
@@ -228,7 +229,10 @@ def compress(
     with working_precision(pick_precision(settings.precision, planned.device)), opened as store:
         if store is None:
             stages.display.log(f"{target} is finished already, with this source and these settings; nothing to do")
-            return _finished(target)
+            found = _finished(target)
+            if not (target / REPORT).exists():
+                _draw_report(target, stages.display.log)
+            return found
         scans = {}
         for name, family in planned.families.items():  # all before the first is trained: a bad tensor ends it early
             scans[name] = scan_family(family, settings, stages, store)
@@ -285,7 +289,16 @@ def compress(
         write_text(target / "README.md", model_card(source.resolve().name, metrics))
         write_text(target / LOADER_FILE, LOADER)
         _write_json(target / "config.json", loading_config(planned.checkpoint.config, told, INDEX_FILE))
+    _draw_report(target, stages.display.log)
     return Result(target, metrics, actual)
+
+
+def _draw_report(target: Path, log: Callable[[str], None]) -> None:
+    """Write the report of an output that is whole, which it stays whatever becomes of the report."""
+    try:
+        draw(target)
+    except Exception as error:
+        log(f"{target}: finished, but its report could not be drawn ({type(error).__name__}: {error})")
 
 
 def _finished(target: Path) -> Result:

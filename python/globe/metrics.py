@@ -22,6 +22,9 @@ from globe.write import Fit, Written
 
 Array = NDArray[np.float64]
 
+COHERENT = 0.95  # |cosine| from which two atoms are told as the same
+_MOST_PAIRS = 16
+
 
 def seeds_report(seeds: Seeds) -> dict[str, Any]:
     """Supports, popularity of atoms, norms and coherence of the seeds."""
@@ -60,11 +63,10 @@ def training_report(shape: Shape, rows: Rows, notes: Mapping[str, Any], training
 def stored_report(name: str, fit: Fit, written: Written) -> dict[str, Any]:
     """What is measured on the factors as stored."""
     errors, energies = written.errors[name], written.energies[name]
-    lost, whole = written.weighted[name].sum(0)
     return {
         "relative_error": float(errors.sum() / energies.sum()),
-        "weighted_error": float(lost / whole) if fit.metric is not None else None,
-        "expert_errors": (errors / np.where(energies > 0, energies, 1.0)).tolist(),
+        "expert_errors": _quotients(errors, energies),
+        **_weighted_report([written.weighted[name]] if fit.metric is not None else []),
         "ridged_left_factors": written.ridged[name],
         **_bank_report(fit.state.bank, fit.state.codes),
     }
@@ -84,13 +86,15 @@ def _family_report(
 ) -> dict[str, Any]:
     """A family's experts over all pools that hold some; errors at the start are those of its pools."""
     held = {pool: fit for pool, fit in fits.items() if name in fit.family.families}
-    errors, energies, seeds, sizes = [], [], [], []
+    errors, energies, seeds, sizes, weighted = [], [], [], [], []
     for pool, fit in held.items():
         numbers = [number for number, expert in enumerate(fit.family.experts) if expert.family == name]
         errors.append(written.errors[pool][numbers])
         energies.append(written.energies[pool][numbers])
         seeds.append(reports[pool]["init"]["relative_error"] * energies[-1].sum())
         sizes.append(supports(fit.state.codes[numbers]))
+        if fit.metric is not None:
+            weighted.append(written.weighted[pool][numbers])
     error, energy = np.concatenate(errors), np.concatenate(energies)
     return {
         "pools": list(held),
@@ -98,9 +102,23 @@ def _family_report(
         "bank": sum(reports[pool]["bank"] for pool in held),
         "init": {"relative_error": float(sum(seeds) / energy.sum())},
         "relative_error": float(error.sum() / energy.sum()),
-        "expert_errors": (error / np.where(energy > 0, energy, 1.0)).tolist(),
+        "expert_errors": _quotients(error, energy),
+        **_weighted_report(weighted),
         "support_median": float(np.median(np.concatenate(sizes))),
     }
+
+
+def _weighted_report(parts: Sequence[Array]) -> dict[str, Any]:
+    """Errors as the metric sees them, of experts whose errors and energies (n, 2) are `parts`: of all, and of each."""
+    if not parts:
+        return {"weighted_error": None, "expert_weighted_errors": None}
+    lost, whole = np.concatenate(parts).T
+    return {"weighted_error": float(lost.sum() / whole.sum()), "expert_weighted_errors": _quotients(lost, whole)}
+
+
+def _quotients(errors: Array, energies: Array) -> list[float]:
+    quotients: list[float] = (errors / np.where(energies > 0, energies, 1.0)).tolist()
+    return quotients
 
 
 def _bank_report(bank: torch.Tensor, codes: Array) -> dict[str, Any]:
@@ -109,12 +127,15 @@ def _bank_report(bank: torch.Tensor, codes: Array) -> dict[str, Any]:
     unit = gram / np.outer(norms, norms)
     off = unit - np.diag(np.diag(unit))
     sizes = supports(codes)
+    first, second = np.nonzero(np.triu(np.abs(off) >= COHERENT))
+    closest = np.argsort(-np.abs(off[first, second]), kind="stable")[:_MOST_PAIRS]
     return {
         "support_median": float(np.median(sizes)),
         "support_histogram": np.bincount(sizes, minlength=len(gram) + 1).tolist(),
         "atom_popularity": np.count_nonzero(codes, axis=0).tolist(),
         "coherence": float(np.linalg.norm(unit - np.eye(len(gram)))),
         "coherence_max": float(np.abs(off).max()),
+        "coherent_pairs": [[int(first[k]), int(second[k]), float(off[first[k], second[k]])] for k in closest],
         "atom_norm_max_deviation": float(np.abs(norms - 1).max()),
     }
 

@@ -17,7 +17,8 @@ from globe.errors import GlobeError, UsageError
 from globe.runstore import FOLDER, Log, RunStore, differences, stored_key
 
 _LOCK = ".globe-lock"
-_SMALL = ("config.json", "globe.json", "metrics.json", "README.md", LOADER_FILE)
+REPORT = "report.html"
+_SMALL = ("config.json", "globe.json", "metrics.json", "README.md", LOADER_FILE, REPORT)
 _WRITTEN = (*_SMALL, "*.safetensors", "*.safetensors.index.json")
 
 
