@@ -125,7 +125,8 @@ def test_bounds_of_fractions(name: str, bounds: tuple[float, float]) -> None:
     for value in bounds:
         assert getattr(Settings(**{name: value}, **extra), name) == value
     highest = 1 << 20 if name == "support_tolerance" else bounds[1]
-    for bad in (math.nextafter(bounds[0], -1), math.nextafter(highest, math.inf), math.nan, math.inf, -math.inf, "1", True):
+    outside = (math.nextafter(bounds[0], -1), math.nextafter(highest, math.inf))
+    for bad in (*outside, math.nan, math.inf, -math.inf, "1", True):
         with pytest.raises(UsageError, match=f"^{name} is "):
             Settings(**{name: bad}, **extra)
 
