@@ -20,7 +20,7 @@ class Inference:
     def setup_cache(self):
         root = Path("inference").absolute()
         write_synthetic(root / "model", LIKE["tiny"])
-        compress(root / "model", root / "out", Settings(rank=0.5, outer_loops=0, device="cpu"))
+        compress(root / "model", root / "out", Settings(rank=0.5, outer_loops=0, device="cpu", calibrate="none"))
         export(root / "out", root / "dense")
         return root
 

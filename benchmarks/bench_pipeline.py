@@ -19,7 +19,8 @@ from globe.sweep import State, measure, sweep
 
 from .synthetic import LIKE, write_synthetic
 
-SETTINGS = Settings(rank=0.75, outer_loops=2, families=("gate",), device="cpu")
+WEIGHTS_ONLY = {"solver": "alternate", "calibrate": "none"}
+SETTINGS = Settings(rank=0.75, outer_loops=2, families=("gate",), device="cpu", **WEIGHTS_ONLY)
 
 
 def nothing(steps=1):

@@ -33,6 +33,8 @@ from globe.settings import read_settings
 @click.option("--method", default="ts-pca", show_default=True)
 @click.option("--outer-loops", default=0, show_default=True)
 @click.option("--mod", default="aligned", show_default=True)
+@click.option("--solver", default="alternate", show_default=True)
+@click.option("--calibrate", default="none", show_default=True)
 @click.option("--max-memory", default="6GiB", show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures here.")
 def main(model: Path, out: Path, json_file: Path | None, **options: Any) -> None:

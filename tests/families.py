@@ -20,6 +20,9 @@ from globe.sweep import State
 
 Array = NDArray[np.float64]
 CPU = torch.device("cpu")
+# Settings for tests of anything but the joint fit and its metric: seconds less a run.
+WEIGHTS_ONLY: dict[str, Any] = {"solver": "alternate", "calibrate": "none"}
+WEIGHTS_ONLY_OPTIONS = ("--solver", "alternate", "--calibrate", "none")
 
 
 def silent(steps: float) -> None:

@@ -15,9 +15,10 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file, save_file
 
+from families import WEIGHTS_ONLY_OPTIONS
 from globe.cli import main
 
-SMALL = ("--rank", "0.5", "--bank-size", "3", "--outer-loops", "1", "--device", "cpu")
+SMALL = ("--rank", "0.5", "--bank-size", "3", "--outer-loops", "1", "--device", "cpu", *WEIGHTS_ONLY_OPTIONS)
 
 
 def command(*arguments: object) -> list[str]:

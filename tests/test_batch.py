@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 
 import globe  # noqa: E402
 from checkpoints import make_tiny  # noqa: E402
+from families import WEIGHTS_ONLY  # noqa: E402
 from globe.batch import Job, batch_table, read_plan  # noqa: E402
 from globe.compress import compress  # noqa: E402
 from globe.errors import UsageError  # noqa: E402
@@ -24,7 +25,14 @@ from globe.settings import Settings  # noqa: E402
 from refusals import edit_tensor, in_process, refusal  # noqa: E402
 from test_resume import Lines, digests  # noqa: E402
 
-DEFAULTS: dict[str, Any] = {"rank": 0.5, "bank_ratio": 0.2, "outer_loops": 1, "device": "cpu", "threads": 1}
+DEFAULTS: dict[str, Any] = {
+    "rank": 0.5,
+    "bank_ratio": 0.2,
+    "outer_loops": 1,
+    "device": "cpu",
+    "threads": 1,
+    **WEIGHTS_ONLY,
+}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +122,8 @@ def test_layers_of_settings(home: Path) -> None:
     (home / "base.yaml").write_text("outer_loops: 3\nbank_size: 3\nseed: 5\n", encoding="utf-8")
     jobs = [{"model": "models/one", "out": f"o{i}", "config": "base.yaml", "settings": {"seed": i}} for i in range(2)]
     read = read_plan(write_plan(home, *jobs, {"model": "models/one", "out": str(home / "o2")}))
-    expected = Settings(rank=0.5, bank_size=3, outer_loops=3, device="cpu", threads=1, seed=1)
+    changed: dict[str, Any] = {"bank_ratio": None, "bank_size": 3, "outer_loops": 3, "seed": 1}
+    expected = Settings(**{**DEFAULTS, **changed})
     assert read[1] == Job(home / "models" / "one", home / "o1", expected)
     assert read[2].settings == Settings(**DEFAULTS) and read[2].out == home / "o2"
 

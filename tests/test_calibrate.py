@@ -397,3 +397,35 @@ def test_place_of_the_file(tiny: Callable[[str], Path], tmp_path: Path) -> None:
         _calibrate(tiny("mixtral"), tmp_path / "nowhere" / "statistics")
     with pytest.raises(UsageError, match="is a directory"):
         _calibrate(tiny("mixtral"), tmp_path)
+
+
+@pytest.mark.parametrize("place", ["forward", "tokenizer", "buffers"])
+def test_auto_goes_on_after_an_error_of_the_models_own_code(
+    place: str, tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("not today\nsecond line")
+
+    mixtral, whose = transformers.models.mixtral.modeling_mixtral, {}
+    whose["forward"] = (mixtral.MixtralAttention, "forward")
+    whose["tokenizer"] = (transformers.PreTrainedTokenizerBase, "__call__")
+    whose["buffers"] = (mixtral.MixtralPreTrainedModel, "_init_weights")
+    monkeypatch.setattr(*whose[place], broken)
+    checkpoint, lines = Checkpoint(tiny("mixtral")), _Lines()
+    assert calibration_for(checkpoint, "auto", tmp_path, Stages(lines), tokens=1024) is None
+    assert len(lines.lines) == 1 and lines.lines[0].endswith("transformers cannot run it: not today")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(GlobeError, match="not today"):
+        calibration_for(checkpoint, "pydoc", tmp_path, Stages(lines), tokens=1024)
+
+
+def test_auto_stops_at_damaged_weights(tmp_path: Path) -> None:
+    model = make_tiny("mixtral", tmp_path / "model")
+    _damage(model)
+    with pytest.raises(GlobeError, match="layer 1 gives values that are not finite"):
+        calibration_for(Checkpoint(model), "auto", tmp_path, Stages(_Lines()), tokens=1024)
+
+
+def test_few_tokens_are_cut_into_short_windows(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    found = calibration_for(Checkpoint(tiny("mixtral")), "pydoc", tmp_path, Stages(_Lines()), tokens=64)
+    assert found is not None and (found.about["tokens"], found.about["window"]) == (64, 32)

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from checkpoints import make_tiny
-from families import planted, write_checkpoint
+from families import WEIGHTS_ONLY, planted, write_checkpoint
 from globe import Settings, compare, compress
 from globe.cli import cli
 from globe.compare import run_one
@@ -44,7 +44,7 @@ def test_the_table_of_the_command_line(model: Path, tmp_path: Path) -> None:
 
 
 def test_errors_are_those_that_compress_would_deliver(model: Path, tmp_path: Path) -> None:
-    base: dict[str, Any] = {"families": ["gate"], "rank": 16, "bank_size": 3, "codes": "nnls"}
+    base: dict[str, Any] = {"families": ["gate"], "rank": 16, "bank_size": 3, "codes": "nnls", **WEIGHTS_ONLY}
     for method in ("ts-pca", "grouped-subspace"):
         rows = run_one(model, Settings(**base, method=method, outer_loops=3), [0, 1, 3])  # type: ignore[arg-type]
         for row in rows:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from checkpoints import make_tiny
+from families import WEIGHTS_ONLY
 from globe import Settings, compress, gemm
 from globe.seeds import METHODS
 
@@ -23,7 +24,7 @@ def test_the_device_multiplies_as_the_cpu_does() -> None:
 )
 def test_a_run_ends_where_the_cpu_ends(method: str, mod: str, tmp_path: Path) -> None:
     source = make_tiny("olmoe", tmp_path / "source")
-    small = {"rank": 0.5, "bank_size": 3, "outer_loops": 2, "mod": mod, "method": method}
+    small = {"rank": 0.5, "bank_size": 3, "outer_loops": 2, "mod": mod, "method": method, **WEIGHTS_ONLY}
     there, here = (
         compress(source, tmp_path / device, Settings(device=device, **small)).metrics["families"]  # type: ignore[arg-type]
         for device in ("cuda", "cpu")

@@ -25,7 +25,7 @@ from safetensors import deserialize  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from checkpoints import LAYOUTS, make_tiny  # noqa: E402
-from families import seed_task  # noqa: E402
+from families import WEIGHTS_ONLY, WEIGHTS_ONLY_OPTIONS, seed_task  # noqa: E402
 from globe import Settings, compress, evaluate, export  # noqa: E402
 from globe.autoload import source_config  # noqa: E402
 from globe.checkpoint import FAMILIES, Checkpoint, read_layouts  # noqa: E402
@@ -36,7 +36,7 @@ from globe.seeds import ts_pca  # noqa: E402
 TEXT = "A mixture holds many experts; a router chooses a few of them for every token. " * 4
 REGISTERED = sorted(set(LAYOUTS) - {"llama4_text"})
 FUSED = ("qwen3_5_moe", "granitemoe")
-SMALL = {"rank": 0.5, "bank_size": 3, "outer_loops": 2, "device": "cpu"}
+SMALL: dict[str, Any] = {"rank": 0.5, "bank_size": 3, "outer_loops": 2, "device": "cpu", **WEIGHTS_ONLY}
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def travel(root: Path, source: Path, *options: object) -> Trip:
 
 
 ALL = ("--families", "gate,up,down")
-SMALL_OPTIONS = ("--rank", "0.5", "--bank-size", "3", "--outer-loops", "2", "--device", "cpu")
+SMALL_OPTIONS = ("--rank", "0.5", "--bank-size", "3", "--outer-loops", "2", "--device", "cpu", *WEIGHTS_ONLY_OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +372,7 @@ def test_metrics_have_what_was_promised(trips: Callable[..., Trip]) -> None:
         assert stage["seconds"] >= 0 and stage["peak_rss_bytes"] > 1 << 20
     passes = {stage["name"]: stage.get("passes") for stage in metrics["stages"]}
     assert passes["gate: scan"] == 1 and passes["gate: loops"] == 3
-    assert metrics["settings"] == Settings(rank=0.5, bank_size=3, outer_loops=2, device="cpu").as_dict()
+    assert metrics["settings"] == Settings(**SMALL).as_dict()
     assert metrics["source"]["layout"] == "olmoe"
     assert len(metrics["source"]["fingerprint"]) == 64
 
@@ -447,7 +447,7 @@ def test_overwrite_replaces_a_finished_output(tmp_path: Path) -> None:
 @pytest.mark.parametrize("codes", ["entmax", "nnls"])
 def test_no_loops_leaves_seeds_and_nnls_codes(codes: str, tmp_path: Path) -> None:
     source = make_tiny("olmoe", tmp_path / "source")
-    settings = Settings(rank=0.5, bank_size=4, outer_loops=0, codes=codes, device="cpu")
+    settings = Settings(rank=0.5, bank_size=4, outer_loops=0, codes=codes, device="cpu", **WEIGHTS_ONLY)
     found = compress(source, tmp_path / "out", settings).metrics["families"]["gate"]
     assert found["history"] == []
     assert found["relative_error"] == pytest.approx(found["init"]["relative_error"], rel=5e-3)
@@ -468,7 +468,7 @@ def test_no_loops_leaves_seeds_and_nnls_codes(codes: str, tmp_path: Path) -> Non
 def test_seeds_that_see_all_rows_leave_none_to_hold_out(tmp_path: Path) -> None:
     source = make_tiny("olmoe", tmp_path / "source")
     for method, held in (("ts-pca", 1), ("grouped-subspace", 0)):
-        settings = Settings(rank=0.5, bank_size=4, outer_loops=2, method=method, device="cpu")  # type: ignore[arg-type]
+        settings = Settings(**{**SMALL, "bank_size": 4, "method": method})
         found = compress(source, tmp_path / method, settings).metrics["families"]["gate"]
         assert found["validation_rows"] == held
         assert [record["validation_error"] is None for record in found["history"]] == [not held] * 2
@@ -476,7 +476,7 @@ def test_seeds_that_see_all_rows_leave_none_to_hold_out(tmp_path: Path) -> None:
 
 def test_simplex_seeds_sum_to_one(tmp_path: Path) -> None:
     source = make_tiny("olmoe", tmp_path / "source")
-    compress(source, tmp_path / "out", Settings(rank=0.5, bank_size=4, outer_loops=0, init_codes="simplex"))
+    compress(source, tmp_path / "out", Settings(**{**SMALL, "outer_loops": 0}, init_codes="simplex"))
     stored = read_directory(tmp_path / "out")
     indptr, values = (stored[f"globe.up.codes.{part}"].values() for part in ("indptr", "values"))
     np.testing.assert_allclose(np.add.reduceat(values, indptr[:-1]), 1, rtol=1e-6)
@@ -490,7 +490,8 @@ def olmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("codes", ["entmax", "sparsemax", "nnls", "simplex"])
 @pytest.mark.parametrize("mod", ["exact", "aligned", "fixed"])
 def test_every_dictionary_step_with_every_code(mod: str, codes: str, olmoe: Path, tmp_path: Path) -> None:
-    settings = Settings(rank=0.5, bank_size=6, outer_loops=4, support=3, mod=mod, codes=codes, device="cpu")
+    small: dict[str, Any] = {**SMALL, "bank_size": 6, "outer_loops": 4, "support": 3}
+    settings = Settings(**small, mod=mod, codes=codes)
     result = compress(olmoe, tmp_path / "out", settings)
     for family in result.metrics["families"].values():
         seeds, loops = family["init"]["relative_error"], [record["relative_error"] for record in family["history"]]
@@ -534,7 +535,7 @@ def test_inspect_agrees_with_what_compress_finds(olmoe: Path, tmp_path: Path) ->
     choice = next(choice for choice in found["choices"] if choice["ratio"]["touched"] < 1)
     made = run_cli(
         "compress", olmoe, tmp_path / "out", "--rank", choice["rank"], "--bank-size", choice["bank"],
-        "--outer-loops", 0,
+        "--outer-loops", 0, *WEIGHTS_ONLY_OPTIONS,
     )  # fmt: skip
     assert made["ratio"]["touched"] == pytest.approx(choice["ratio"]["touched"], rel=0.05)
 
@@ -550,7 +551,9 @@ def test_eval_prints_one_object(trips: Callable[..., Trip], tmp_path: Path) -> N
 def test_settings_from_a_file_with_options_on_top(olmoe: Path, tmp_path: Path) -> None:
     config = tmp_path / "settings.yaml"
     config.write_text("rank: 0.5\nbank_ratio: 0.25\nouter_loops: 1\ncodes: nnls\nl1: 0.01\n", encoding="utf-8")
-    found = run_cli("compress", olmoe, tmp_path / "out", "--config", config, "--bank-size", 3, "--seed", 7)
+    found = run_cli(
+        "compress", olmoe, tmp_path / "out", "--config", config, "--bank-size", 3, "--seed", 7, *WEIGHTS_ONLY_OPTIONS
+    )
     settings = found["settings"]
     assert (settings["codes"], settings["l1"], settings["outer_loops"]) == ("nnls", 0.01, 1)
     assert (settings["bank_size"], settings["bank_ratio"], settings["seed"]) == (3, None, 7)
@@ -559,7 +562,7 @@ def test_settings_from_a_file_with_options_on_top(olmoe: Path, tmp_path: Path) -
 def test_a_trained_mixture(tiny_olmoe: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(tiny_olmoe, source)
-    trip = travel(tmp_path, source, "--rank", "0.75", "--outer-loops", "3", "--codes", "nnls")
+    trip = travel(tmp_path, source, "--rank", "0.75", "--outer-loops", "3", "--codes", "nnls", *WEIGHTS_ONLY_OPTIONS)
     check_round_trip(trip)
     for family in trip.metrics["families"].values():
         assert family["relative_error"] < 0.7 * family["init"]["relative_error"]

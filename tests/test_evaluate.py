@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from checkpoints import LAYOUTS, make_tiny  # noqa: E402
+from families import WEIGHTS_ONLY  # noqa: E402
 from globe import Settings, compress, export  # noqa: E402
 from globe.errors import GlobeError, UsageError  # noqa: E402
 from globe.evaluate import evaluate, evaluate_models, evaluation_text, generate_sentence, load_model  # noqa: E402
@@ -165,7 +166,7 @@ def test_missing_tensors_are_not_made_up(mixtral: Path, tmp_path: Path) -> None:
 
 def test_factored_directory_is_loaded_as_it_is(tmp_path: Path) -> None:
     source = make_tiny("olmoe", tmp_path / "source", dtype="float32")
-    compress(source, tmp_path / "out", Settings(rank=0.5, bank_size=3, outer_loops=1, device="cpu"))
+    compress(source, tmp_path / "out", Settings(rank=0.5, bank_size=3, outer_loops=1, device="cpu", **WEIGHTS_ONLY))
     export(tmp_path / "out", tmp_path / "dense")
     before = sorted(tmp_path.rglob("*"))
     found = evaluate(tmp_path / "out", against=tmp_path / "dense", text=TEXT, window=64)
@@ -178,7 +179,7 @@ def test_factored_directory_needs_transformers_that_knows_the_plug_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make_tiny("olmoe", tmp_path / "source")
-    compress(source, tmp_path / "out", Settings(rank=0.5, bank_size=3, outer_loops=0, device="cpu"))
+    compress(source, tmp_path / "out", Settings(rank=0.5, bank_size=3, outer_loops=0, device="cpu", **WEIGHTS_ONLY))
     monkeypatch.setitem(sys.modules, "globe.hf", None)
     with pytest.raises(GlobeError, match=r"globe\.hf"):
         load_model(tmp_path / "out")

@@ -24,12 +24,13 @@ from transformers import AutoModel, AutoModelForCausalLM  # noqa: E402
 
 import globe  # noqa: E402
 from checkpoints import LAYOUTS, make_tiny  # noqa: E402
+from families import WEIGHTS_ONLY  # noqa: E402
 from globe import Settings, compress, export  # noqa: E402
 from globe.errors import GlobeError, UsageError  # noqa: E402
 from globe.hf import FactoredExperts, set_cache  # noqa: E402
 from globe.hf.banks import Bank  # noqa: E402
 
-SMALL: dict[str, Any] = {"rank": 0.5, "bank_size": 3, "outer_loops": 0, "device": "cpu"}
+SMALL: dict[str, Any] = {"rank": 0.5, "bank_size": 3, "outer_loops": 0, "device": "cpu", **WEIGHTS_ONLY}
 REGISTERED = sorted(set(LAYOUTS) - {"llama4_text"})
 IDS = torch.arange(24).view(2, 12) * 7 % 256
 

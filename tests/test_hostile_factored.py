@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from checkpoints import make_tiny  # noqa: E402
+from families import WEIGHTS_ONLY  # noqa: E402
 from globe.compress import compress  # noqa: E402
 from globe.errors import GlobeError  # noqa: E402
 from globe.export import export  # noqa: E402
@@ -25,7 +26,7 @@ from refusals import edit_json, edit_tensor, in_process, json_variants, refusal 
 LEFT = "model.layers.1.mlp.experts.5.gate_proj.weight.globe_gate_left"
 SHARD = "globe-00002-of-00002.safetensors"
 BANK = "globe-bank.safetensors"
-SETTINGS = Settings(rank=0.5, bank_size=3, outer_loops=1, device="cpu")
+SETTINGS = Settings(rank=0.5, bank_size=3, outer_loops=1, device="cpu", **WEIGHTS_ONLY)
 
 
 @pytest.fixture(scope="module")

@@ -18,14 +18,15 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from checkpoints import make_tiny  # noqa: E402
+from families import WEIGHTS_ONLY  # noqa: E402
 from globe import output  # noqa: E402
 from globe.compress import compress  # noqa: E402
 from globe.errors import GlobeError  # noqa: E402
 from globe.settings import Settings  # noqa: E402
 from refusals import SMALL, command, in_process, refusal  # noqa: E402
 
-SETTINGS = Settings(rank=0.5, bank_size=3, outer_loops=1, device="cpu")
-ENDLESS = "outer_loops: 100000\npatience: 100000\ntolerance: 0\n"
+SETTINGS = Settings(rank=0.5, bank_size=3, outer_loops=1, device="cpu", **WEIGHTS_ONLY)
+ENDLESS = "outer_loops: 100000\npatience: 100000\ntolerance: 0\nsolver: alternate\ncalibrate: none\n"
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 
 from checkpoints import make_tiny
 from fake_mps import MPS, FakeMps, OnMps, kernels_of_mps
-from families import CPU
+from families import CPU, WEIGHTS_ONLY
 from globe import Settings, compress, gemm
 from globe.errors import GlobeError
 from globe.seeds import METHODS
@@ -45,7 +45,7 @@ def test_float64_and_missing_kernels_are_refused_there(mps: FakeMps) -> None:
 )
 def test_a_run_takes_only_what_mps_has(method: str, mod: str, mps: FakeMps, tmp_path: Path) -> None:
     source = make_tiny("olmoe", tmp_path / "source")
-    small = {"rank": 0.5, "bank_size": 3, "outer_loops": 2, "mod": mod, "method": method}
+    small = {"rank": 0.5, "bank_size": 3, "outer_loops": 2, "mod": mod, "method": method, **WEIGHTS_ONLY}
     with mps:
         found = compress(source, tmp_path / "mps", Settings(device="mps", **small))  # type: ignore[arg-type]
     assert {"mm", "_to_copy"} <= mps.seen

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from families import Array, planted, silent, write_checkpoint
+from families import WEIGHTS_ONLY, Array, planted, silent, write_checkpoint
 from globe import Settings, compress, export
 from globe.budget import BLOCKS
 from globe.checkpoint import Checkpoint, Expert, Family
@@ -195,7 +195,7 @@ def test_a_planted_bank_is_worth_it(source: Path, tmp_path: Path) -> None:
     ids=["two", "layer", "shared"],
 )  # fmt: skip
 def test_compress_to_a_ratio(options: dict[str, Any], source: Path, tmp_path: Path) -> None:
-    settings = Settings(ratio=0.6, outer_loops=1, device="cpu", **options)
+    settings = Settings(ratio=0.6, outer_loops=1, device="cpu", **WEIGHTS_ONLY, **options)
     result = compress(source, tmp_path / "out", settings, keep_run=True)
     plan = result.metrics["plan"]
     assert 0.45 < result.ratio.touched <= 0.6

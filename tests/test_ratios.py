@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from families import Array, planted, write_checkpoint
+from families import WEIGHTS_ONLY, Array, planted, write_checkpoint
 from globe import Settings, compress
 from globe.checkpoint import Checkpoint, Family
 from globe.factored import csr_parts
@@ -64,7 +64,8 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module", params=[("gate",), ("gate", "up")], ids=["gate", "both"])
 def made(source: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     out = tmp_path_factory.mktemp("made") / "out"
-    settings = Settings(rank=8, bank_size=4, outer_loops=2, support=3, families=request.param, device="cpu")
+    small: dict[str, Any] = {"rank": 8, "bank_size": 4, "outer_loops": 2, "support": 3, **WEIGHTS_ONLY}
+    settings = Settings(**small, families=request.param, device="cpu")
     return out, compress(source, out, settings)
 
 

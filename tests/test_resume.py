@@ -21,6 +21,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from checkpoints import make_tiny  # noqa: E402
+from families import WEIGHTS_ONLY, WEIGHTS_ONLY_OPTIONS  # noqa: E402
 from globe import compress as function  # noqa: E402
 from globe import runstore  # noqa: E402
 from globe.compress import Result, compress  # noqa: E402
@@ -38,6 +39,7 @@ SMALL: dict[str, Any] = {
     "patience": 100,
     "device": "cpu",
     "threads": 1,
+    **WEIGHTS_ONLY,
 }
 SAVE = "globe.runstore:RunStore.save"
 
@@ -300,7 +302,8 @@ def test_a_finished_output_is_left_alone(source: Path, whole: Path, tmp_path: Pa
 
 
 def test_the_command_line_says_that_it_is_finished(source: Path, tmp_path: Path) -> None:
-    arguments = ("compress", source, tmp_path / "out", "--rank", "0.5", "--bank-size", "3", "--outer-loops", "0")
+    sized = ("--rank", "0.5", "--bank-size", "3", "--outer-loops", "0", *WEIGHTS_ONLY_OPTIONS)
+    arguments = ("compress", source, tmp_path / "out", *sized)
     first, second = (in_process(*arguments, *more) for more in (("--keep-run", "--json"), ("--json",)))
     assert (first.returncode, second.returncode) == (0, 0)
     told = ["finished already" in " ".join(done.stderr.split()) for done in (first, second)]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from families import make_family, make_rows, planted, seed_task, write_checkpoint
+from families import WEIGHTS_ONLY, make_family, make_rows, planted, seed_task, write_checkpoint
 from globe import Settings, compress
 from globe.checkpoint import Checkpoint, Family
 from globe.errors import GlobeError
@@ -132,7 +133,8 @@ def test_bf16_and_fp16_experts_give_nearly_the_same_seeds(
 
 @every_method
 def test_a_run_with_every_method(method: str, tmp_path: Path) -> None:
-    settings = Settings(rank=0.5, bank_size=4, outer_loops=1, method=method, device="cpu")  # type: ignore[arg-type]
+    small: dict[str, Any] = {"rank": 0.5, "bank_size": 4, "outer_loops": 1, "device": "cpu", **WEIGHTS_ONLY}
+    settings = Settings(**small, method=method)  # type: ignore[arg-type]
     weights = planted(6, experts=12, p=24, d=32, rank=12, atoms=6, noise=0.3)
     source = write_checkpoint(tmp_path / "source", torch.bfloat16, gate=weights, up=2 * weights[::-1], down=weights)
     found = compress(source, tmp_path / "out", settings).metrics["families"]

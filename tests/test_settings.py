@@ -34,6 +34,9 @@ FLOATS = {
     "validation_share": (0.0, 0.5),
     "tolerance": (0.0, 1.0),
     "support_tolerance": (0.0, 1000.0),
+    "metric_rows": (0.0, 2.0),
+    "metric_layers": (0.0, 2.0),
+    "metric_shrinkage": (0.0, 1e12),
 }
 COUNTS = {
     "bank_size": 1,
@@ -51,6 +54,9 @@ COUNTS = {
     "max_memory": 1 << 20,
     "seed": 0,
     "threads": 1,
+    "joint_steps": 1,
+    "history": 1,
+    "calibration_tokens": 64,
 }
 CHOICES = {
     "proxies": ["rows", "projected"],
@@ -70,13 +76,12 @@ CHOICES = {
         "auto",
     ],
     "selector": ["energy", "uniform", "random"],
-    "solver": ["alternate"],
+    "solver": ["joint", "alternate"],
     "mod": ["exact", "aligned", "fixed"],
     "init_codes": ["nnls", "simplex"],
-    "codes": ["entmax", "sparsemax", "nnls", "simplex"],
+    "codes": ["entmax", "sparsemax", "nnls", "simplex", "signed"],
     "device": ["auto", "cpu", "mps", "cuda"],
     "precision": ["auto", "fp32"],
-    "calibrate": ["none"],
 }
 
 
@@ -88,8 +93,9 @@ def any_settings(draw: st.DrawFn) -> dict[str, Any]:
         "share_families": st.booleans(),
         "families": st.sampled_from([("gate",), ("up",), ("gate", "up"), ("up", "gate"), ("down", "up")]),
         "entmax_alpha": st.floats(1, 2, exclude_min=True),
+        "calibrate": st.sampled_from(["auto", "pydoc", "none", "folder/calibration.safetensors"]),
         **{name: st.floats(*bounds) for name, bounds in FLOATS.items()},
-        **{name: st.integers(least, least + 1000) for name, least in COUNTS.items()},
+        **{name: st.integers(least, least + 900) for name, least in COUNTS.items()},
         **{name: st.sampled_from(values) for name, values in CHOICES.items()},
     }
     values = draw(st.fixed_dictionaries({}, optional=keys))
@@ -101,9 +107,8 @@ def any_settings(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def test_every_setting_is_covered_here() -> None:
-    assert {*FLOATS, *COUNTS, *CHOICES, "rank", "ratio", "families", "scope", "share_families", "entmax_alpha"} == set(
-        NAMES
-    )
+    others = {"rank", "ratio", "families", "scope", "share_families", "entmax_alpha", "calibrate"}
+    assert {*FLOATS, *COUNTS, *CHOICES} | others == set(NAMES)
 
 
 @given(values=any_settings())
@@ -120,7 +125,8 @@ def test_bounds_of_fractions(name: str, bounds: tuple[float, float]) -> None:
     for value in bounds:
         assert getattr(Settings(**{name: value}, **extra), name) == value
     highest = 1 << 20 if name == "support_tolerance" else bounds[1]
-    for bad in (math.nextafter(bounds[0], -1), math.nextafter(highest, 2e6), math.nan, math.inf, -math.inf, "1", True):
+    outside = (math.nextafter(bounds[0], -1), math.nextafter(highest, math.inf))
+    for bad in (*outside, math.nan, math.inf, -math.inf, "1", True):
         with pytest.raises(UsageError, match=f"^{name} is "):
             Settings(**{name: bad}, **extra)
 
@@ -152,6 +158,12 @@ def test_entmax_alpha(alpha: float) -> None:
 def test_scope(scope: Any) -> None:
     with pytest.raises(UsageError, match="^scope is .*; expected global, layer or a count of layers"):
         Settings(scope=scope)
+
+
+@pytest.mark.parametrize("calibrate", [None, "", 1, True, ["auto"]])
+def test_calibrate(calibrate: Any) -> None:
+    with pytest.raises(UsageError, match="^calibrate is .*; expected auto, pydoc, none or a file of globe calibrate"):
+        Settings(calibrate=calibrate)
 
 
 @pytest.mark.parametrize("share", [1, "true", None])

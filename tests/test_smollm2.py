@@ -20,7 +20,10 @@ from globe import evaluate, export
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-OPTIONS = "--families gate --rank 288 --bank-size 30 --codes nnls --method ts-pca --outer-loops 12 --device cpu"
+OPTIONS = (
+    "--families gate --rank 288 --bank-size 30 --codes nnls --method ts-pca --outer-loops 12 --device cpu "
+    "--solver alternate --calibrate none"
+)
 TOKENS = 2048
 
 

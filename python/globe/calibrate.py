@@ -15,7 +15,7 @@ from globe import __version__
 from globe.calibration import Calibration, LayerStatistics, load_calibration, save_calibration
 from globe.checkpoint import Checkpoint
 from globe.errors import GlobeError, UsageError
-from globe.layerwise import Arguments, Layerwise
+from globe.layerwise import Arguments, Layerwise, NotFinite, own_code
 from globe.models import find_device, import_transformers, load_tokenizer, quiet
 from globe.moments import Moments
 from globe.stages import Display, Stages
@@ -113,7 +113,8 @@ def calibration_for(
     Raises
     ------
     GlobeError
-        If the file is of another checkpoint, or, unless `choice` is ``auto``, the model cannot be run.
+        If the file is of another checkpoint, weights give values that are not finite, or, unless `choice` is ``auto``,
+        the model cannot be run.
     """
     if choice == "none":
         return None
@@ -127,7 +128,7 @@ def calibration_for(
         return found
     try:
         longest = checkpoint.config.get("max_position_embeddings")
-        window = min(WINDOW, longest) if isinstance(longest, int) else WINDOW
+        window = min(WINDOW, longest if isinstance(longest, int) else WINDOW, tokens // 2)
         reading = _read(checkpoint, None, tokens, window)
         earlier = _found_before(store_dir / FILE, reading)
         if earlier is not None:
@@ -135,7 +136,7 @@ def calibration_for(
             return earlier
         found = _measure(checkpoint, reading, store_dir / FILE, device, "auto", stages)
     except GlobeError as error:
-        if choice == "pydoc":
+        if choice == "pydoc" or isinstance(error, NotFinite):
             raise
         stages.display.log(f"weights only, without activation statistics: {error}")
         return None
@@ -162,7 +163,7 @@ def _read(checkpoint: Checkpoint, text: Path | str | None, tokens: int, window: 
         raise UsageError(f"window is {window}; the model knows {longest} positions")
     content, label = read_text(text, "calibration")
     transformers = import_transformers("calibration")
-    with quiet(transformers):
+    with own_code(checkpoint), quiet(transformers):
         tokenizer = load_tokenizer(transformers, checkpoint.directory)
         for characters in (16 * tokens, len(content)):  # a long text need not be read to its end
             ids = tokenizer(content[:characters], add_special_tokens=False, verbose=False)["input_ids"]
@@ -206,7 +207,8 @@ def _measure(
     gates = checkpoint.family("gate")
     full = row_moments == "full" or (row_moments == "auto" and 3 * 4 * len(gates) * gates.p**2 < _AUTO_BYTES)
     streamed = Layerwise(checkpoint, find_device(device))
-    known, largest = streamed.model.get_input_embeddings().num_embeddings, int(reading.windows.max())
+    with own_code(checkpoint):
+        known, largest = streamed.model.get_input_embeddings().num_embeddings, int(reading.windows.max())
     if largest >= known:
         raise GlobeError(f"the tokenizer gives token {largest}, the model knows {known}; it is of another model")
     with_experts = {expert.layer for expert in gates.experts}
@@ -219,10 +221,11 @@ def _measure(
     last = max(with_experts)
     with stages.stage("calibrate", last + 1) as advance:
         layers = {}
-        for number, statistics in _stream(streamed, reading.windows, last, full):
-            if statistics is not None:
-                layers[number] = statistics
-            advance(1)
+        with own_code(checkpoint):
+            for number, statistics in _stream(streamed, reading.windows, last, full):
+                if statistics is not None:
+                    layers[number] = statistics
+                advance(1)
         warnings = _warnings(layers, reading.about["tokens"], gates.d)
         for line in warnings:
             stages.display.log(line)

@@ -77,14 +77,18 @@ class Calibration:
         Raises
         ------
         GlobeError
-            If the file has none for it.
+            If the file has none for it, or they are damaged.
         """
         prefix = f"layers.{number}."
         stored = read_header(self.path).tensors
         mine = {name.removeprefix(prefix): info for name, info in stored.items() if name.startswith(prefix)}
         if not mine:
             raise GlobeError(f"calibration {self.path}: no statistics of layer {number}; calibrate this model")
-        return LayerStatistics(**{name: read_tensor(info) for name, info in mine.items()})
+        found = {name: read_tensor(info) for name, info in mine.items()}
+        for name, value in found.items():
+            if not torch.isfinite(value).all():
+                raise GlobeError(f"calibration {self.path}: {prefix}{name} is not finite; calibrate this model again")
+        return LayerStatistics(**found)
 
 
 def save_calibration(path: Path, layers: Mapping[int, LayerStatistics], about: Mapping[str, Any]) -> Calibration:

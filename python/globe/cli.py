@@ -292,9 +292,7 @@ def batch(plan: Path, fresh: bool, keep_run: bool, as_json: bool, quiet: bool) -
 @click.option("--bank-size", type=int, help="Bank size.  [default: 128 from 512 experts, 64 from 256, else N/4]")
 @click.option("--families", help="Any of gate, up and down.  [default: gate,up]")
 @click.option("--outer-loops", default="0,6", show_default=True, help="Counts of loops to show, separated by commas.")
-@click.option(
-    "--codes", type=click.Choice(["entmax", "sparsemax", "nnls", "simplex"]), help="In the loop.  [default: entmax]"
-)
+@click.option("--codes", type=_choice("codes"), help="In the loop.  [default: entmax]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "mps", "cuda"]), help="[default: auto]")
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--threads", type=int, help="CPU threads.  [default: all]")

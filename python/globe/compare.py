@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def compare(
     GlobeError
         If the checkpoint cannot be used.
     """
-    base = settings or Settings()
+    base = replace(settings or Settings(), solver="alternate", calibrate="none")  # seeds and loops are compared
     if base.ratio is not None:
         raise UsageError("methods are compared at one rank and bank size, not at a ratio; use rank and bank_size")
     known = Settings.choices("method")

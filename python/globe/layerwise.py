@@ -21,6 +21,31 @@ _TOKENS = 4096
 Arguments = Callable[[int, slice], dict[str, Any]]
 
 
+class NotFinite(GlobeError):
+    """Weights that make values that are not finite, in a compute type that is not to blame."""
+
+
+@contextmanager
+def own_code(checkpoint: Checkpoint) -> Iterator[None]:
+    """Tell of an error of the model's own code in one line.
+
+    Raises
+    ------
+    GlobeError
+        In place of whatever is raised.
+    """
+    try:
+        yield
+    except GlobeError:
+        raise
+    except Exception as error:  # its type may be anything
+        raise _cannot(checkpoint, first_line(error)) from error
+
+
+def _cannot(checkpoint: Checkpoint, why: str) -> GlobeError:
+    return GlobeError(f"{checkpoint.directory}: transformers cannot run it: {why}")
+
+
 @dataclass(frozen=True)
 class _Stored:
     """A tensor of the checkpoint that transformers' loader reads when it indexes it."""
@@ -52,14 +77,11 @@ class Layerwise:
         transformers = import_transformers("calibration")
         stored = checkpoint.family("gate").dtype
         self.dtype = torch.float32 if device.type == "cpu" else stored
-        try:
-            with quiet(transformers), torch.device("meta"):
-                config = transformers.AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
-                self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
-                self.base = self.model.base_model
-                self.layers = self.base.layers
-        except Exception as error:  # the model's own code raises types of its own
-            raise self._cannot(first_line(error)) from error
+        with own_code(checkpoint), quiet(transformers), torch.device("meta"):
+            config = transformers.AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+            self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
+            self.base = self.model.base_model
+            self.layers = self.base.layers
         self.positions = getattr(config, "max_position_embeddings", None)
         self._expert_dtype = stored
         self._names: dict[int | None, list[str]] = {}
@@ -99,7 +121,7 @@ class Layerwise:
             try:
                 for span in self.batches(windows):
                     calls = []
-                    with torch.no_grad(), self._running():
+                    with torch.no_grad(), own_code(self.checkpoint):
                         self.base(input_ids=windows[span].to(self.device), use_cache=False)
                     seen[span.stop - span.start] = calls
             finally:
@@ -126,11 +148,12 @@ class Layerwise:
 
     def run(self, number: int, layer: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
         """A layer's output on the CPU for a batch of hidden states (n, window, d)."""
-        with torch.no_grad(), self._running():
+        with torch.no_grad(), own_code(self.checkpoint):
             output = layer(hidden.to(self.device), **arguments)
-        result: torch.Tensor = (output[0] if isinstance(output, tuple) else output).cpu()
+            result: torch.Tensor = (output[0] if isinstance(output, tuple) else output).cpu()
         if not torch.isfinite(result).all():
-            raise GlobeError(
+            kind = NotFinite if self.dtype == torch.float32 else GlobeError
+            raise kind(
                 f"{self.checkpoint.directory}: layer {number} gives values that are not finite; its weights or its "
                 "compute type are damaged: calibrate on the CPU, or fetch the checkpoint again"
             )
@@ -156,24 +179,27 @@ class Layerwise:
         import transformers
 
         stored = {name: _Stored(self.checkpoint.tensors[name]) for name in self._names.get(key, [])}
-        plan = self.model._get_dtype_plan(self.dtype) if hasattr(self.model, "_get_dtype_plan") else {}
-        where = LoadStateDictConfig(
-            device_map={"": self.device},
-            dtype=self.dtype,
-            dtype_plan=plan,
-            weight_mapping=get_model_conversion_mapping(self.model),
-        )
-        with quiet(transformers), self._running():
+        with own_code(self.checkpoint), quiet(transformers):
+            plan = self.model._get_dtype_plan(self.dtype) if hasattr(self.model, "_get_dtype_plan") else {}
+            where = LoadStateDictConfig(
+                device_map={"": self.device},
+                dtype=self.dtype,
+                dtype_plan=plan,
+                weight_mapping=get_model_conversion_mapping(self.model),
+            )
             found, _ = convert_and_load_state_dict_in_model(self.model, stored, where)
         for trouble in [*found.conversion_errors.values(), *found.error_msgs]:
-            raise self._cannot(first_line(RuntimeError(trouble)))
+            raise _cannot(self.checkpoint, first_line(RuntimeError(trouble)))
         for name, has, wanted in found.mismatched_keys:
-            raise self._cannot(f"tensor {name} has shape {list(has)}, config.json asks for {list(wanted)}")
+            raise _cannot(self.checkpoint, f"tensor {name} has shape {list(has)}, config.json asks for {list(wanted)}")
         for module in modules:
-            self._fill_buffers(module)
+            with own_code(self.checkpoint):
+                self._fill_buffers(module)
             for name, value in (*module._parameters.items(), *module._buffers.items()):
                 if value is not None and value.is_meta:
-                    raise self._cannot(f"a weight file lacks {name} of {type(module).__name__} (layer {key})")
+                    raise _cannot(
+                        self.checkpoint, f"a weight file lacks {name} of {type(module).__name__} (layer {key})"
+                    )
 
     def _fill_buffers(self, module: Any) -> None:
         """Compute the buffers that no checkpoint holds, as transformers does after loading."""
@@ -183,19 +209,6 @@ class Layerwise:
                 module._buffers[name] = torch.empty_like(module._buffers[name], device=self.device)
             with torch.no_grad():
                 self.model._init_weights(module)
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        """Tell of an error of the model's own code in one line."""
-        try:
-            yield
-        except GlobeError:
-            raise
-        except Exception as error:  # its type may be anything
-            raise self._cannot(first_line(error)) from error
-
-    def _cannot(self, why: str) -> GlobeError:
-        return GlobeError(f"{self.checkpoint.directory}: transformers cannot run it: {why}")
 
 
 def _modules(root: Any, without: set[Any]) -> Iterator[Any]:

@@ -101,8 +101,9 @@ def build_metric(family: Family, calibration: Calibration, settings: Settings, d
 
 
 def _factor(moment: torch.Tensor) -> torch.Tensor:
-    damped = moment.double()
-    damped = damped + _DAMPING * damped.diagonal().mean() * torch.eye(len(damped), dtype=torch.float64)
+    damped, identity = moment.double(), torch.eye(len(moment), dtype=torch.float64)
+    mean = float(damped.diagonal().mean())
+    damped = damped + _DAMPING * mean * identity if mean > 0 else identity
     factor: torch.Tensor = torch.linalg.cholesky(damped).float()
     return factor
 
@@ -115,10 +116,14 @@ _DIAGONALS: Mapping[str, Callable[[LayerStatistics], torch.Tensor]] = {
 
 
 def _row_factor(statistics: LayerStatistics, family: str, expert: int, settings: Settings) -> torch.Tensor:
+    """D_i but for the expert's weight; that of the layer's mean where the router sends the expert nothing."""
     if family == "down" and statistics.hidden_moment is not None:
-        return _factor(statistics.hidden_moment[expert]).mT.contiguous()
+        moments = statistics.hidden_moment
+        moment = moments[expert] if bool(moments[expert].diagonal().any()) else moments.mean(0)
+        return _factor(moment).mT.contiguous()
     power = settings.metric_rows
-    diagonal = _DIAGONALS[family](statistics)[expert].double()
+    diagonals = _DIAGONALS[family](statistics).double()
+    diagonal = diagonals[expert] if bool(diagonals[expert].any()) else diagonals.mean(0)
     mean = diagonal.mean()
     if mean <= 0:
         return torch.ones_like(diagonal).float()

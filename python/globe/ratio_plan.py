@@ -57,7 +57,14 @@ class WeightProber:
 
     def fit(self, sample: Family, size: Size) -> Array:
         """Errors (n,) after LOOPS loops."""
-        changed: dict[str, Any] = {"codes": "nnls", "l1": 0.0, "method": "grouped-subspace", "outer_loops": LOOPS}
+        changed: dict[str, Any] = {
+            "codes": "nnls",
+            "l1": 0.0,
+            "method": "grouped-subspace",
+            "outer_loops": LOOPS,
+            "solver": "alternate",
+            "calibrate": "none",
+        }
         settings = replace(self.settings, **changed)
         everything = np.arange(sample.p)
         rows = Rows(everything, everything[:0], everything[: size.rank])

@@ -233,6 +233,8 @@ class Settings:
             several or self.scope in ("global", "layer"), "scope", self.scope, "global, layer or a count of layers"
         )
         _require(type(self.share_families) is bool, "share_families", self.share_families, "true or false")
+        named = isinstance(self.calibrate, str) and self.calibrate != ""
+        _require(named, "calibrate", self.calibrate, "auto, pydoc, none or a file of globe calibrate")
         for name, low, high in _BOUNDS:
             value = getattr(self, name)
             _require(value is None or low <= value <= high, name, value, f"a value from {low} to {high}")
