@@ -136,5 +136,7 @@ def _scale(statistics: LayerStatistics, expert: int, shrinkage: float) -> torch.
     own = statistics.diagonal[expert].double()
     count = float(statistics.counts[expert])
     floor = _DAMPING * common.mean()
+    if floor <= 0 or count + shrinkage <= 0:
+        return torch.ones_like(common).float()
     shrunk = (count * (own + floor) + shrinkage * (common + floor)) / (count + shrinkage)
     return (shrunk / (common + floor)).sqrt().float()

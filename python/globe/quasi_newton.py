@@ -101,7 +101,7 @@ class Pairs:
     def add(self, step: Vector, slope: Vector) -> None:
         """Remember a pair, unless its curvature is not positive."""
         curvature = step.dot(slope)
-        if curvature <= 1e-10 * np.sqrt(step.dot(step) * slope.dot(slope)):
+        if not curvature > 1e-10 * np.sqrt(step.dot(step) * slope.dot(slope)):
             return
         if len(self.steps) == self.most:
             del self.steps[0], self.slopes[0]

@@ -169,7 +169,7 @@ class Problem:
                 slopes = slope_room[: len(weighted)]
                 code_slope[span] = correlations(slopes, bank)
                 scatter_add(codes[span], slopes, slope, room)
-        scale = 1 / max(self.energy, np.finfo(float).tiny)
+        scale = 1 / self.energy if self.energy > 0 else 0.0
         value = Value(
             float(errors.sum()) * scale, slope.mul_(-2 * scale), code_slope * (-2 * scale), errors * scale, ridged
         )

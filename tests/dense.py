@@ -1,0 +1,106 @@
+"""The joint objective in fp64 and in plain torch, beside the metrics and families of its tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from families import CPU, Array, make_family, planted
+from globe.budget import Blocks
+from globe.checkpoint import Family
+from globe.metric import Metric
+from globe.settings import Settings
+from globe.variable_projection import Problem
+
+EXPERTS, P, D, RANK, ATOMS = 6, 10, 14, 4, 5
+METRICS = ("none", "shared", "scaled", "rows")
+
+
+def random_metric(kind: str, *, experts: int = EXPERTS, p: int = P, d: int = D, layers: int = 2) -> Metric | None:
+    """Diagonal rows and shared columns; per-expert scales on top; full rows without columns; or no metric."""
+    if kind == "none":
+        return None
+    random = torch.Generator().manual_seed(7)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random)
+
+    if kind == "rows":
+        return Metric(tuple(draw(p, p) for _ in range(experts)), {}, None, (None,) * experts)
+    rows = tuple(draw(p).abs() + 0.1 for _ in range(experts))
+    columns = {layer: torch.eye(d) + 0.5 * draw(d, d).tril() for layer in range(layers)}
+    scales = tuple(draw(d).abs() + 0.2 for _ in range(experts)) if kind == "scaled" else None
+    return Metric(rows, columns, scales, tuple(number * layers // experts for number in range(experts)))
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The experts W_i (N, p, d) and, for each, D_i (p, p) and L_i (d, d), all in fp64."""
+
+    weights: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """W'_i."""
+        return self.rows @ self.weights @ self.columns
+
+    @property
+    def energy(self) -> torch.Tensor:
+        return self.seen.square().sum()
+
+    def mixtures(self, bank: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """B̃'_i."""
+        return torch.einsum("ij,jrd->ird", codes, bank) @ self.columns
+
+    def lefts(self, bank: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """D_i A_i."""
+        return self.seen @ torch.linalg.pinv(self.mixtures(bank, codes))
+
+    def shares(self, bank: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """Every expert's share of f."""
+        residuals = self.seen - self.lefts(bank, codes) @ self.mixtures(bank, codes)
+        return residuals.square().sum((1, 2)) / self.energy
+
+    def free(self, bank: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """L_i (I − Π_i)."""
+        mixed = self.mixtures(bank, codes)
+        return self.columns @ (torch.eye(mixed.shape[2], dtype=torch.float64) - torch.linalg.pinv(mixed) @ mixed)
+
+
+def dense_of(family: Family, metric: Metric | None) -> Dense:
+    weights = torch.stack([family.read(number).double() for number in range(len(family))])
+    count, p, d = weights.shape
+    rows = torch.eye(p, dtype=torch.float64).repeat(count, 1, 1)
+    columns = torch.eye(d, dtype=torch.float64).repeat(count, 1, 1)
+    for number in range(count if metric is not None else 0):
+        assert metric is not None
+        mine, layer = metric.rows[number].double(), metric.layers[number]
+        rows[number] = mine.diag() if mine.ndim == 1 else mine
+        if layer is not None:
+            columns[number] = metric.columns[layer].double()
+        if layer is not None and metric.scales is not None:
+            columns[number] = metric.scales[number].double()[:, None] * columns[number]
+    return Dense(weights, rows, columns)
+
+
+def small_family(directory: Path, *, noise: float = 0.5, seed: int = 0) -> Family:
+    weights = planted(seed, experts=EXPERTS, p=P, d=D, rank=RANK, atoms=ATOMS, uses=3, noise=noise)
+    return make_family(directory, weights)
+
+
+def problem_of(
+    family: Family, metric: Metric | None, *, experts: int = 4, cached: int = 1 << 30, settings: Settings | None = None
+) -> Problem:
+    return Problem(family, metric, settings or Settings(), Blocks(experts=experts, cached=cached), CPU)
+
+
+def random_point(seed: int = 3, *, signed: bool = True) -> tuple[torch.Tensor, Array]:
+    """A bank (fp32) and codes."""
+    random = torch.Generator().manual_seed(seed)
+    bank = torch.randn(ATOMS, RANK, D, generator=random)
+    codes = torch.randn(EXPERTS, ATOMS, generator=random, dtype=torch.float64).numpy()
+    return bank, codes if signed else abs(codes)
