@@ -56,13 +56,13 @@ def mod_metric(
     """
     if not metric.columns:
         return mod_exact(codes, left_grams, residual, bank, ridge, steps, over_relaxation, blocks)
-    moments = Moments(metric, len(codes))
-    inverse, shift, used = left_blocks(codes**2 * moments.means[:, None], left_grams, ridge)
     traces = left_grams.diagonal(dim1=1, dim2=2).float().sum(1).cpu().double().numpy()
-    columns = moments.inverse_columns((codes**2).sum(1) * traces)
     size = min(blocks.experts, len(codes))
     mixed, products, room = (torch.empty(size, *bank.shape[1:], device=bank.device) for _ in range(3))
     with Workers(bank.device) as workers:
+        moments = Moments(metric, workers)
+        columns = moments.inverse_columns((codes**2).sum(1) * traces, workers)
+        inverse, shift, used = left_blocks(codes**2 * moments.means[:, None], left_grams, ridge)
 
         def operator(atoms: torch.Tensor) -> torch.Tensor:
             total: torch.Tensor = shift * atoms
@@ -96,10 +96,12 @@ def mod_metric(
 class Moments:
     """M_i = L_i L_iᵀ of every expert: S_i M_l S_i with M_l its layer's and S_i its scale."""
 
-    def __init__(self, metric: Metric, experts: int) -> None:
+    def __init__(self, metric: Metric, workers: Workers) -> None:
         self._metric = metric
-        self._whole = {layer: matmul(factor, factor.mT.contiguous()) for layer, factor in metric.columns.items()}
-        self.means = np.array([self._mean(number) for number in range(experts)])
+        factors = list(metric.columns.values())
+        products = workers.map(lambda k: matmul(factors[k], factors[k].mT), len(factors))
+        self._whole = dict(zip(metric.columns, products, strict=True))
+        self.means = np.array([self._mean(number) for number in range(len(metric.layers))])
 
     def apply(self, number: int, matrix: torch.Tensor) -> torch.Tensor:
         """X M_i."""
@@ -120,8 +122,11 @@ class Moments:
         diagonal = self._whole[layer].diagonal()
         return float((diagonal if scale is None else diagonal * scale.pow(2)).mean())
 
-    def inverse_columns(self, weights: Array) -> torch.Tensor:
+    def inverse_columns(self, weights: Array, workers: Workers) -> torch.Tensor:
         """K⁻¹ (d, d), fp32, of K = Σ_i w_i M_i of mean diagonal one, damped; by fp64 Cholesky on the CPU."""
+        return next(workers.map(lambda _: self._inverse_columns(weights), 1))
+
+    def _inverse_columns(self, weights: Array) -> torch.Tensor:
         total: torch.Tensor | None = None
         for layer, whole in self._whole.items():
             numbers = [number for number, found in enumerate(self._metric.layers) if found == layer]
