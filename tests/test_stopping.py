@@ -102,6 +102,12 @@ def test_over_relaxation_starts_with_the_second_loop_and_ends_when_the_error_ris
     assert sum("over-relaxation is off" in line for line in lines) == 1
 
 
+def test_every_rise_of_the_error_is_said() -> None:
+    errors = (0.9, 0.5, 0.6, 0.4, 0.41, 0.1)
+    _, lines = Script([(error, 0.5 / (1 + number), 5) for number, error in enumerate(errors)]).play(over_relaxation=0.0)
+    assert [line for line in lines if "rose" in line] == [f"gate: loop {loop}: the error rose" for loop in (2, 4)]
+
+
 def test_irregular_codes_are_recorded_and_said() -> None:
     found, lines = Script([(0.5, 0.5 / (1 + number), 5) for number in range(3)], irregular=2).play()
     assert [record.irregular_codes for record in found.history] == [2, 2]

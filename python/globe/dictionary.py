@@ -37,7 +37,7 @@ def mod(codes: Array, right_side: torch.Tensor, bank: torch.Tensor, ridge: float
     inner[np.diag_indices_from(inner)] += ridge * np.diag(inner).mean()
     inverse = torch.from_numpy(scipy.linalg.pinvh(inner).astype(np.float32)).to(bank.device)
     rows = max(1, _ROW_BLOCK_BYTES // (4 * len(bank) * bank.shape[2]))
-    for span in _spans(bank.shape[1], rows):
+    for span in spans(bank.shape[1], rows):
         part = right_side[:, span]
         solved = bank[:, span].clone()
         solved[used] = matmul(inverse, part[used].flatten(1)).view(len(used), *part.shape[1:])
@@ -80,9 +80,9 @@ def mod_exact(
         `columns` in hand at a time.
     """
     rank = bank.shape[1]
-    inverse, shift, used = _preconditioner(codes, left_grams, ridge)
+    inverse, shift, used = left_blocks(codes**2, left_grams, ridge)
     with Workers(bank.device) as workers:
-        for span in _spans(bank.shape[2], blocks.columns):
+        for span in spans(bank.shape[2], blocks.columns):
             start = bank[:, :, span].contiguous()
             mixed, products = (
                 torch.empty(EXPERTS_AT_ONCE, rank, start.shape[2], dtype=left_grams.dtype, device=bank.device)
@@ -98,7 +98,7 @@ def mod_exact(
             ) -> torch.Tensor:
                 total: torch.Tensor = shift * atoms
                 atoms = atoms.to(left_grams.dtype)
-                for some in _spans(len(codes), EXPERTS_AT_ONCE):
+                for some in spans(len(codes), EXPERTS_AT_ONCE):
                     mixtures(codes[some], atoms, mixed)
 
                     def apply(k: int, first: int = some.start) -> None:
@@ -109,22 +109,22 @@ def mod_exact(
                     scatter_add(codes[some], products[: some.stop - some.start], total, room)
                 return total
 
-            change = _conjugate_gradients(
+            change = conjugate_gradients(
                 operator, lambda vector: matmul(inverse, vector), residual[:, :, span] - shift * start, steps
             )
             residual[:, :, span] = start + torch.where(used, (1 + over_relaxation) * change, torch.zeros_like(change))
     return residual
 
 
-def _preconditioner(
-    codes: Array, left_grams: torch.Tensor, ridge: float
+def left_blocks(
+    weights: Array, left_grams: torch.Tensor, ridge: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The inverse blocks (m, r, r), λ_j and whether any expert uses the atom, both (m, 1, 1)."""
+    """(Σ_i w_ij A_iᵀA_i + λ_j I)⁻¹ (m, r, r) of weights (N, m); λ_j and whether any expert uses the atom, (m, 1, 1)."""
     rank = left_grams.shape[1]
-    blocks = torch.zeros(codes.shape[1], rank, rank, device=left_grams.device)
+    blocks = torch.zeros(weights.shape[1], rank, rank, device=left_grams.device)
     room = torch.empty(EXPERTS_AT_ONCE, rank, rank, device=left_grams.device)
-    for some in _spans(len(codes), EXPERTS_AT_ONCE):
-        scatter_add(codes[some] ** 2, left_grams[some], blocks, room)
+    for some in spans(len(weights), EXPERTS_AT_ONCE):
+        scatter_add(weights[some], left_grams[some], blocks, room)
     mean = blocks.diagonal(dim1=1, dim2=2).mean(1)
     used = ridge * mean > 0 if ridge > 0 else mean > 0
     shift = torch.where(used, ridge * mean, torch.ones_like(mean))
@@ -134,7 +134,7 @@ def _preconditioner(
     return blocks, shift[:, None, None], used[:, None, None]
 
 
-def _conjugate_gradients(
+def conjugate_gradients(
     operator: Callable[[torch.Tensor], torch.Tensor],
     precondition: Callable[[torch.Tensor], torch.Tensor],
     residual: torch.Tensor,
@@ -174,6 +174,7 @@ def _dot(left: torch.Tensor, right: torch.Tensor) -> float:
     return float(sum(torch.dot(a.flatten(), b.flatten()).cpu().double() for a, b in zip(left, right, strict=True)))
 
 
-def _spans(count: int, size: int) -> Iterator[slice]:
+def spans(count: int, size: int) -> Iterator[slice]:
+    """0 to `count` in slices of at most `size`."""
     for first in range(0, count, size):
         yield slice(first, min(first + size, count))

@@ -114,7 +114,8 @@ def _train(
     else:
         stages.recall(states.notes["stage"])
     seeded = states.notes["stage"]
-    if joint or METHODS[states.notes["seeds"]["choice"]["chosen"]].sees_all_rows:
+    mixed = metric is not None and metric.mixes_rows
+    if joint or mixed or METHODS[states.notes["seeds"]["choice"]["chosen"]].sees_all_rows:
         rows = rows.all_trained()
     if not loops:
         training = Training(states.load(progress.loop), None, None, [], "outer_loops")
@@ -122,7 +123,7 @@ def _train(
         return _save_fit(family, training.state, report, [seeded], store, states)
     passes = settings.outer_loops + 1 - progress.first
     with stages.stage(f"{name}: loops", passes * len(family), states.before) as advance:
-        training = train(family, rows, progress, settings, advance, log, states, blocks)
+        training = train(family, rows, progress, settings, advance, log, states, blocks, metric)
         if training.measure is not None and training.measure.ridged:
             log(f"{name}: {training.measure.ridged} left factors were ill-conditioned and took a ridge")
         report = training_report(shape, rows, states.notes, training)

@@ -50,6 +50,16 @@ class Metric:
         factor = self._factor(number)
         return gradient if factor is None else matmul(gradient, factor.mT)
 
+    def common(self, number: int, matrix: torch.Tensor) -> torch.Tensor:
+        """X L Lᵀ with the layer's own L, the same for all its experts."""
+        layer = self.layers[number]
+        return matrix if layer is None else matmul(matmul(matrix, self.columns[layer]), self.columns[layer].mT)
+
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether any D_i is not diagonal: then no row can be held out."""
+        return any(rows.ndim > 1 for rows in self.rows)
+
     def weigh(self, number: int, weights: torch.Tensor) -> torch.Tensor:
         """D_i W L_i of the expert's matrix W (p, d) in fp32."""
         return self.weigh_rows(number, self.seen(number, weights))

@@ -16,7 +16,7 @@ from globe.sweep import Measure, State
 
 @dataclass(frozen=True)
 class Record:
-    """One loop's line in metrics.json: the state it left, and its wall time in seconds."""
+    """One loop's line in metrics.json: the state it left, atoms that it re-seeded, and its wall time in seconds."""
 
     loop: int
     relative_error: float
@@ -26,6 +26,7 @@ class Record:
     temperature: float
     over_relaxation: float
     irregular_codes: int
+    reseeded: int
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -45,6 +46,7 @@ class Progress:
     loop: int = 0
     plateau: int = 0
     irregular: int = 0
+    reseeded: int = 0
     best: int = 0
     first: int = 0
     seconds: float = 0.0

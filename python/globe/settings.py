@@ -106,6 +106,12 @@ class Settings:
         Preconditioned CG steps of the exact dictionary step.
     over_relaxation : float
         Fraction of its own step by which the exact dictionary step overshoots; off once the error rises.
+    coherence : float
+        Weight c of a penalty on ‖G − I‖, G the Gram of the atoms, after every dictionary step:
+        B ← (B + c G^(−1/2) B) / (1 + c).
+    duplicate : float
+        Of two atoms with an inner product above this one is re-seeded from an expert with a large error, as are atoms
+        that no expert uses.
     ridge : float
         Ridge of ill-conditioned left factors, relative to the mean diagonal of B̃ B̃ᵀ.
     ridge_rcond : float
@@ -194,6 +200,8 @@ class Settings:
     mod_ridge: float = 1e-4
     cg_steps: int = 8
     over_relaxation: float = 0.8
+    coherence: float = 0.0
+    duplicate: float = 0.999
     ridge: float = 1e-6
     ridge_rcond: float = 1e-5
     validation_share: float = 1 / 32
@@ -319,6 +327,8 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("mod_ridge", 0, 1),
     ("cg_steps", 1, 10_000),
     ("over_relaxation", 0, 1),
+    ("coherence", 0, 1e6),
+    ("duplicate", 0, 1),
     ("ridge", 0, 1),
     ("ridge_rcond", 0, 1),
     ("validation_share", 0, 0.5),

@@ -14,8 +14,11 @@ from globe.budget import BLOCKS, Blocks
 from globe.checkpoint import Family
 from globe.codes import spread, supports, update_temperature
 from globe.dictionary import mod, mod_exact, unit_atoms
+from globe.dictionary_metric import mod_metric
+from globe.metric import Metric
 from globe.progress import Progress, Record, States
 from globe.proxies import Rows
+from globe.reseed import decorrelate, reseed
 from globe.settings import Settings
 from globe.stages import Advance
 from globe.sweep import Measure, State, Sums, measure, sweep
@@ -41,15 +44,20 @@ def train(
     log: Callable[[str], None] = lambda line: None,
     states: States | None = None,
     blocks: Blocks = BLOCKS,
+    metric: Metric | None = None,
 ) -> Training:
-    """Alternate codes, dictionary and left factors from `start`, and keep the best state.
+    """Alternate codes, dictionary and left factors from `start`, and keep the best state; all errors are in the metric.
 
     A loop is one pass over W: the pass that codes the targets of a state also measures it. The best state has
     the lowest relative error over all rows, which is what is delivered; the held-out rows decide when to stop.
     One state is in memory, `states` keeps the others; a `start` that is a progress goes on from those. Where every
     expert has but one atom at the start, that state is measured, as loop -1, and the loops begin with its codes
-    spread.
+    spread. Where the metric mixes rows none is held out. Atoms that do no work are re-seeded after every loop
+    that another one codes.
     """
+    if metric is not None and metric.mixes_rows:
+        rows = rows.all_trained()
+    error = "relative error" if metric is None else "weighted error"
     started = time.perf_counter()
     if isinstance(start, Progress):
         assert states is not None, "progress without the states that it speaks of"
@@ -65,15 +73,17 @@ def train(
     while True:
         sums: Sums | None = None
         if now.loop in (-1, settings.outer_loops):
-            measured = measure(family, rows, state, settings, advance, blocks)
+            measured = measure(family, rows, state, settings, advance, blocks, metric)
         else:
-            measured, sums = sweep(family, rows, state, settings, advance, blocks)
+            measured, sums = sweep(family, rows, state, settings, advance, blocks, metric)
         median = float(np.median(supports(state.codes)))
         seconds, started = time.perf_counter() - started, time.perf_counter()
-        log(f"{family.name}: loop {now.loop}: relative error {measured.relative_error:.4f}, median support {median:g}")
+        log(f"{family.name}: loop {now.loop}: {error} {measured.relative_error:.4f}, median support {median:g}")
         judged = _judge(now, measured, median, state.temperature, seconds, settings)
-        if judged.relaxation != now.relaxation:
-            log(f"{family.name}: loop {now.loop}: the error rose, over-relaxation is off from here")
+        off = judged.relaxation != now.relaxation
+        if off or (now.previous is not None and measured.relative_error > now.previous.relative_error):
+            end = ", over-relaxation is off from here" if off else ""
+            log(f"{family.name}: loop {now.loop}: the error rose{end}")
         now = judged
         if now.loop == -1:
             state = replace(state, codes=spread(state.codes, settings))
@@ -93,8 +103,14 @@ def train(
             median = float(np.median(supports(state.codes)))
             temperature = update_temperature(state.temperature, median, settings.support, settings.temperature_rate)
             state = replace(state, temperature=temperature)
+        reseeded = 0
+        if sums.errors is not None and now.loop + 1 < settings.outer_loops:
+            state, reseeded = reseed(family, rows, state, sums.errors, settings, metric)
+            if reseeded:
+                log(f"{family.name}: loop {now.loop + 1}: {reseeded} atoms did no work and were re-seeded")
         spent = time.perf_counter() - started
-        now = replace(now, loop=now.loop + 1, irregular=sums.irregular, previous=measured, seconds=spent)
+        now = replace(now, loop=now.loop + 1, irregular=sums.irregular, reseeded=reseeded, previous=measured)
+        now = replace(now, seconds=spent)
         states.save(state, now)
     if now.best != now.loop:
         del state, sums
@@ -118,7 +134,7 @@ def _judge(
         validation = None if math.isnan(measured.validation_error) else measured.validation_error
         relaxed = before.relaxation if loop > 1 and settings.mod == "exact" else 0.0
         errors = (measured.relative_error, measured.train_error, validation)
-        record = Record(loop, *errors, median, temperature, relaxed, before.irregular, seconds)
+        record = Record(loop, *errors, median, temperature, relaxed, before.irregular, before.reseeded, seconds)
         now = replace(now, history=[*before.history, record])
     if now.best_measure is None or measured.relative_error < now.best_measure.relative_error:
         now = replace(now, best=loop, best_measure=measured)
@@ -134,10 +150,16 @@ def _judge(
 def _dictionary_step(state: State, sums: Sums, settings: Settings, relaxation: float, blocks: Blocks = BLOCKS) -> State:
     if sums.left_grams is not None:
         ridge, steps = settings.mod_ridge, settings.cg_steps
-        bank = mod_exact(sums.codes, sums.left_grams, sums.right_side, state.bank, ridge, steps, relaxation, blocks)
+        given = (sums.codes, sums.left_grams, sums.right_side, state.bank)
+        if sums.metric is None:
+            bank = mod_exact(*given, ridge, steps, relaxation, blocks)
+        else:
+            bank = mod_metric(*given, sums.metric, ridge, steps, relaxation, blocks)
     else:
         bank = mod(sums.codes, sums.right_side, state.bank, settings.mod_ridge)
     bank, codes = unit_atoms(bank, sums.codes)
+    if settings.coherence > 0:
+        bank, codes = unit_atoms(decorrelate(bank, settings.coherence), codes)
     if settings.codes != "nnls":
         codes = codes / codes.sum(1, keepdims=True)
     return State(bank, codes, state.temperature)
