@@ -27,6 +27,7 @@ _HOMES = {
     "get_cmake_dir": "globe.embedding",
     "inspect": "globe.inspect",
     "load": "globe.hf.load",
+    "push": "globe.push",
 }
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from globe.export import export as export
     from globe.hf.load import load as load
     from globe.inspect import inspect as inspect
+    from globe.push import push as push
     from globe.settings import Settings as Settings
 
 __all__ = [*_HOMES, "__version__"]

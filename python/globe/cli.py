@@ -1,4 +1,4 @@
-"""The command line: `globe inspect | calibrate | compress | compare | batch | export | eval | demo`."""
+"""The command line: `globe inspect | calibrate | compress | compare | batch | export | eval | push | demo`."""
 
 from __future__ import annotations
 
@@ -382,6 +382,26 @@ def evaluate(
                 f"against {against}: perplexity {found.reference_perplexity:.3f}, KL {found.kl:.4f} nats per token, "
                 f"top-1 agreement {found.top1_agreement:.1%}"
             )
+
+
+@cli.command()
+@click.argument("out", type=_PATH)
+@click.argument("repo", metavar="NAMESPACE/NAME")
+@click.option("--private", is_flag=True, help="If the repository is made now, make it private.")
+@click.option("--revision", metavar="BRANCH", help="Made if it is not there.  [default: main]")
+@_common
+def push(out: Path, repo: str, private: bool, revision: str | None, as_json: bool, quiet: bool) -> None:
+    """Upload OUT, with its model card, to the Hugging Face Hub.
+
+    The token is the hub's own: HF_TOKEN, or that of `hf auth login`.
+    """
+    from globe.push import push as run
+
+    address = run(out, repo, private=private, revision=revision)
+    if as_json:
+        click.echo(json.dumps({"repository": repo, "commit": address}))
+    elif not quiet:
+        click.echo(address)
 
 
 @cli.command()
