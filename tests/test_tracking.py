@@ -11,12 +11,12 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from checkpoints import make_tiny  # noqa: E402
-from globe import Settings, compress  # noqa: E402
-from globe.compress import Result  # noqa: E402
-from globe.errors import UsageError  # noqa: E402
-from globe.tracking import TENSORBOARD_FOLDER, points, track  # noqa: E402
-from refusals import SMALL, refusal  # noqa: E402
+from checkpoints import make_tiny
+from globe import Settings, compress
+from globe.compress import Result
+from globe.errors import UsageError
+from globe.tracking import TENSORBOARD_FOLDER, points, track
+from refusals import SMALL, refusal
 
 
 @pytest.fixture(scope="module")
