@@ -28,6 +28,7 @@ _HOMES = {
     "inspect": "globe.inspect",
     "load": "globe.hf.load",
     "report": "globe.report",
+    "push": "globe.push",
 }
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from globe.hf.load import load as load
     from globe.inspect import inspect as inspect
     from globe.report import report as report
+    from globe.push import push as push
     from globe.settings import Settings as Settings
 
 __all__ = [*_HOMES, "__version__"]

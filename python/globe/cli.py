@@ -1,4 +1,4 @@
-"""The command line: `globe inspect | calibrate | compress | report | compare | batch | export | eval | demo`."""
+"""The command line: inspect, calibrate, compress, report, compare, batch, export, eval, push and demo."""
 
 from __future__ import annotations
 
@@ -197,6 +197,7 @@ def calibrate(
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--threads", type=int, help="CPU threads.  [default: all]")
 @click.option("--config", type=_PATH, help="Settings as YAML; options win over it.")
+@click.option("--log", "tracker", type=click.Choice(["trackio", "wandb", "tensorboard"]), help="Log the histories too.")
 @click.option("--overwrite", is_flag=True, help="Replace an OUT that is not empty, whatever it holds.")
 @_resuming
 @_common
@@ -204,6 +205,7 @@ def compress(
     model: Path,
     out: Path,
     config: Path | None,
+    tracker: str | None,
     overwrite: bool,
     fresh: bool,
     keep_run: bool,
@@ -214,14 +216,16 @@ def compress(
     """Factor the experts of MODEL (a checkpoint directory) and write OUT.
 
     A run that was stopped is continued by the same command, to the same bytes: every stage leaves its result in
-    OUT/.globe-run. Where OUT is finished already, nothing is done. OUT/report.html shows what was done.
+    OUT/.globe-run. Where OUT is finished already, nothing is done, but for --log, which writes the histories of
+    metrics.json to a tracker (tensorboard: to OUT/runs/globe). OUT/report.html shows what was done.
     """
 
     settings = read_settings(config, {key: value for key, value in options.items() if value is not None})
     from globe.compress import compress as run
 
     display = _display(quiet)
-    result = run(model, out, settings, overwrite=overwrite, fresh=fresh, keep_run=keep_run, progress=display)
+    kept: dict[str, Any] = {"overwrite": overwrite, "fresh": fresh, "keep_run": keep_run}
+    result = run(model, out, settings, **kept, log=tracker, progress=display)
     if as_json:
         click.echo(json.dumps({"output": str(out), **result.metrics}))
     elif not quiet:
@@ -369,6 +373,9 @@ def export(out: Path, dense: Path, overwrite: bool, as_json: bool, quiet: bool) 
 @click.option("--text", type=_PATH, metavar="FILE", help="UTF-8 text.  [default: half of Python's own help topics]")
 @click.option("--window", type=int, default=512, show_default=True, help="Tokens per window.")
 @click.option("--max-tokens", type=int, help="Use the first N tokens of the text.")
+@click.option("--lm-eval", "tasks", metavar="TASKS", help="Tasks of lm-eval, separated by commas, instead of a text.")
+@click.option("--lm-eval-path", type=_PATH, metavar="FOLDER", help="YAML files of more tasks.")
+@click.option("--limit", type=int, metavar="N", help="Only the first N documents of every task.")
 @click.option("--device", type=_choice("device"), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: all]")
 @_common
@@ -378,17 +385,27 @@ def evaluate(
     text: Path | None,
     window: int,
     max_tokens: int | None,
+    tasks: str | None,
+    lm_eval_path: Path | None,
+    limit: int | None,
     device: str,
     threads: int | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Token perplexity of DIR, dense or factored, on windows that do not overlap."""
+    """Token perplexity of DIR, dense or factored, on windows that do not overlap; or tasks of lm-eval."""
     from globe.evaluate import evaluate as run
     from globe.gemm import pick_device, set_threads
 
+    if tasks is None and (lm_eval_path is not None or limit is not None):
+        raise UsageError("--lm-eval-path and --limit go with --lm-eval")
+    if tasks is not None and (against is not None or text is not None or max_tokens is not None):
+        raise UsageError("--against, --text and --max-tokens do not go with --lm-eval")
     set_threads(threads)
     where = str(pick_device(device))
+    if tasks is not None:
+        _evaluate_tasks(directory, tasks, lm_eval_path, limit, where, as_json, quiet)
+        return
     found = run(directory, against=against, text=text, window=window, max_tokens=max_tokens, device=where)
     if as_json:
         click.echo(json.dumps(asdict(found)))
@@ -399,6 +416,49 @@ def evaluate(
                 f"against {against}: perplexity {found.reference_perplexity:.3f}, KL {found.kl:.4f} nats per token, "
                 f"top-1 agreement {found.top1_agreement:.1%}"
             )
+
+
+def _evaluate_tasks(
+    directory: Path, tasks: str, folder: Path | None, limit: int | None, device: str, as_json: bool, quiet: bool
+) -> None:
+    from globe.harness import evaluate_tasks
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    found = evaluate_tasks(directory, names, task_path=folder, limit=limit, device=device)
+    if as_json:
+        click.echo(json.dumps(found))
+    elif not quiet:
+        table = Table(title=str(directory), box=SIMPLE_HEAD)
+        for column in ("task", "metric", "value", "± standard error"):
+            table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+        for task, figures in found.items():
+            for metric, value in figures.items():
+                if not metric.partition(" ")[0].endswith("_stderr"):
+                    base, _, kind = metric.partition(" ")
+                    error = figures.get(f"{base}_stderr {kind}".strip())
+                    shown = (f"{x:.4f}" if isinstance(x, int | float) else "" for x in (value, error))
+                    table.add_row(task, metric, *shown)
+        Console().print(table)
+
+
+@cli.command()
+@click.argument("out", type=_PATH)
+@click.argument("repo", metavar="NAMESPACE/NAME")
+@click.option("--private", is_flag=True, help="If the repository is made now, make it private.")
+@click.option("--revision", metavar="BRANCH", help="Made if it is not there.  [default: main]")
+@_common
+def push(out: Path, repo: str, private: bool, revision: str | None, as_json: bool, quiet: bool) -> None:
+    """Upload OUT, with its model card, to the Hugging Face Hub.
+
+    The token is the hub's own: HF_TOKEN, or that of `hf auth login`.
+    """
+    from globe.push import push as run
+
+    address = run(out, repo, private=private, revision=revision)
+    if as_json:
+        click.echo(json.dumps({"repository": repo, "commit": address}))
+    elif not quiet:
+        click.echo(address)
 
 
 @cli.command()

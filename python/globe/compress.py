@@ -16,7 +16,7 @@ from globe import __version__
 from globe.autoload import LOADER, LOADER_FILE, loading_config
 from globe.budget import Blocks, plan_blocks
 from globe.calibrate import calibration_for
-from globe.card import model_card
+from globe.card import SETTINGS_FILE, model_card, settings_file
 from globe.checkpoint import Checkpoint, Family, read_json
 from globe.errors import GlobeError, UsageError
 from globe.factor import factor, load_fit, scan_family
@@ -43,6 +43,7 @@ from globe.runstore import FOLDER, Store
 from globe.settings import Settings
 from globe.stages import Display, Stages
 from globe.tensorfile import write_text
+from globe.tracking import require_tracker, track
 from globe.write import Fit, Written, manifest, write_weights
 
 
@@ -165,6 +166,7 @@ def compress(
     overwrite: bool = False,
     fresh: bool = False,
     keep_run: bool = False,
+    log: str | None = None,
     progress: Display | None = None,
 ) -> Result:
     """Factor the routed experts of a checkpoint: W_i ≈ A_i Σ_j α_ij B_j with one bank per family.
@@ -186,6 +188,8 @@ def compress(
         Start over where an earlier compression left an unfinished run or its output.
     keep_run : bool
         Keep OUT/.globe-run at the end.
+    log : {"trackio", "wandb", "tensorboard"}, optional
+        Write the histories of metrics.json to this tracker too, at the end.
     progress : Display, optional
         Shows stages and lines as they go.
 
@@ -198,8 +202,25 @@ def compress(
     UsageError
         If a setting does not fit the checkpoint or saves nothing, or OUT holds something else.
     GlobeError
-        If the checkpoint or the output directory cannot be used.
+        If the checkpoint, the output directory or the tracker cannot be used.
     """
+    if log is not None:
+        require_tracker(log)
+    result = _compress(model_dir, out_dir, settings, overwrite, fresh, keep_run, progress)
+    if log is not None:
+        track(log, result.directory, result.metrics)
+    return result
+
+
+def _compress(
+    model_dir: Path | str,
+    out_dir: Path | str,
+    settings: Settings | None,
+    overwrite: bool,
+    fresh: bool,
+    keep_run: bool,
+    progress: Display | None,
+) -> Result:
     settings, source, target = settings or Settings(), Path(model_dir), Path(out_dir)
     stages = Stages(progress)
     with stages.stage("index", 1):
@@ -286,7 +307,8 @@ def compress(
         told = manifest(planned.checkpoint, planned.families, planned.shapes, settings, described)
         _write_json(target / MANIFEST, told)
         _write_json(target / "metrics.json", metrics)
-        write_text(target / "README.md", model_card(source.resolve().name, metrics))
+        write_text(target / "README.md", model_card(source, planned.checkpoint.config, metrics))
+        write_text(target / SETTINGS_FILE, settings_file(metrics))
         write_text(target / LOADER_FILE, LOADER)
         _write_json(target / "config.json", loading_config(planned.checkpoint.config, told, INDEX_FILE))
     _draw_report(target, stages.display.log)

@@ -13,6 +13,7 @@ from globe.gemm import matmul
 from globe.settings import Settings
 
 _ALIKE = 1e-3
+_LEAST_ROW = 1e-4  # of the mean weight
 _DAMPING = 1e-3  # of the mean diagonal: inputs that the text never shows stay worth something
 
 
@@ -134,10 +135,10 @@ def _row_factor(statistics: LayerStatistics, family: str, expert: int, settings:
     power = settings.metric_rows
     diagonals = _DIAGONALS[family](statistics).double()
     diagonal = diagonals[expert] if bool(diagonals[expert].any()) else diagonals.mean(0)
-    mean = diagonal.mean()
-    if mean <= 0:
+    floor = _LEAST_ROW * float(diagonal.mean())
+    if floor <= 0:
         return torch.ones_like(diagonal).float()
-    return (mean * ((diagonal / mean).clamp(min=1e-4)) ** power).sqrt().float()
+    return (diagonal.clamp(min=floor) ** (power / 2)).float()
 
 
 def _scale(statistics: LayerStatistics, expert: int, shrinkage: float) -> torch.Tensor:

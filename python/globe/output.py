@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import IO, Any, TypeGuard
 
 from globe.autoload import LOADER_FILE
+from globe.card import SETTINGS_FILE
 from globe.errors import GlobeError, UsageError
 from globe.runstore import FOLDER, Log, RunStore, differences, stored_key
 
 _LOCK = ".globe-lock"
 REPORT = "report.html"
-_SMALL = ("config.json", "globe.json", "metrics.json", "README.md", LOADER_FILE, REPORT)
+_SMALL = ("config.json", "globe.json", "metrics.json", "README.md", LOADER_FILE, SETTINGS_FILE, REPORT)
 _WRITTEN = (*_SMALL, "*.safetensors", "*.safetensors.index.json")
 
 

@@ -1,0 +1,118 @@
+"""Measure a checkpoint on tasks of the LM Evaluation Harness (package lm-eval)."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from globe.errors import GlobeError, UsageError
+from globe.models import first_line, load_model
+
+Figures = dict[str, dict[str, float | str]]
+
+
+def evaluate_tasks(
+    directory: str | Path,
+    tasks: Sequence[str],
+    *,
+    task_path: str | Path | None = None,
+    limit: int | None = None,
+    few_shot: int | None = None,
+    batch_size: int = 1,
+    device: str = "cpu",
+) -> Figures:
+    """Run tasks of lm-eval on a checkpoint directory, dense or factored.
+
+    Parameters
+    ----------
+    directory : str or Path
+        Checkpoint directory with a tokenizer.
+    tasks : sequence of str
+        Names of tasks or groups.
+    task_path : str or Path, optional
+        Folder with YAML files of more tasks.
+    limit : int, optional
+        Only the first documents of every task.
+    few_shot : int, optional
+        Examples before every question; as the task states if not given.
+    batch_size : int
+        Requests in a batch.
+    device : str
+        A torch device.
+
+    Returns
+    -------
+    dict
+        Per task, its metrics by name: values and standard errors ("N/A" where there is none).
+
+    Raises
+    ------
+    UsageError
+        If a task is not known, or an argument is none.
+    GlobeError
+        If lm-eval is missing, the directory cannot be loaded, or a task cannot be run, as without its data set.
+    """
+    harness = import_harness()
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit is {limit}; expected at least 1 document")
+    if task_path is not None and not Path(task_path).is_dir():
+        raise UsageError(f"task path {task_path}: no such directory")
+    with _quiet():
+        manager = harness.tasks.TaskManager(include_path=str(task_path) if task_path is not None else None)
+        unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown or not tasks:
+        raise UsageError(f"lm-eval knows no task {', '.join(unknown) or 'of no name'}; `lm-eval ls tasks` lists them")
+    model, tokenizer = load_model(directory, device)
+    from lm_eval.models.huggingface import HFLM
+
+    try:
+        with _quiet():
+            judged = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            found = harness.simple_evaluate(
+                judged,
+                tasks=list(tasks),
+                task_manager=manager,
+                limit=limit,
+                num_fewshot=few_shot,
+                log_samples=False,
+                bootstrap_iters=1000,
+            )
+    except Exception as error:  # of data sets, their hosts and the tasks' own code
+        raise GlobeError(f"lm-eval cannot run {', '.join(tasks)}: {first_line(error)}") from error
+    return {task: _named(figures) for task, figures in found["results"].items()}
+
+
+def import_harness() -> Any:
+    """The lm_eval package, which is an optional dependency."""
+    try:
+        import lm_eval
+        import lm_eval.tasks
+    except ImportError as error:
+        raise GlobeError(f'--lm-eval needs lm-eval ({error}): pip install "globe-moe[eval]"') from error
+    return lm_eval
+
+
+def _named(figures: dict[str, Any]) -> dict[str, float | str]:
+    """Metrics without lm-eval's mark of an absent filter ("acc,none")."""
+    named: dict[str, float | str] = {}
+    for key, value in figures.items():
+        metric, _, kind = key.partition(",")
+        if kind and isinstance(value, int | float | str):
+            named[metric if kind == "none" else f"{metric} ({kind})"] = value
+    return named
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval prints and logs nothing: stdout is for the figures."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
