@@ -60,6 +60,15 @@ def compose(
     ------
     ValueError
         If an argument has a wrong shape, dtype or value, with the argument named.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from globe.kernels import compose
+    >>> bank = np.array([[1, 2], [3, 4], [5, 6]], dtype=np.float32)
+    >>> compose(np.array([[1, 0, 2], [0, 0.5, 0]]), bank)
+    array([[11. , 14. ],
+           [ 1.5,  2. ]], dtype=float32)
     """
     matrix = _codes(codes)
     flat = _wide("bank", bank, matrix.shape[1], "one per column of codes")
@@ -146,6 +155,15 @@ def compose_code_gradient(
     ------
     ValueError
         If an argument has a wrong shape, dtype or value, with the argument named.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from globe.kernels import compose_code_gradient
+    >>> bank = np.array([[1, 2], [3, 4]], dtype=np.float32)
+    >>> compose_code_gradient(np.array([[1, 0], [2, 1]]), np.eye(2, dtype=np.float32), bank).toarray()
+    array([[1., 0.],
+           [2., 4.]])
     """
     matrix = _codes(codes)
     atoms = _wide("bank", bank, matrix.shape[1], "one per column of codes")
