@@ -43,7 +43,7 @@ def compose(
         Threshold for weights, 0 or more.
     dtype : dtype, optional
         Dtype of the result: float32, float16 or ``ml_dtypes.bfloat16``; the bank's by default.
-    out : ndarray, shape (n, *bank.shape[1:]), optional
+    out : ndarray, shape (n, ...), optional
         Where to write, C-contiguous, in `dtype`; spares the cost of fresh memory. Must not overlap the bank.
     backend : {"auto", "native", "numba", "reference"}
         Implementation; see :func:`globe.kernels.available`.
@@ -52,7 +52,7 @@ def compose(
 
     Returns
     -------
-    ndarray, shape (n, *bank.shape[1:])
+    ndarray, shape (n, ...)
         Summed in float32 in the order of the stored entries and rounded once. The bits do not depend
         on the number of threads.
 
@@ -117,7 +117,7 @@ def compose_bank_gradient(
 
     Returns
     -------
-    ndarray, shape (m, *gradient.shape[1:])
+    ndarray, shape (m, ...)
 
     Raises
     ------
