@@ -70,7 +70,7 @@ def entmax(
     array([[1.   , 0.   , 0.   ],
            [0.333, 0.333, 0.333]])
     >>> entmax(np.array([2.0, 1.0, 0.0]), temperature=2.0).round(3)  # warmer: a larger support
-    array([0.65 , 0.309, 0.041])
+    array([0.624, 0.292, 0.084])
     """
     _check(alpha, temperature)
     if not 0.0 <= epsilon < 1.0:
