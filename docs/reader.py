@@ -17,7 +17,7 @@ def read_file(path):
 
 
 def read_expert(out, family, tensor, expert=0):
-    """W = A @ sum_j codes_j atoms_j from a pathlib.Path: a tensor of the source, of a fused one the given expert's part."""
+    """W = A @ sum_j codes_j atoms_j of a source tensor, or of the given expert in a fused one; out is a Path."""
     record = json.loads((out / "globe.json").read_text())["families"][family]
     left, bank = f"{tensor}.globe_{family}_left", f"globe.{record['banks'][tensor]}."
     stored = read_file(out / "globe-bank.safetensors")
