@@ -62,7 +62,7 @@ def test_kernels_agree_with_their_reference(backend):
     np.testing.assert_allclose(ours, theirs, atol=1e-9)
     ours, theirs = (kernels.entmax(logits, backend=name) for name in (backend, "reference"))
     np.testing.assert_allclose(ours, theirs, atol=1e-12)
-    codes = scipy.sparse.random_array((5, 6), density=0.5, format="csr", rng=rng)
+    codes = scipy.sparse.random(5, 6, density=0.5, format="csr", random_state=0)
     ours, theirs = (kernels.compose(codes, atoms, backend=name) for name in (backend, "reference"))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
