@@ -28,7 +28,15 @@ class Ratios:
 
 
 def stored_elements(family: Family, shape: Shape) -> int:
-    """N p r + m r d, plus the codes: 8 bytes a non-zero and 4 a row, two bytes counting as one weight."""
+    """N p r + m r d, plus the codes: 8 bytes a non-zero and 4 a row, two bytes counting as one weight.
+
+    The gate matrices of Qwen1.5-MoE-A2.7B at rank 0.75 and 128 atoms, 12 codes an expert, take 0.58 of their bytes:
+
+    >>> family = Family("gate", (None,) * 1440, 1408, 2048)  # the matrices themselves do not matter here
+    >>> stored = stored_elements(family, Shape(rank=1056, bank=128, nonzeros=12 * 1440))
+    >>> stored, round(stored / (1440 * 1408 * 2048), 3)
+    (2417957186, 0.582)
+    """
     count = len(family)
     codes = (8 * shape.nonzeros + 4 * (count + 1)) / 2
     return count * family.p * shape.rank + shape.bank * shape.rank * family.d + math.ceil(codes)

@@ -266,7 +266,11 @@ class Settings:
         return typing.get_args(typing.get_type_hints(cls)[name])
 
     def resolve_rank(self, p: int, d: int) -> int:
-        """The rank r for p × d matrices; a fraction is of min(p, d)."""
+        """The rank r for p × d matrices; a fraction is of min(p, d).
+
+        >>> Settings(rank=0.75).resolve_rank(1408, 2048), Settings(rank=512).resolve_rank(1408, 2048)
+        (1056, 512)
+        """
         limit = min(p, d)
         rank = round(self.rank * limit) if isinstance(self.rank, float) and self.rank <= 1 else int(self.rank)
         if rank != self.rank and not (isinstance(self.rank, float) and self.rank <= 1):
@@ -276,7 +280,11 @@ class Settings:
         return rank
 
     def resolve_bank(self, experts: int) -> int:
-        """The bank size m for a family of N experts."""
+        """The bank size m for a family of N experts.
+
+        >>> Settings().resolve_bank(1440), Settings().resolve_bank(120), Settings(bank_ratio=0.125).resolve_bank(120)
+        (128, 30, 15)
+        """
         if self.bank_size is not None:
             size = self.bank_size
         elif self.bank_ratio is not None:
@@ -348,6 +356,13 @@ def parse_bytes(text: str) -> int:
     ------
     UsageError
         If it is not a size.
+
+    Examples
+    --------
+    >>> parse_bytes("6GiB") == parse_bytes("6G") == 6 * 2**30
+    True
+    >>> parse_bytes("500 MB")
+    500000000
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)(B?)\s*", text)
     if match is None:

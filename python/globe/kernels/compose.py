@@ -43,7 +43,7 @@ def compose(
         Threshold for weights, 0 or more.
     dtype : dtype, optional
         Dtype of the result: float32, float16 or ``ml_dtypes.bfloat16``; the bank's by default.
-    out : ndarray, shape (n, *bank.shape[1:]), optional
+    out : ndarray, shape (n, ...), optional
         Where to write, C-contiguous, in `dtype`; spares the cost of fresh memory. Must not overlap the bank.
     backend : {"auto", "native", "numba", "reference"}
         Implementation; see :func:`globe.kernels.available`.
@@ -52,7 +52,7 @@ def compose(
 
     Returns
     -------
-    ndarray, shape (n, *bank.shape[1:])
+    ndarray, shape (n, ...)
         Summed in float32 in the order of the stored entries and rounded once. The bits do not depend
         on the number of threads.
 
@@ -60,6 +60,15 @@ def compose(
     ------
     ValueError
         If an argument has a wrong shape, dtype or value, with the argument named.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from globe.kernels import compose
+    >>> bank = np.array([[1, 2], [3, 4], [5, 6]], dtype=np.float32)
+    >>> compose(np.array([[1, 0, 2], [0, 0.5, 0]]), bank)
+    array([[11. , 14. ],
+           [ 1.5,  2. ]], dtype=float32)
     """
     matrix = _codes(codes)
     flat = _wide("bank", bank, matrix.shape[1], "one per column of codes")
@@ -108,7 +117,7 @@ def compose_bank_gradient(
 
     Returns
     -------
-    ndarray, shape (m, *gradient.shape[1:])
+    ndarray, shape (m, ...)
 
     Raises
     ------
@@ -146,6 +155,15 @@ def compose_code_gradient(
     ------
     ValueError
         If an argument has a wrong shape, dtype or value, with the argument named.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from globe.kernels import compose_code_gradient
+    >>> bank = np.array([[1, 2], [3, 4]], dtype=np.float32)
+    >>> compose_code_gradient(np.array([[1, 0], [2, 1]]), np.eye(2, dtype=np.float32), bank).toarray()
+    array([[1., 0.],
+           [2., 4.]])
     """
     matrix = _codes(codes)
     atoms = _wide("bank", bank, matrix.shape[1], "one per column of codes")

@@ -61,6 +61,16 @@ def entmax(
     ------
     ValueError
         If a row holds NaN or +inf or only −inf, or an argument is out of range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from globe.kernels import entmax
+    >>> entmax(np.array([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]]), alpha=2).round(3)
+    array([[1.   , 0.   , 0.   ],
+           [0.333, 0.333, 0.333]])
+    >>> entmax(np.array([2.0, 1.0, 0.0]), temperature=2.0).round(3)  # warmer: a larger support
+    array([0.624, 0.292, 0.084])
     """
     _check(alpha, temperature)
     if not 0.0 <= epsilon < 1.0:
@@ -155,6 +165,14 @@ def entmax_inverse(probabilities: NDArray[Any], alpha: float = 1.5, *, temperatu
     ------
     ValueError
         If a row is not a probability vector or an argument is out of range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from globe.kernels import entmax, entmax_inverse
+    >>> codes = np.array([0.75, 0.25, 0.0])
+    >>> entmax(entmax_inverse(codes)).round(6)
+    array([0.75, 0.25, 0.  ])
     """
     _check(alpha, temperature)
     p = np.asarray(probabilities)

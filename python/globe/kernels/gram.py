@@ -53,6 +53,18 @@ def gram(
     ------
     ValueError
         If an argument has a wrong shape, dtype or value, with the argument named.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from globe.kernels import gram
+    >>> vectors = np.array([[1, 0, 2], [0, 3, 1]], dtype=np.float32)
+    >>> gram(vectors)
+    array([[ 5.,  2.],
+           [ 2., 10.]])
+    >>> gram(vectors, weights=[1, 0, 1])
+    array([[5., 2.],
+           [2., 1.]])
     """
     vectors = np.asanyarray(vectors)  # a memory map stays one
     if vectors.ndim != 2:
@@ -78,6 +90,20 @@ class GramAccumulator:
     ------
     ValueError
         If n is negative.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from globe.kernels import GramAccumulator
+    >>> first, second = GramAccumulator(2), GramAccumulator(2)
+    >>> first.add(np.ones((2, 3), dtype=np.float32))
+    >>> second.add(np.eye(2, dtype=np.float32))
+    >>> first.merge(GramAccumulator.from_bytes(second.to_bytes()))
+    >>> first.matrix
+    array([[4., 3.],
+           [3., 4.]])
+    >>> first.columns
+    5
     """
 
     def __init__(self, n: int) -> None:

@@ -125,6 +125,21 @@ def nnls(
     ------
     ValueError
         If an argument has a wrong shape or value, with the argument named.
+
+    Examples
+    --------
+    The best non-negative mixture of two atoms for two targets; the second would take a negative code:
+
+    >>> import numpy as np
+    >>> from globe.kernels import nnls
+    >>> atoms = np.array([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
+    >>> targets = np.array([[3.0, 2.0, 0.0], [2.0, -1.0, 0.0]])
+    >>> result = nnls(atoms @ atoms.T, targets @ atoms.T)
+    >>> result.codes
+    array([[1., 2.],
+           [2., 0.]])
+    >>> result.status
+    array([0, 0], dtype=int8)
     """
     matrix, targets = _validate(gram, correlations)
     n, m = targets.shape
