@@ -52,7 +52,7 @@ def shapes(directory: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
     found = {}
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
+            for name in tensors.keys():
                 stored = tensors.get_slice(name)
                 found[name] = (file.name, tuple(stored.get_shape()), stored.get_dtype())
     return found

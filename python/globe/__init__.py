@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from globe.export import export as export
     from globe.hf.load import load as load
     from globe.inspect import inspect as inspect
-    from globe.report import report as report
     from globe.push import push as push
+    from globe.report import report as report
     from globe.settings import Settings as Settings
 
 __all__ = [*_HOMES, "__version__"]
