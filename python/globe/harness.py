@@ -61,11 +61,16 @@ def evaluate_tasks(
         raise UsageError(f"limit is {limit}; expected at least 1 document")
     if task_path is not None and not Path(task_path).is_dir():
         raise UsageError(f"task path {task_path}: no such directory")
+    if not tasks:
+        raise UsageError("no task is named; `lm-eval ls tasks` lists them")
+    manager, unknown = None, list(tasks)
     with _quiet():
-        manager = harness.tasks.TaskManager(include_path=str(task_path) if task_path is not None else None)
-        unknown = [name for name in tasks if not manager.match_tasks([name])]
-    if unknown or not tasks:
-        raise UsageError(f"lm-eval knows no task {', '.join(unknown) or 'of no name'}; `lm-eval ls tasks` lists them")
+        if task_path is not None:  # lm-eval's own thousands are read only if a name is not in the folder
+            manager, unknown = _manager(harness, tasks, task_path, own=False)
+        if unknown:
+            manager, unknown = _manager(harness, tasks, task_path, own=True)
+    if unknown:
+        raise UsageError(f"lm-eval knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists them")
     model, tokenizer = load_model(directory, device)
     from lm_eval.models.huggingface import HFLM
 
@@ -94,6 +99,13 @@ def import_harness() -> Any:
     except ImportError as error:
         raise GlobeError(f'--lm-eval needs lm-eval ({error}): pip install "globe-moe[eval]"') from error
     return lm_eval
+
+
+def _manager(harness: Any, tasks: Sequence[str], folder: str | Path | None, *, own: bool) -> tuple[Any, list[str]]:
+    """The tasks of a folder, and lm-eval's `own`; and those asked for that are not there."""
+    path = str(folder) if folder is not None else None
+    manager = harness.tasks.TaskManager(include_path=path, include_defaults=own)
+    return manager, [name for name in tasks if not manager.match_tasks([name])]
 
 
 def _named(figures: dict[str, Any]) -> dict[str, float | str]:
