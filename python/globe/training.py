@@ -160,7 +160,7 @@ def _dictionary_step(state: State, sums: Sums, settings: Settings, relaxation: f
     bank, codes = unit_atoms(bank, sums.codes)
     if settings.coherence > 0:
         bank, codes = unit_atoms(decorrelate(bank, settings.coherence), codes)
-    if settings.codes != "nnls":
+    if settings.codes not in ("nnls", "signed"):
         codes = codes / codes.sum(1, keepdims=True)
     return State(bank, codes, state.temperature)
 
