@@ -14,6 +14,10 @@ hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machi
 hypothesis.settings.load_profile("unhurried")
 
 
+_BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+collect_ignore = [] if _BENCHMARKS.is_dir() else ["test_baselines.py", "test_quality.py"]  # the sdist has none
+
+
 @pytest.fixture(scope="session")
 def tiny_olmoe() -> Path:
     """Return the directory of a small trained OLMoE checkpoint (6 layers of 16 experts, with its tokenizer)."""
