@@ -88,7 +88,7 @@ def test_an_expert_far_above_the_rest() -> None:
     assert outliers(np.array([0.1, 0.1, 0.1, 0.14])) == [] and outliers(np.zeros(5)) == []
 
 
-@pytest.mark.parametrize(("bound", "side"), zip(TEMPERATURE_BOUNDS, ("lower", "upper"), strict=True))
+@pytest.mark.parametrize(("bound", "side"), [(TEMPERATURE_BOUNDS[0], "lower"), (TEMPERATURE_BOUNDS[1], "upper")])
 def test_temperature_at_its_bound(bound: float, side: str) -> None:
     joint = copy.deepcopy(REPORT["joint"])
     joint["history"][-1]["temperature"] = bound
