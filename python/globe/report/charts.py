@@ -30,10 +30,10 @@ class Series:
 
 
 def figure(title: str, about: str, drawing: str, width: float, height: float, legend: str = "") -> str:
-    """A titled drawing that shrinks to 0.82 of its natural width before it scrolls, and grows to 1.4 of it."""
+    """A titled drawing that shrinks to 0.82 of its natural width before it scrolls, and grows to 1.25 of it."""
     svg = tag("svg", tip(title) + drawing, viewBox=f"0 0 {width:.0f} {height:.0f}", role="img", aria_label=title)
     said = tag("figcaption", tag("b", escape(title)) + (tag("span", escape(about)) if about else ""))
-    style = f"min-width:{0.82 * width:.0f}px;max-width:{1.4 * width:.0f}px"
+    style = f"min-width:{0.82 * width:.0f}px;max-width:{1.25 * width:.0f}px"
     key = tag("div", legend, class_="legend") if legend else ""
     return tag("figure", said + key + tag("div", tag("div", svg, style=style), class_="plot"))
 

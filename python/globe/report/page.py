@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib.resources
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from globe.report.costs import costs_section
 from globe.report.data import Run
 from globe.report.findings import findings
-from globe.report.sections import LETTERS, banks_section, experts_section
+from globe.report.sections import LETTERS, badge, banks_section, experts_section
 from globe.report.svg import duration, escape, number, size, tag
 from globe.settings import Settings
 
+_OPTION = re.compile(r"(--[a-z-]+[a-z]|globe eval)")
 _AXES = (
     ("touched", "of the matrices that were compressed", "What GloBE stores in place of the chosen families."),
     ("experts", "of all expert weights", "With the families left as they were."),
@@ -42,7 +44,7 @@ def render(runs: Sequence[Run]) -> str:
     ]
     links = "".join(tag("a", escape(name), href=f"#{key}") for key, name, _ in sections)
     names = "".join(
-        tag("p", tag("span", LETTERS[place], class_=f"run r{place}") + escape(run.name), class_="which")
+        tag("p", badge(place, runs) + escape(run.name), class_="which")
         for place, run in enumerate(runs)
         if len(runs) > 1
     )
@@ -56,7 +58,7 @@ def _summary(runs: Sequence[Run]) -> str:
     cards = []
     for place, run in enumerate(runs):
         ratio, nbytes = run.metrics["ratio"], run.metrics["bytes"]
-        letter = tag("span", LETTERS[place], class_=f"run r{place}") if len(runs) > 1 else ""
+        letter = badge(place, runs)
         told = "".join(
             tag(
                 "div",
@@ -78,8 +80,10 @@ def _summary(runs: Sequence[Run]) -> str:
         "median support",
     )  # fmt: skip
     rows = []
-    for place, run in enumerate(runs):
-        for family in run.families:
+    for name in dict.fromkeys(family.name for run in runs for family in run.families):
+        for place, family in [
+            (place, one) for place, run in enumerate(runs) for one in run.families if one.name == name
+        ]:
             report = family.report
             weighted = report.get("weighted_error")
             cells = (
@@ -87,7 +91,7 @@ def _summary(runs: Sequence[Run]) -> str:
                 family.atoms, number(report["relative_error"]), number(report["init"]["relative_error"]),
                 number(weighted) if weighted is not None else "–", number(report["support_median"]),
             )  # fmt: skip
-            letter = tag("span", LETTERS[place], class_=f"run r{place}") if len(runs) > 1 else ""
+            letter = badge(place, runs)
             rows.append(
                 tag("tr", tag("th", letter + escape(family.name)) + "".join(tag("td", escape(one)) for one in cells))
             )
@@ -100,11 +104,11 @@ def _warnings(runs: Sequence[Run]) -> str:
     parts = []
     for place, run in enumerate(runs):
         found = findings(run)
-        letter = tag("span", LETTERS[place], class_=f"run r{place}") if len(runs) > 1 else ""
+        letter = badge(place, runs)
         rows = "".join(
             tag(
                 "li",
-                tag("b", "Warning. " if one.warning else "Note. ") + escape(one.text),
+                tag("b", "Warning. " if one.warning else "Note. ") + _OPTION.sub(r"<code>\1</code>", escape(one.text)),
                 class_="warning" if one.warning else "note",
             )
             for one in found
@@ -123,13 +127,16 @@ def _settings(runs: Sequence[Run]) -> str:
         default = _plain(defaults[key]) if key in defaults else "–"
         kind = "differs" if len(set(values)) > 1 else "changed" if values[0] != default else None
         cells = "".join(tag("td", escape(value)) for value in [*values, default])
-        rows.append(tag("tr", tag("th", escape(key)) + cells, class_=kind))
+        rows.append((kind, tag("tr", tag("th", escape(key)) + cells, class_=kind)))
+    ordered = [row for kind in ("differs", "changed", None) for found, row in rows if found == kind]
     heads = ["setting", *(LETTERS[place] if len(runs) > 1 else "value" for place in range(len(runs))), "default"]
-    told = "Marked: what differs between the runs." if len(runs) > 1 else "Marked: what differs from the default."
+    told = "Settings other than the default are bold and come first."
+    if len(runs) > 1:
+        told = "First and marked: what differs between the runs. Bold: the same in both, but not the default."
     return (
         tag("div", _table(_origins(runs), ["", *heads[1:-1]]), class_="scroll")
-        + tag("p", f"{told} Other than the default and the same in both runs is bold." if len(runs) > 1 else told)
-        + tag("div", _table(rows, heads), class_="scroll")
+        + tag("p", told)
+        + tag("div", _table(ordered, heads), class_="scroll")
     )
 
 

@@ -31,16 +31,18 @@ Figures = list[str]
 _Errors = Callable[[FamilyView], Array | None]
 
 
+def badge(place: int, runs: Sequence[object]) -> str:
+    """The letter of a run, where there are two."""
+    return tag("span", LETTERS[place], class_=f"run r{place}") if len(runs) > 1 else ""
+
+
 def side_by_side(each: Sequence[Figures]) -> str:
     """The figures of one run in a grid; of two runs in rows of two, for the same thing."""
     if len(each) == 1:
         return tag("div", "".join(each[0]), class_="grid")
     absent = figure("", "", text(210, 40, "not in this run"), 420, 80)
     rows = [
-        "".join(
-            tag("div", tag("span", LETTERS[place], class_=f"run r{place}") + (one or absent), class_="cell")
-            for place, one in enumerate(pair)
-        )
+        "".join(tag("div", badge(place, each) + (one or absent), class_="cell") for place, one in enumerate(pair))
         for pair in zip_longest(*each)
     ]
     return tag("div", "".join(tag("div", row, class_="pair") for row in rows), class_="pairs")
@@ -118,7 +120,7 @@ def banks_section(runs: Sequence[Run]) -> str:
         held = [next((pool for pool in run.pools if pool.name == name), None) for run in runs]
         charts = [_bank(pool, run, held) if pool is not None else [] for pool, run in zip(held, runs, strict=True)]
         facts = "".join(
-            tag("p", (tag("b", LETTERS[place] + ". ") if len(runs) > 1 else "") + escape(_sharing(pool)), class_="fact")
+            tag("p", badge(place, runs) + escape(_sharing(pool)), class_="fact")
             for place, pool in enumerate(held)
             if pool is not None
         )

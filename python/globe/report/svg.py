@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 _UNREADABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_SHAPES = {"circle", "line", "path", "rect"}  # HTML lets no other element close itself
 
 
 def escape(text: object) -> str:
@@ -23,7 +24,7 @@ def tag(name: str, content: str = "", **attributes: object) -> str:
         for key, value in attributes.items()
         if value is not None
     )
-    return f"<{name}{said}>{content}</{name}>" if content else f"<{name}{said}/>"
+    return f"<{name}{said}/>" if name in _SHAPES and not content else f"<{name}{said}>{content}</{name}>"
 
 
 def _value(value: object) -> str:
