@@ -76,7 +76,9 @@ def evaluate_tasks(
 
     try:
         with _quiet():
-            judged = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            judged = HFLM(
+                pretrained=model, tokenizer=tokenizer, batch_size=batch_size, prefix_token_id=_prefix(tokenizer)
+            )
             found = harness.simple_evaluate(
                 judged,
                 tasks=list(tasks),
@@ -106,6 +108,13 @@ def _manager(harness: Any, tasks: Sequence[str], folder: str | Path | None, *, o
     path = str(folder) if folder is not None else None
     manager = harness.tasks.TaskManager(include_path=path, include_defaults=own)
     return manager, [name for name in tasks if not manager.match_tasks([name])]
+
+
+def _prefix(tokenizer: Any) -> int | None:
+    """The context of a text without one: a line break where the tokenizer has no token that begins or ends texts."""
+    if tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None:
+        return None
+    return int(tokenizer("\n", add_special_tokens=False)["input_ids"][0])
 
 
 def _named(figures: dict[str, Any]) -> dict[str, float | str]:
