@@ -45,6 +45,12 @@ document.body.dataset.found = JSON.stringify({
 </script>
 """
 
+# A window is 500 pixels wide or more when the DOM is dumped; a frame within it can be narrower.
+FRAME = """<!DOCTYPE html><html><body>
+<iframe style="width:{width}px;height:2000px;border:0" srcdoc="{framed}"
+ onload="document.body.dataset.found = this.contentDocument.body.dataset.found"></iframe></body></html>
+"""
+
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -83,9 +89,11 @@ def test_the_page_in_a_browser(pages: dict[str, Path], tmp_path: Path, which: st
 
     text = pages[which].read_text(encoding="utf-8")
     policy = re.search(r'<meta http-equiv="Content-Security-Policy"[^>]*/>', text)
-    assert policy is not None and "<details open" in text
+    assert policy is not None
     probed = tmp_path / "probed.html"
-    probed.write_text(text.replace(policy[0], "").replace("</body>", PROBE + "</body>"), encoding="utf-8")
+    opened = text.replace(policy[0], "").replace("<details>", '<details open="">')
+    framed = html.escape(opened.replace("</body>", PROBE + "</body>"))
+    probed.write_text(FRAME.format(width=width, framed=framed), encoding="utf-8")
     found = re.search(r'data-found="([^"]*)"', browse(tmp_path, probed, width, scheme, "--dump-dom")[0])
     assert found is not None
     seen = json.loads(html.unescape(found[1]))
