@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from checkpoints import make_tiny
 from fake_mps import MPS, FakeMps, OnMps, kernels_of_mps
 from families import CPU, WEIGHTS_ONLY
-from globe import Settings, compress, gemm
+from globe import Settings, calibrate, compress, gemm
 from globe.errors import GlobeError
 from globe.seeds import METHODS
 
@@ -53,6 +54,23 @@ def test_a_run_takes_only_what_mps_has(method: str, mod: str, mps: FakeMps, tmp_
     for name, family in here.metrics["families"].items():
         there = found.metrics["families"][name]
         assert there["relative_error"] == pytest.approx(family["relative_error"], rel=0.02)
+
+
+@pytest.mark.parametrize("codes", ["entmax", "signed"])
+@pytest.mark.parametrize("metric", ["weights", "calibrated"])
+def test_the_joint_fit_takes_only_what_mps_has(metric: str, codes: str, mps: FakeMps, tmp_path: Path) -> None:
+    source = make_tiny("olmoe", tmp_path / "source")
+    small: dict[str, Any] = {"rank": 0.5, "bank_size": 3, "outer_loops": 1, "joint_steps": 4, "support": 2}
+    small |= {"families": ("gate", "down"), "codes": codes, "calibrate": "none"}
+    if metric == "calibrated":
+        small["calibrate"] = str(calibrate(source, tmp_path / "statistics", tokens=512, window=64).path)
+    with mps:
+        found = compress(source, tmp_path / "mps", Settings(device="mps", **small)).metrics["families"]
+    assert {"mm", "dot", "linalg_vector_norm"} <= mps.seen
+    here = compress(source, tmp_path / "cpu", Settings(device="cpu", **small)).metrics["families"]
+    for name, family in here.items():
+        for key in ("relative_error", "weighted_error"):
+            assert found[name][key] == (family[key] and pytest.approx(family[key], rel=0.05))
 
 
 def test_a_device_that_multiplies_wrongly_ends_the_run(mps: FakeMps, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,10 +130,11 @@ def fit_joint(
         if now.initial_support is None:
             now = replace(now, initial_support=median)
         wanted = _wanted_support(now, settings)
-        if now.step >= settings.joint_steps or value.error <= _NOTHING:
+        met = wanted is None or median <= settings.support
+        if now.step >= settings.joint_steps or (value.error <= _NOTHING and met):
             now = replace(now, stopped="joint_steps" if value.error > _NOTHING else "exact")
             break
-        if _plateau(now, settings) and (wanted is None or median <= settings.support):
+        if _plateau(now, settings) and met:
             now = replace(now, stopped="plateau")
             break
         if not signed and now.step == 0:
@@ -157,7 +158,7 @@ def fit_joint(
             problem, Point(bank, codes, signed), value, preconditioner, memory, steps, advance
         )
         now = replace(now, step=now.step + steps, evaluations=now.evaluations + evaluations)
-        if taken == 0:
+        if taken == 0 and met:
             log(f"{name}: step {now.step}: no step lowers the error")
             now = replace(now, stopped="no descent")
     state = _finished(State(bank, codes, now.state.temperature), settings)

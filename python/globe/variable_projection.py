@@ -20,6 +20,7 @@ from globe.stream import Workers, expert_batches
 
 Array = NDArray[np.float64]
 _SKETCH = 16  # random columns of the codes' curvature
+_FLOOR = 1e-3  # of an expert's fitted energy: the size of its codes is free, and what they have there is rounding
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Curvature:
     columns : torch.Tensor, shape (d, d), fp64
         Σ_i w_i L_i (I − Π_i) L_iᵀ with w_i = ‖A_i‖², of mean diagonal one.
     codes : torch.Tensor, shape (N, m, m), fp32
-        2 ⟨A_i B_j L_i (I − Π_i), A_i B_k L_i (I − Π_i)⟩, from a sketch of its columns.
+        2 ⟨A_i B_j L_i (I − Π_i), A_i B_k L_i (I − Π_i)⟩, from a sketch of its columns, and on its diagonal a little of
+        ‖A_i B̃'_i‖² / ‖α_i‖².
     gram : torch.Tensor, shape (r, r), fp64
         The mean of B̃'_i B̃'_iᵀ over its mean diagonal.
     """
@@ -113,7 +115,7 @@ class Problem:
                 if self._cached is not None:
                     self._cached += found
                 if not self._whole:
-                    self.energy += sum(float(torch.linalg.vector_norm(matrix).double() ** 2) for matrix in found)
+                    self.energy += sum(float(torch.linalg.vector_norm(matrix)) ** 2 for matrix in found)
                 yield span, found
         self._whole = True
 
@@ -158,7 +160,7 @@ class Problem:
                     parts = None
                     if gathered is not None:
                         parts = gathered.parts(first + k, left, seen, gram[0], inverse, self.metric)
-                    return float(torch.linalg.vector_norm(residual).double()) ** 2, bool(was_ridged[0]), parts
+                    return float(torch.linalg.vector_norm(residual)) ** 2, bool(was_ridged[0]), parts
 
                 for number, (error, was_ridged, parts) in enumerate(workers.map(work, len(weighted)), span.start):
                     errors[number] = error
@@ -227,13 +229,17 @@ class _Gathered:
             whole = metric.unseen(number, metric.seen(number, torch.eye(d, device=seen.device)))
             hidden = metric.unseen(number, basis)
             columns = whole - matmul(hidden.mT, hidden)
-        weight = float(torch.linalg.vector_norm(left).double()) ** 2
+        weight = float(torch.linalg.vector_norm(left)) ** 2
         mean = max(float(columns.diagonal().mean()), 0.0)
         return _Parts(matmul(left.mT.contiguous(), left), mean, columns * weight, codes, gram.cpu())
 
     def add(self, number: int, codes: NDArray[np.float64], parts: _Parts) -> None:
         self._columns += parts.columns.cpu().double()
         self._codes[number] = parts.codes.cpu()
+        size = float(np.square(codes).sum())
+        if size > 0:
+            fitted = float((parts.left_gram.cpu().double() * parts.gram).sum())
+            self._codes[number].diagonal().add_(_FLOOR * max(fitted, 0.0) / size)
         mean = float(parts.gram.diagonal().mean())
         if mean > 0:
             self._gram += parts.gram / mean
