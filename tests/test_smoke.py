@@ -33,7 +33,7 @@ def source(tmp_path_factory):
 def factored(source):
     """Write with the command, from a file of settings, in the metric of a text that passes through the model."""
     root = source.parent
-    (root / "settings.yaml").write_text("{rank: 0.5, outer_loops: 1, joint_steps: 2, calibration_tokens: 128}\n")
+    (root / "settings.yaml").write_text("{rank: 0.5, outer_loops: 1, joint_steps: 2, calibration_tokens: 1024}\n")
     options = ("--calibrate", "pydoc", "--config", root / "settings.yaml", "--json", "--quiet")
     found = json.loads(run("compress", source, root / "out", *options))
     assert set(found["families"]) == {"gate", "up"}
