@@ -20,7 +20,6 @@ DOCS = Path(__file__).parent.parent / "docs"
 MODULES = [
     "ratios",
     "settings",
-    "kernels.backends",
     "kernels.compose",
     "kernels.entmax",
     "kernels.gram",

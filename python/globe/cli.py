@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.box import SIMPLE_HEAD
@@ -23,7 +23,14 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 _PATH = click.Path(path_type=Path)
 
 
-class _Rank(click.ParamType[float | int]):
+if TYPE_CHECKING:
+    _Number = click.ParamType[float | int]
+    _Word = click.ParamType[str | int]
+else:
+    _Number = _Word = click.ParamType  # takes no parameter in click 8.1
+
+
+class _Rank(_Number):
     name = "rank"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | int:
@@ -36,7 +43,7 @@ class _Rank(click.ParamType[float | int]):
                 self.fail(f"{value!r} is neither a fraction such as 0.75 nor a count of rows such as 288", param, ctx)
 
 
-class _Scope(click.ParamType[str | int]):
+class _Scope(_Word):
     name = "scope"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
