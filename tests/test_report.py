@@ -31,6 +31,7 @@ SMALL: dict[str, Any] = {
     "outer_loops": 2,
     "joint_steps": 10,
     "support": 2,
+    "calibrate": "none",
     "device": "cpu",
 }
 CHARTS = ("by layer", "by expert", "Which layers use which atoms", "What layers share", "Support,", "Popularity",
