@@ -82,9 +82,10 @@ def fit_joint(
 
     Variable projection (Golub & Pereyra, 1973) with L-BFGS (Nocedal, 1980). Every `_SEGMENT` steps one more pass finds
     the Gauss-Newton blocks that precondition it, bank and pairs are moved to coordinates in which the mean of
-    B̃'B̃'ᵀ is the identity (f does not change: A_i absorbs it), and the state is saved. Non-negative codes are
-    squares of the variables on their support, which is the form of entmax-1.5 above its threshold; for entmax and
-    sparsemax the supports shrink to the target by temperature over the first part of the steps.
+    B̃'B̃'ᵀ is the identity and codes sum to one (f does not change: A_i absorbs both), and the state is saved.
+    Non-negative codes are squares of the variables on their support, which is the form of entmax-1.5 above its
+    threshold; for entmax and sparsemax the supports shrink to the target by temperature over the first part of the
+    steps.
 
     Parameters
     ----------
@@ -110,6 +111,7 @@ def fit_joint(
     bank, codes = now.state.bank, now.state.codes
     while now.stopped is None:
         _save(store, name, replace(now, state=State(bank, codes, now.state.temperature)), memory, elapsed())
+        codes = _sized(codes, memory, signed)
         value, curvature = problem.curvature(bank, codes, settings.seed + now.step, advance)
         if value.ridged and now.step == 0:  # the warm start's coordinates may be far from the metric's
             bank = _recentre(bank, memory, value, curvature)[0]
@@ -205,6 +207,13 @@ def _descend(
     return point.bank, point.codes, taken, evaluations
 
 
+def _sized(codes: Array, memory: Pairs, signed: bool) -> Array:
+    """Codes of absolute sum one, and the pairs of their variables: f does not depend on the size of α_i."""
+    size = np.abs(codes).sum(1, keepdims=True)
+    memory.resize(1 / size if signed else np.sqrt(1 / size))
+    return codes / size
+
+
 def _recentre(
     bank: torch.Tensor, memory: Pairs, value: Value, curvature: Curvature
 ) -> tuple[torch.Tensor, Pairs, Value, Curvature]:
@@ -237,14 +246,11 @@ def _plateau(now: Joint, settings: Settings) -> bool:
 
 
 def _finished(state: State, settings: Settings) -> State:
-    """Unit atoms, and codes pruned, of sum one where the map is on the simplex."""
+    """Unit atoms, and codes pruned, of absolute sum one."""
     bank, codes = unit_atoms(state.bank, state.codes)
-    if settings.codes == "signed":
-        return State(bank, codes, state.temperature)
-    codes = prune(codes, settings.epsilon)
-    if settings.codes != "nnls":
-        codes = codes / codes.sum(1, keepdims=True)
-    return State(bank, codes, state.temperature)
+    if settings.codes != "signed":
+        codes = prune(codes, settings.epsilon)
+    return State(bank, codes / np.abs(codes).sum(1, keepdims=True), state.temperature)
 
 
 def _save(store: Store, name: str, now: Joint, memory: Pairs, elapsed: dict[str, Any]) -> None:
