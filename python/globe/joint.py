@@ -209,9 +209,10 @@ def _descend(
 
 def _sized(codes: Array, memory: Pairs, signed: bool) -> Array:
     """Codes of absolute sum one, and the pairs of their variables: f does not depend on the size of α_i."""
-    size = np.abs(codes).sum(1, keepdims=True)
+    size: Array = np.abs(codes).sum(1, keepdims=True)
     memory.resize(1 / size if signed else np.sqrt(1 / size))
-    return codes / size
+    sized: Array = codes / size
+    return sized
 
 
 def _recentre(
