@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoints import make_tiny
+from families import WEIGHTS_ONLY, WEIGHTS_ONLY_OPTIONS
 from globe import budget
 from globe.budget import BLOCKS, Blocks, machine_memory, plan_blocks
 from globe.checkpoint import Expert, Family
@@ -29,8 +31,10 @@ def family(experts: int = 1440, p: int = 1408, d: int = 2048) -> Family:
     return Family("gate", (expert,) * experts, p, d)
 
 
-def blocks_for(limit: int, mod: str = "exact", bank: int = 180, loops: int = 1, exact_bytes: int = 2) -> Blocks:
-    settings = Settings(max_memory=limit, mod=mod, outer_loops=loops)  # type: ignore[arg-type]
+def blocks_for(
+    limit: int, mod: str = "exact", bank: int = 180, loops: int = 1, exact_bytes: int = 2, **more: Any
+) -> Blocks:
+    settings = Settings(**{"max_memory": limit, "mod": mod, "outer_loops": loops, **WEIGHTS_ONLY, **more})
     return plan_blocks({"gate": family()}, {"gate": Shape(704, bank, 0)}, settings, 2, exact_bytes)
 
 
@@ -67,7 +71,7 @@ def test_a_machine_has_memory() -> None:
 
 
 def test_the_plan_follows_the_machine_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes, settings = {"gate": Shape(704, 180, 0)}, Settings(mod="aligned")
+    shapes, settings = {"gate": Shape(704, 180, 0)}, Settings(mod="aligned", **WEIGHTS_ONLY)
     monkeypatch.setattr(budget, "machine_memory", lambda: 24 * GIB)
     assert plan_blocks({"gate": family()}, shapes, settings, 2, 2) == BLOCKS
     monkeypatch.setattr(budget, "machine_memory", lambda: 2 * GIB)
@@ -75,10 +79,41 @@ def test_the_plan_follows_the_machine_unless_told(monkeypatch: pytest.MonkeyPatc
         plan_blocks({"gate": family()}, shapes, settings, 2, 2)
 
 
-def test_a_run_stays_below_its_ceiling_and_another_is_refused_at_once(tmp_path: Path) -> None:
+def test_the_joint_fit_takes_fewer_pairs_and_keeps_no_experts() -> None:
+    joint = {"solver": "joint", "mod": "aligned"}
+    whole = 4 * 1440 * 1408 * 2048
+    assert blocks_for(100 * GIB, **joint) == BLOCKS and BLOCKS.cached >= whole
+    some = blocks_for(40 * GIB, **joint)
+    assert (some.cached, some.pairs) == (0, BLOCKS.pairs)
+    fewer = blocks_for(24 * GIB, **joint)
+    assert fewer.cached == 0 and 1 <= fewer.pairs < BLOCKS.pairs
+    assert blocks_for(24 * GIB, **joint, loops=0) == blocks_for(24 * GIB, "aligned", loops=0)
+    calibrated = blocks_for(24 * GIB, **joint, calibrate="auto")
+    assert calibrated.pairs <= fewer.pairs and calibrated.experts <= fewer.experts
+
+
+@given(st.integers(17, 60))
+def test_more_memory_never_means_a_smaller_joint_fit(size: int) -> None:
+    small, large = (blocks_for(limit * GIB, "aligned", solver="joint") for limit in (size, size + 4))
+    assert small.pairs <= large.pairs and small.experts <= large.experts and small.cached <= large.cached
+
+
+def test_a_joint_fit_that_cannot_be_is_refused_with_what_would() -> None:
+    with pytest.raises(UsageError, match="max_memory is 12GiB; family gate .* or --solver alternate$") as refusal:
+        blocks_for(12 * GIB, "aligned", solver="joint")
+    words = str(refusal.value).replace(" or", "").split()
+    bank = int(words[words.index("--bank-size") + 1])
+    assert blocks_for(12 * GIB, "aligned", bank, solver="joint").pairs == 1
+    needed = float(words[words.index("--max-memory") + 1].removesuffix("GiB"))
+    assert blocks_for(int(needed * GIB), "aligned", solver="joint").pairs >= 1
+    assert blocks_for(12 * GIB, "aligned").experts >= 1
+
+
+@pytest.mark.parametrize("options", [WEIGHTS_ONLY_OPTIONS, ("--joint-steps", "10", "--calibration-tokens", "1024")])
+def test_a_run_stays_below_its_ceiling_and_another_is_refused_at_once(options: tuple[str, ...], tmp_path: Path) -> None:
     source = make_tiny("olmoe", tmp_path / "source")
     call = [sys.executable, "-m", "globe", "compress", str(source), str(tmp_path / "out"), "-q", "--json"]
-    call += ["--rank", "0.5", "--bank-size", "3", "--device", "cpu", "--max-memory"]
+    call += ["--rank", "0.5", "--bank-size", "3", "--device", "cpu", *options, "--max-memory"]
     done = subprocess.run([*call, "800MiB"], capture_output=True, text=True, check=True)
     metrics = json.loads(done.stdout)
     assert max(stage["peak_rss_bytes"] for stage in metrics["stages"]) < 800 << 20

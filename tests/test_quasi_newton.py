@@ -114,6 +114,7 @@ def test_other_coordinates_change_no_inner_product() -> None:
     before = [[step.dot(slope) for slope in pairs.slopes] for step in pairs.steps]
     turn = torch.eye(4) + 0.3 * torch.randn(4, 4, generator=generator)
     pairs.move(turn, torch.linalg.inv(turn).mT.contiguous())
+    pairs.resize(random.uniform(0.1, 10, (2, 1)))
     after = [[step.dot(slope) for slope in pairs.slopes] for step in pairs.steps]
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
 

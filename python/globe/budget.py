@@ -15,6 +15,7 @@ from globe.settings import Settings
 
 _BASE = 768 << 20  # the interpreter with torch, and freed memory that the allocator keeps
 EXPERTS_AT_ONCE = 64  # in the exact dictionary step
+_BANKS = 11  # of the joint fit beside its pairs: the start, points, slopes, directions, and a pair to come
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ class _Cost:
 
     def peak(self, blocks: Blocks) -> int:
         """Of all stages."""
-        return _BASE + max(self.seeds(blocks), self.loop(blocks), self.dictionary(blocks), self.writing)
+        stages = (self.seeds(blocks), self.loop(blocks), self.dictionary(blocks), self.joint(blocks), self.writing)
+        return _BASE + max(stages)
 
     @property
     def writing(self) -> int:
@@ -152,6 +154,23 @@ class _Cost:
         columns = r * blocks.columns * (8 * 4 * m + 3 * 4 * EXPERTS_AT_ONCE)
         return 2 * self.bank + self.left_grams + 4 * m * r * r + columns + 4 * EXPERTS_AT_ONCE * r * r
 
+    def joint(self, blocks: Blocks) -> int:
+        if self.settings.solver != "joint" or self.settings.outer_loops == 0:
+            return 0
+        count, p, d, r, m = len(self.family), self.family.p, self.family.d, self.shape.rank, self.shape.bank
+        whole = 4 * count * p * d
+        banks = (_BANKS + 2 * blocks.pairs) * self.bank
+        curvature = 16 * count * m * m + 16 * m * r * r + 16 * d * d
+        read = 3 * p * d * self.family.bytes_per_weight
+        made = 4 * p * d + 12 * r * d + 4 * d * d + 12 * r * r + 4 * m * m
+        kept = whole if whole <= blocks.cached else 0
+        metric = 0
+        if self.settings.calibrate != "none":
+            layers = len({expert.layer for expert in self.family.experts})
+            metric = 4 * layers * d * d + 4 * count * p * (p if "down" in self.family.families else 1)
+        hidden = 20 * self.threads * d * d
+        return banks + curvature + blocks.experts * (read + made) + kept + metric + hidden + self.workers
+
 
 def _advice(cost: _Cost, settings: Settings, limit: int, needed: int) -> str:
     shape, bank = cost.shape, cost.shape.bank
@@ -164,6 +183,9 @@ def _advice(cost: _Cost, settings: Settings, limit: int, needed: int) -> str:
     aligned = replace(cost, settings=replace(settings, mod="aligned")).peak(SMALLEST)
     if cost.left_grams and aligned <= limit:
         remedies.append("--mod aligned")
+    alternate = replace(cost, settings=replace(settings, solver="alternate")).peak(SMALLEST)
+    if alternate <= limit:
+        remedies.append("--solver alternate")
     return (
         f"max_memory is {_gib(limit)}; family {cost.family.name} ({len(cost.family)} experts, rank {shape.rank}, bank "
         f"{shape.bank}) needs at least {_gib(needed)}; use {' or '.join(remedies)}"

@@ -82,9 +82,10 @@ def fit_joint(
 
     Variable projection (Golub & Pereyra, 1973) with L-BFGS (Nocedal, 1980). Every `_SEGMENT` steps one more pass finds
     the Gauss-Newton blocks that precondition it, bank and pairs are moved to coordinates in which the mean of
-    B̃'B̃'ᵀ is the identity (f does not change: A_i absorbs it), and the state is saved. Non-negative codes are
-    squares of the variables on their support, which is the form of entmax-1.5 above its threshold. A Newton step lets
-    atoms in at the start; for entmax and sparsemax the supports then shrink to the target, by temperature.
+    B̃'B̃'ᵀ is the identity and codes sum to one (f does not change: A_i absorbs both), and the state is saved.
+    Non-negative codes are squares of the variables on their support, which is the form of entmax-1.5 above its
+    threshold; for entmax and sparsemax the supports shrink to the target by temperature over the first part of the
+    steps.
 
     Parameters
     ----------
@@ -110,9 +111,10 @@ def fit_joint(
     bank, codes = now.state.bank, now.state.codes
     while now.stopped is None:
         _save(store, name, replace(now, state=State(bank, codes, now.state.temperature)), memory, elapsed())
+        codes = _sized(codes, memory, signed)
         value, curvature = problem.curvature(bank, codes, settings.seed + now.step, advance)
         if value.ridged and now.step == 0:  # the warm start's coordinates may be far from the metric's
-            bank, codes, memory, *_ = _recentre(Point(bank, codes, signed), memory, value, curvature)
+            bank = _recentre(bank, memory, value, curvature)[0]
             value, curvature = problem.curvature(bank, codes, settings.seed, advance)
             now = replace(now, evaluations=now.evaluations + 1)
         median = float(np.median(supports(codes)))
@@ -137,21 +139,18 @@ def fit_joint(
         if _plateau(now, settings) and met:
             now = replace(now, stopped="plateau")
             break
-        if not signed and now.step == 0:
+        if not signed:
             grown = newton_codes(curvature.codes, codes, value.codes)
-            found = problem.evaluate(bank, grown, advance)
-            now = replace(now, evaluations=now.evaluations + 1)
-            if found.error <= value.error:
-                codes, value = grown, found
-                now = replace(now, initial_support=max(median, float(np.median(supports(codes)))))
-        elif wanted is not None and median > wanted:
-            arguments = (curvature.codes, codes, value.codes)
-            codes, temperature = shrink_support(*arguments, newton_codes(*arguments), wanted, entmax_alpha(settings))
-            memory.clear()
-            value = problem.evaluate(bank, codes, advance)
-            log(f"{name}: step {now.step}: supports shrunk to {wanted:.3g}, error {value.error:.5f}")
-            now = replace(now, state=replace(now.state, temperature=temperature), evaluations=now.evaluations + 1)
-        bank, codes, memory, value, curvature = _recentre(Point(bank, codes, signed), memory, value, curvature)
+            temperature = now.state.temperature
+            if wanted is not None and median > wanted:
+                codes, temperature = shrink_support(
+                    curvature.codes, codes, value.codes, grown, wanted, entmax_alpha(settings)
+                )
+                memory = Pairs(pairs)
+                value = problem.evaluate(bank, codes, advance)
+                now = replace(now, evaluations=now.evaluations + 1)
+            now = replace(now, state=replace(now.state, temperature=temperature))
+        bank, memory, value, curvature = _recentre(bank, memory, value, curvature)
         preconditioner = Preconditioner(curvature, problem.metric is not None)
         steps = min(_SEGMENT, settings.joint_steps - now.step)
         bank, codes, taken, evaluations = _descend(
@@ -208,25 +207,26 @@ def _descend(
     return point.bank, point.codes, taken, evaluations
 
 
-def _recentre(
-    point: Point, memory: Pairs, value: Value, curvature: Curvature
-) -> tuple[torch.Tensor, Array, Pairs, Value, Curvature]:
-    """Everything in coordinates in which the mean of B̃'B̃'ᵀ is the identity, and all experts' codes are of sum one.
+def _sized(codes: Array, memory: Pairs, signed: bool) -> Array:
+    """Codes of absolute sum one, and the pairs of their variables: f does not depend on the size of α_i."""
+    size: Array = np.abs(codes).sum(1, keepdims=True)
+    memory.resize(1 / size if signed else np.sqrt(1 / size))
+    sized: Array = codes / size
+    return sized
 
-    B_j → Q B_j, α_i → c_i α_i and A_i → A_i Q⁻¹ / c_i leave f as it is.
-    """
+
+def _recentre(
+    bank: torch.Tensor, memory: Pairs, value: Value, curvature: Curvature
+) -> tuple[torch.Tensor, Pairs, Value, Curvature]:
+    """Everything in coordinates in which the mean of B̃'B̃'ᵀ is the identity: B_j → Q B_j, A_i → A_i Q⁻¹."""
     values, vectors = torch.linalg.eigh(curvature.gram)
     values = values.clamp(min=1e-9 * float(values[-1]))
-    device = point.bank.device
-    forward = ((vectors * values.rsqrt()) @ vectors.T).float().to(device)
-    backward = ((vectors * values.sqrt()) @ vectors.T).float().to(device)
-    scales = 1 / np.abs(point.codes).sum(1, keepdims=True)
-    memory.move(forward, backward, scales if point.signed else np.sqrt(scales))
+    forward = ((vectors * values.rsqrt()) @ vectors.T).float().to(bank.device)
+    backward = ((vectors * values.sqrt()) @ vectors.T).float().to(bank.device)
+    memory.move(forward, backward)
     lefts = matmul(matmul(backward, curvature.lefts), backward)
-    means = torch.from_numpy(scales**-2)[:, :, None]
-    curvature = replace(curvature, lefts=(lefts + lefts.mT) / 2, codes=(curvature.codes * means).float())
-    value = replace(value, bank=matmul(backward, value.bank), codes=value.codes / scales)
-    return matmul(forward, point.bank), point.codes * scales, memory, value, curvature
+    value = replace(value, bank=matmul(backward, value.bank))
+    return matmul(forward, bank), memory, value, replace(curvature, lefts=(lefts + lefts.mT) / 2)
 
 
 def _wanted_support(now: Joint, settings: Settings) -> float | None:
@@ -234,7 +234,7 @@ def _wanted_support(now: Joint, settings: Settings) -> float | None:
     if settings.codes not in ("entmax", "sparsemax"):
         return None
     assert now.initial_support is not None
-    share = min(1.0, now.step / max(_SHRINKING * settings.joint_steps, 1))
+    share = min(1.0, (now.step + _SEGMENT) / max(_SHRINKING * settings.joint_steps, 1))
     first, last = max(now.initial_support, settings.support), settings.support
     return float(first * (last / first) ** share)
 
@@ -247,14 +247,11 @@ def _plateau(now: Joint, settings: Settings) -> bool:
 
 
 def _finished(state: State, settings: Settings) -> State:
-    """Unit atoms, and codes pruned, of sum one where the map is on the simplex."""
+    """Unit atoms, and codes pruned, of absolute sum one."""
     bank, codes = unit_atoms(state.bank, state.codes)
-    if settings.codes == "signed":
-        return State(bank, codes, state.temperature)
-    codes = prune(codes, settings.epsilon)
-    if settings.codes != "nnls":
-        codes = codes / codes.sum(1, keepdims=True)
-    return State(bank, codes, state.temperature)
+    if settings.codes != "signed":
+        codes = prune(codes, settings.epsilon)
+    return State(bank, codes / np.abs(codes).sum(1, keepdims=True), state.temperature)
 
 
 def _save(store: Store, name: str, now: Joint, memory: Pairs, elapsed: dict[str, Any]) -> None:

@@ -128,10 +128,16 @@ class Pairs:
             result = result.add(step, weight - back)
         return result.times(-1.0)
 
-    def move(self, forward: torch.Tensor, backward: torch.Tensor, scales: Array) -> None:
-        """Change coordinates: banks by Q (steps) and Q⁻ᵀ (slopes), (r, r); variables by a factor per expert, (N, 1)."""
-        self.steps = [Vector(matmul(forward, step.bank), step.codes * scales) for step in self.steps]
-        self.slopes = [Vector(matmul(backward, slope.bank), slope.codes / scales) for slope in self.slopes]
+    def move(self, forward: torch.Tensor, backward: torch.Tensor) -> None:
+        """Change coordinates: steps by Q from the left, slopes by Q⁻ᵀ; both (r, r)."""
+        for vectors, factor in ((self.steps, forward), (self.slopes, backward)):
+            for place, vector in enumerate(vectors):  # one bank more at a time
+                vectors[place] = Vector(matmul(factor, vector.bank), vector.codes)
+
+    def resize(self, factors: Array) -> None:
+        """Change coordinates of the codes' variables: steps times the factors (N, 1), slopes divided by them."""
+        self.steps = [Vector(step.bank, step.codes * factors) for step in self.steps]
+        self.slopes = [Vector(slope.bank, slope.codes / factors) for slope in self.slopes]
 
 
 class Preconditioner:
