@@ -224,7 +224,9 @@ def test_an_expert_that_is_sent_nothing() -> None:
     random = torch.Generator().manual_seed(0)
     gate_up, down = torch.randn(2, 6, 4, generator=random), torch.randn(2, 4, 3, generator=random)
     moments = Moments(gate_up, down, torch.nn.functional.silu, full=True)
-    moments.add(torch.randn(5, 4, generator=random), torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1))
+    x = torch.randn(5, 4, generator=random)
+    moments.add_residual(x)
+    moments.add(x, torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1))
     statistics: Any = moments.statistics()
     assert statistics.counts.tolist() == [5, 0]
     assert all(value[1].eq(0).all() for value in (statistics.diagonal, statistics.hidden, statistics.gate_moment))

@@ -36,6 +36,8 @@ FLOATS = {
     "support_tolerance": (0.0, 1000.0),
     "metric_rows": (0.0, 2.0),
     "metric_layers": (0.0, 2.0),
+    "coherence": (0.0, 1e6),
+    "duplicate": (0.0, 1.0),
     "metric_shrinkage": (0.0, 1e12),
 }
 COUNTS = {
