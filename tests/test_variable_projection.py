@@ -104,6 +104,13 @@ def test_later_passes_give_the_same(kind: str, cached: int, family: Family) -> N
     assert same(first, value)
 
 
+def test_the_cache_is_not_the_memory_that_is_read_into(family: Family) -> None:
+    bank, codes = random_point()
+    problem = problem_of(family, None, experts=1)  # in the checkpoint's own fp32, one after the other
+    first = problem.evaluate(bank, codes, silent)
+    assert same(first, problem.evaluate(bank, codes, silent))
+
+
 def test_a_cache_that_does_not_hold_all_holds_none(family: Family) -> None:
     whole = 4 * EXPERTS * family.p * family.d
     assert problem_of(family, None, cached=whole - 1)._cached is None

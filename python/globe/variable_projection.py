@@ -106,10 +106,9 @@ class Problem:
             for span, batch in expert_batches(self.family, size, self.device):
 
                 def weigh(k: int, batch: torch.Tensor = batch, first: int = span.start) -> torch.Tensor:
-                    weights = batch[k].float()
                     if self.metric is not None:
-                        return self.metric.weigh(first + k, weights)
-                    return weights.clone() if weights is batch[k] else weights
+                        return self.metric.weigh(first + k, batch[k].float())
+                    return batch[k].to(torch.float32, copy=True)  # the batch's memory is read into again
 
                 found = list(workers.map(weigh, len(batch)))
                 if self._cached is not None:
@@ -226,9 +225,8 @@ class _Gathered:
         if metric is None:
             columns = torch.eye(d, device=seen.device) - matmul(basis.mT, basis)
         else:
-            whole = metric.unseen(number, metric.seen(number, torch.eye(d, device=seen.device)))
             hidden = metric.unseen(number, basis)
-            columns = whole - matmul(hidden.mT, hidden)
+            columns = metric.moment(number, d) - matmul(hidden.mT, hidden)
         weight = float(torch.linalg.vector_norm(left)) ** 2
         mean = max(float(columns.diagonal().mean()), 0.0)
         return _Parts(matmul(left.mT.contiguous(), left), mean, columns * weight, codes, gram.cpu())
