@@ -162,7 +162,7 @@ def test_moving_to_other_coordinates_changes_no_value(family: Family) -> None:
         return [*found, *(step.dot(Vector(slope, value.codes)) for step in memory.steps)]
 
     before = products(memory, state.bank, value.bank)
-    bank, memory, moved, there = _recentre(state.bank, memory, value, curvature)
+    bank, moved, there = _recentre(state.bank, memory, value, curvature)
     np.testing.assert_allclose(products(memory, bank, moved.bank), before, rtol=1e-3, atol=1e-3)
     again, curvature_again = problem.curvature(bank, state.codes, 0, silent)
     assert again.error == pytest.approx(value.error, rel=1e-5)

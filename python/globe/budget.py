@@ -82,11 +82,10 @@ def plan_blocks(
     stored = 2 * sum(shapes[name].bank * shapes[name].rank * family.d for name, family in families.items())
     for name, family in families.items():
         cost = _Cost(family, shapes[name], settings, threads, exact_bytes, stored)
-        smallest = SMALLEST
-        if cost.peak(smallest) > limit:
-            raise UsageError(_advice(cost, settings, limit, cost.peak(smallest)))
+        if cost.peak(SMALLEST) > limit:
+            raise UsageError(_advice(cost, settings, limit, cost.peak(SMALLEST)))
         for field in ("experts", "columns", "proxy_bytes", "pairs"):
-            while cost.peak(replace(smallest, **{field: getattr(chosen, field)})) > limit:
+            while cost.peak(replace(SMALLEST, **{field: getattr(chosen, field)})) > limit:
                 chosen = replace(chosen, **{field: getattr(chosen, field) // 2})
         if cost.peak(chosen) > limit:
             chosen = replace(chosen, cached=0)

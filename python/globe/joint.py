@@ -54,8 +54,12 @@ class Joint:
     evaluations: int = 0
     seconds: float = 0.0
     stopped: str | None = None
-    initial_support: float | None = None
     history: list[Segment] = field(default_factory=list)
+
+    @property
+    def initial_support(self) -> float:
+        """The median support before the first step."""
+        return self.history[0].support_median
 
     def report(self) -> dict[str, Any]:
         """What metrics.json says."""
@@ -114,7 +118,7 @@ def fit_joint(
         codes = _sized(codes, memory, signed)
         value, curvature = problem.curvature(bank, codes, settings.seed + now.step, advance)
         if value.ridged and now.step == 0:  # the warm start's coordinates may be far from the metric's
-            bank = _recentre(bank, memory, value, curvature)[0]
+            bank, *_ = _recentre(bank, memory, value, curvature)
             value, curvature = problem.curvature(bank, codes, settings.seed, advance)
             now = replace(now, evaluations=now.evaluations + 1)
         median = float(np.median(supports(codes)))
@@ -129,8 +133,6 @@ def fit_joint(
         )
         log(f"{name}: step {now.step}: error {value.error:.5f}, median support {median:g}")
         now = replace(now, history=[*now.history, line], evaluations=now.evaluations + 1, seconds=line.seconds)
-        if now.initial_support is None:
-            now = replace(now, initial_support=median)
         wanted = _wanted_support(now, settings)
         met = wanted is None or median <= settings.support
         if now.step >= settings.joint_steps or (value.error <= _NOTHING and met):
@@ -139,18 +141,13 @@ def fit_joint(
         if _plateau(now, settings) and met:
             now = replace(now, stopped="plateau")
             break
-        if not signed:
-            grown = newton_codes(curvature.codes, codes, value.codes)
-            temperature = now.state.temperature
-            if wanted is not None and median > wanted:
-                codes, temperature = shrink_support(
-                    curvature.codes, codes, value.codes, grown, wanted, entmax_alpha(settings)
-                )
-                memory = Pairs(pairs)
-                value = problem.evaluate(bank, codes, advance)
-                now = replace(now, evaluations=now.evaluations + 1)
-            now = replace(now, state=replace(now.state, temperature=temperature))
-        bank, memory, value, curvature = _recentre(bank, memory, value, curvature)
+        if wanted is not None and median > wanted:
+            model = (curvature.codes, codes, value.codes)
+            codes, temperature = shrink_support(*model, newton_codes(*model), wanted, entmax_alpha(settings))
+            memory.clear()
+            value = problem.evaluate(bank, codes, advance)
+            now = replace(now, state=replace(now.state, temperature=temperature), evaluations=now.evaluations + 1)
+        bank, value, curvature = _recentre(bank, memory, value, curvature)
         preconditioner = Preconditioner(curvature, problem.metric is not None)
         steps = min(_SEGMENT, settings.joint_steps - now.step)
         bank, codes, taken, evaluations = _descend(
@@ -161,8 +158,7 @@ def fit_joint(
             log(f"{name}: step {now.step}: no step lowers the error")
             now = replace(now, stopped="no descent")
     state = _finished(State(bank, codes, now.state.temperature), settings)
-    done = replace(now, state=state, seconds=time.perf_counter() - started)
-    return done
+    return replace(now, state=state, seconds=time.perf_counter() - started)
 
 
 def _descend(
@@ -217,8 +213,11 @@ def _sized(codes: Array, memory: Pairs, signed: bool) -> Array:
 
 def _recentre(
     bank: torch.Tensor, memory: Pairs, value: Value, curvature: Curvature
-) -> tuple[torch.Tensor, Pairs, Value, Curvature]:
-    """Everything in coordinates in which the mean of B̃'B̃'ᵀ is the identity: B_j → Q B_j, A_i → A_i Q⁻¹."""
+) -> tuple[torch.Tensor, Value, Curvature]:
+    """Everything in coordinates in which the mean of B̃'B̃'ᵀ is the identity: B_j → Q B_j, A_i → A_i Q⁻¹.
+
+    The pairs are moved in place.
+    """
     values, vectors = torch.linalg.eigh(curvature.gram)
     values = values.clamp(min=1e-9 * float(values[-1]))
     forward = ((vectors * values.rsqrt()) @ vectors.T).float().to(bank.device)
@@ -226,14 +225,13 @@ def _recentre(
     memory.move(forward, backward)
     lefts = matmul(matmul(backward, curvature.lefts), backward)
     value = replace(value, bank=matmul(backward, value.bank))
-    return matmul(forward, bank), memory, value, replace(curvature, lefts=(lefts + lefts.mT) / 2)
+    return matmul(forward, bank), value, replace(curvature, lefts=(lefts + lefts.mT) / 2)
 
 
 def _wanted_support(now: Joint, settings: Settings) -> float | None:
     """The median support that the schedule allows by now, falling geometrically; None where nothing is steered."""
     if settings.codes not in ("entmax", "sparsemax"):
         return None
-    assert now.initial_support is not None
     share = min(1.0, (now.step + _SEGMENT) / max(_SHRINKING * settings.joint_steps, 1))
     first, last = max(now.initial_support, settings.support), settings.support
     return float(first * (last / first) ** share)

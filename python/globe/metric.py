@@ -51,6 +51,13 @@ class Metric:
         factor = self._factor(number)
         return gradient if factor is None else matmul(gradient, factor.mT)
 
+    def moment(self, number: int, width: int) -> torch.Tensor:
+        """L_i L_iᵀ (d, d), d being the `width`."""
+        factor = self._factor(number)
+        if factor is None:
+            return torch.eye(width, device=self.rows[number].device)
+        return matmul(factor, factor.mT)
+
     def common(self, number: int, matrix: torch.Tensor) -> torch.Tensor:
         """X L Lᵀ with the layer's own L, the same for all its experts."""
         layer = self.layers[number]
