@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,9 @@ def endless(source: Path, out: Path, directory: Path) -> subprocess.Popen[str]:
     """Start a run that does not end by itself, and wait until it is at work in `out`."""
     (directory / "endless.yaml").write_text(ENDLESS, encoding="utf-8")
     options = ("--rank", "0.5", "--bank-size", "3", "--threads", "1", "--config", directory / "endless.yaml")
-    run = subprocess.Popen(command("compress", source, out, *options), stderr=subprocess.PIPE, text=True)
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    arguments = command("compress", source, out, *options)
+    run = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     assert run.stderr is not None
     assert any("up: scan" in line for line in run.stderr), "it ended before it began"
     return run
