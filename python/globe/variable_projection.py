@@ -108,7 +108,7 @@ class Problem:
                 def weigh(k: int, batch: torch.Tensor = batch, first: int = span.start) -> torch.Tensor:
                     if self.metric is not None:
                         return self.metric.weigh(first + k, batch[k].float())
-                    return batch[k].to(torch.float32, copy=True)  # the batch's memory is read into again
+                    return batch[k].clone().float()  # the batch's memory is read into again
 
                 found = list(workers.map(weigh, len(batch)))
                 if self._cached is not None:
