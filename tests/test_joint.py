@@ -21,7 +21,7 @@ from globe.calibrate import FILE
 from globe.calibration import load_calibration
 from globe.checkpoint import Checkpoint, Family
 from globe.codes import coding_step, supports
-from globe.joint import Joint, _recentre, fit_joint
+from globe.joint import Steps, _recentre, fit_joint
 from globe.metric import Metric, build_metric
 from globe.quasi_newton import Pairs, Vector
 from globe.runstore import FOLDER, MemoryStore, Store
@@ -42,6 +42,12 @@ def metric_of(kind: str) -> Metric | None:
     return random_metric(kind, experts=EXPERTS, p=P, d=D)
 
 
+@dataclass(frozen=True)
+class Found:
+    state: State
+    steps: Steps
+
+
 def fit(
     family: Family,
     metric: Metric | None = None,
@@ -49,15 +55,15 @@ def fit(
     store: Store | None = None,
     pairs: int = 6,
     **changed: Any,
-) -> Joint:
+) -> Found:
     settings = Settings(**{"joint_steps": 30, "support": 3, **changed})
     start = start or random_state(1, experts=EXPERTS, atoms=ATOMS, rank=RANK, d=D)
     problem = problem_of(family, metric, settings=settings)
-    return fit_joint(problem, start, settings, pairs, store or MemoryStore(), "gate", advance=silent)
+    return Found(*fit_joint(problem, start, settings, pairs, store or MemoryStore(), "gate", advance=silent))
 
 
-def errors(found: Joint) -> list[float]:
-    return [segment.error for segment in found.history]
+def errors(found: Found) -> list[float]:
+    return [segment.error for segment in found.steps.history]
 
 
 def value_at(family: Family, metric: Metric | None, state: State) -> float:
@@ -74,18 +80,22 @@ def test_the_error_falls(codes: str, kind: str, family: Family) -> None:
     assert value_at(family, metric_of(kind), found.state) == pytest.approx(line[-1], rel=2e-2)
     norms = torch.linalg.vector_norm(found.state.bank.flatten(1), dim=1)
     torch.testing.assert_close(norms, torch.ones(ATOMS), rtol=1e-5, atol=1e-5)
-    assert found.evaluations >= found.step and found.stopped in ("joint_steps", "plateau", "no descent")
+    assert found.steps.evaluations >= found.steps.step and found.steps.stopped in (
+        "joint_steps",
+        "plateau",
+        "no descent",
+    )
 
 
 @pytest.mark.parametrize("codes", ["entmax", "sparsemax"])
 @pytest.mark.parametrize("support", [1, 2, 4])
 def test_supports_shrink_to_their_target(support: int, codes: str, family: Family) -> None:
     found = fit(family, metric_of("scaled"), codes=codes, support=support)
-    assert found.initial_support == ATOMS
+    assert found.steps.initial_support == ATOMS
     assert np.median(supports(found.state.codes)) <= support
     np.testing.assert_allclose(found.state.codes.sum(1), 1, rtol=1e-12)
     assert found.state.codes.min() >= 0 and supports(found.state.codes).min() >= 1
-    for one, other in pairwise(found.history):
+    for one, other in pairwise(found.steps.history):
         assert other.support_median <= one.support_median
         if other.support_median == one.support_median:
             assert other.error <= one.error
@@ -132,12 +142,12 @@ def test_it_stops_at_an_exact_fit(tmp_path: Path) -> None:
     mixed = np.einsum("ij,jrd->ird", state.codes, state.bank.double().numpy())
     family = make_family(tmp_path, np.random.default_rng(0).standard_normal((EXPERTS, P, RANK)) @ mixed)
     found = fit(family, start=state, codes="signed")
-    assert (found.stopped, found.step, len(found.history)) == ("exact", 0, 1)
+    assert (found.steps.stopped, found.steps.step, len(found.steps.history)) == ("exact", 0, 1)
 
 
 def test_a_plateau_ends_it(family: Family) -> None:
     found = fit(family, codes="signed", joint_steps=300, tolerance=1e-2)
-    assert found.stopped == "plateau" and 180 <= found.step < 300
+    assert found.steps.stopped == "plateau" and 180 <= found.steps.step < 300
 
 
 def test_moving_to_other_coordinates_changes_no_value(family: Family) -> None:
@@ -162,11 +172,11 @@ def test_moving_to_other_coordinates_changes_no_value(family: Family) -> None:
         return [*found, *(step.dot(Vector(slope, value.codes)) for step in memory.steps)]
 
     before = products(memory, state.bank, value.bank)
-    bank, moved, there = _recentre(state.bank, memory, value, curvature)
-    np.testing.assert_allclose(products(memory, bank, moved.bank), before, rtol=1e-3, atol=1e-3)
-    again, curvature_again = problem.curvature(bank, state.codes, 0, silent)
+    _recentre(state.bank, memory, value, curvature)
+    np.testing.assert_allclose(products(memory, state.bank, value.bank), before, rtol=1e-3, atol=1e-3)
+    again, curvature_again = problem.curvature(state.bank, state.codes, 0, silent)
     assert again.error == pytest.approx(value.error, rel=1e-5)
-    for found, wanted in ((moved.bank, again.bank), (there.lefts, curvature_again.lefts)):
+    for found, wanted in ((value.bank, again.bank), (curvature.lefts, curvature_again.lefts)):
         assert torch.linalg.vector_norm(found - wanted) <= 1e-3 * torch.linalg.vector_norm(wanted)
 
 
@@ -208,7 +218,11 @@ def test_it_goes_on_where_it_was_stopped(saves: int, codes: str, family: Family)
     again = fit(family, metric_of("scaled"), store=store, codes=codes)
     assert torch.equal(again.state.bank, whole.state.bank)
     assert np.array_equal(again.state.codes, whole.state.codes)
-    assert (again.step, again.evaluations, again.stopped) == (whole.step, whole.evaluations, whole.stopped)
+    assert (again.steps.step, again.steps.evaluations, again.steps.stopped) == (
+        whole.steps.step,
+        whole.steps.evaluations,
+        whole.steps.stopped,
+    )
     assert errors(again) == errors(whole) and again.state.temperature == whole.state.temperature
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -19,7 +17,11 @@ WHOLE = 6  # numbers of the bank in a vector
 
 
 def vector(values: Array) -> Vector:
-    """The first six numbers are the bank's, the others the codes'."""
+    """The first six numbers are the bank's, as bf16 has them; the others are the codes'."""
+    return exact(values).rounded().copy()
+
+
+def exact(values: Array) -> Vector:
     bank = torch.from_numpy(values[:WHOLE].astype(np.float32)).view(BANK)
     return Vector(bank, values[None, WHOLE:].astype(np.float64))
 
@@ -49,9 +51,10 @@ def test_conjugate_pairs_give_the_newton_direction(seed: int, extra: int) -> Non
         pairs.add(vector(step), vector(hessian @ step))
     assert len(pairs) == size
     slope = random.standard_normal(size)
-    found = flat(pairs.direction(vector(slope), same))
-    wanted = -np.linalg.solve(hessian, slope)
-    assert np.linalg.norm(found - wanted) <= 1e-4 * np.linalg.norm(wanted)
+    given_slope = vector(slope)
+    found = flat(pairs.direction(given_slope, same))
+    wanted = -np.linalg.solve(hessian, flat(given_slope))
+    assert np.linalg.norm(found - wanted) <= 5e-2 * np.linalg.norm(wanted)  # the pairs are conjugate to bf16 only
 
 
 @settings(max_examples=40)
@@ -65,7 +68,7 @@ def test_directions_are_those_of_the_dense_recursion(seed: int, count: int) -> N
         change = hessian @ step + 0.05 * random.standard_normal(size)
         if step @ change > 0.1:
             pairs.add(vector(step), vector(change))
-            history.append((step, change))
+            history.append((flat(vector(step)), flat(vector(change))))
     history = history[-count:]
     scale = 0.5
     if history:
@@ -79,8 +82,8 @@ def test_directions_are_those_of_the_dense_recursion(seed: int, count: int) -> N
     slope = random.standard_normal(size)
     given_slope = vector(slope)
     before = flat(given_slope)
-    found = flat(pairs.direction(given_slope, lambda other: vector(metric @ flat(other))))
-    assert np.linalg.norm(found + inverse @ slope) <= 1e-3 * np.linalg.norm(inverse @ slope)
+    found = flat(pairs.direction(given_slope, lambda other: exact(metric @ flat(other))))
+    assert np.linalg.norm(found + inverse @ before) <= 1e-3 * np.linalg.norm(inverse @ before)
     assert np.array_equal(flat(given_slope), before)
 
 
@@ -124,7 +127,7 @@ def test_slopes_are_those_of_the_variables(signed: bool) -> None:
     random = np.random.default_rng(0)
     codes = random.standard_normal((3, 4)) if signed else random.uniform(0.1, 1, (3, 4)) * (random.random((3, 4)) < 0.6)
     bank, wanted = torch.zeros(4, 2, 5), random.standard_normal((3, 4))
-    point, direction = Point(bank, codes, signed), Vector(torch.ones(4, 2, 5), random.standard_normal((3, 4)))
+    point, direction = Point(bank, codes, signed), Vector(torch.zeros(4, 2, 5), random.standard_normal((3, 4)))
     np.testing.assert_allclose(point.moved(direction, 0.0).codes, codes)
     value = Value(0.0, bank, wanted, np.zeros(3), 0)
     ends = [float((point.moved(direction, s).codes * wanted).sum()) for s in (1e-6, -1e-6)]
@@ -151,7 +154,7 @@ def test_the_preconditioner_is_the_inverse_of_its_blocks(weigh_columns: bool, si
     given_vector = Vector(
         torch.from_numpy(random.standard_normal((atoms, rank, d))).float(), random.standard_normal((experts, atoms))
     )
-    found = Preconditioner(curvature, weigh_columns)(given_vector, point)
+    found = Preconditioner(curvature, weigh_columns)(given_vector.copy(), point)
     for atom in range(atoms):
         left = lefts[atom].double().numpy()
         left = left + 1e-4 * left.diagonal().mean() * np.eye(rank)
@@ -175,7 +178,7 @@ def test_the_preconditioner_passes_over_what_has_no_curvature() -> None:
     curvature = Curvature(lefts, semidefinite, inner, torch.eye(2, dtype=torch.float64))
     point = Point(torch.zeros(3, 2, 4), np.ones((2, 3)), True)
     vector = Vector(torch.ones(3, 2, 4), np.ones((2, 3)))
-    found = Preconditioner(replace(curvature), True)(vector, point)
+    found = Preconditioner(curvature, True)(vector.copy(), point)
     assert bool(found.bank.isfinite().all()) and np.isfinite(found.codes).all()
     assert (found.codes[0] == 0).all() and (found.codes[1] > 0).all()
     assert found.dot(vector) > 0

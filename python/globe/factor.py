@@ -150,21 +150,23 @@ def _fit_jointly(
 ) -> dict[str, Any]:
     """Fit bank and codes together from the state that the loops left in `store`."""
     name = family.name
-    saved = store.load(f"{name}.warm")
-    if saved is None:
-        raise GlobeError(f"family {name}: the state that its loops left was damaged during the run; run it again")
-    start = State(saved.tensors["bank"].to(device), saved.array("codes"), warm["temperature"])
-    del saved
     problem = Problem(family, metric, settings, blocks, device)
     passes = settings.joint_steps + settings.joint_steps // 10 + 2
     with stages.stage(f"{name}: joint", passes * len(family), joint_before(store, name)) as advance:
-        elapsed = stages.so_far
-        found = fit_joint(problem, start, settings, blocks.pairs, store, name, elapsed, advance, stages.display.log)
-        report = {**warm["report"], "joint": found.report(), "temperature": found.state.temperature}
-        meta = _save_fit(family, found.state, report, [*warm["stages"], stages.so_far()], store)
+        rest = (settings, blocks.pairs, store, name, stages.so_far, advance, stages.display.log)
+        state, steps = fit_joint(problem, _warm_start(store, name, warm["temperature"], device), *rest)
+        report = {**warm["report"], "joint": steps.report(), "temperature": state.temperature}
+        meta = _save_fit(family, state, report, [*warm["stages"], stages.so_far()], store)
     for key in ("joint", "warm"):
         store.drop(f"{name}.{key}")
     return meta
+
+
+def _warm_start(store: Store, name: str, temperature: float, device: torch.device) -> State:
+    saved = store.load(f"{name}.warm")
+    if saved is None:
+        raise GlobeError(f"family {name}: the state that its loops left was damaged during the run; run it again")
+    return State(saved.tensors["bank"].to(device), saved.array("codes"), temperature)
 
 
 def _save_fit(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from globe.codes import entmax_alpha, prune, supports
 from globe.dictionary import unit_atoms
 from globe.gemm import matmul
-from globe.quasi_newton import Pairs, Point, Preconditioner, Vector
+from globe.quasi_newton import Pairs, Point, Preconditioner, Vector, move_atoms
 from globe.runstore import Store
 from globe.settings import Settings
 from globe.stages import Advance
@@ -46,10 +46,10 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Joint:
-    """Where the joint fit stands: its state, and what the steps before found."""
+class Steps:
+    """How far the joint fit has come, and what the steps before found."""
 
-    state: State
+    temperature: float
     step: int = 0
     evaluations: int = 0
     seconds: float = 0.0
@@ -81,7 +81,7 @@ def fit_joint(
     elapsed: Callable[[], dict[str, Any]] = dict,
     advance: Advance = lambda steps: None,
     log: Callable[[str], None] = lambda line: None,
-) -> Joint:
+) -> tuple[State, Steps]:
     """Minimise Σ_i ‖W'_i − A_i Σ_j α_ij B'_j‖² over bank and codes, every A_i being the best for them.
 
     Variable projection (Golub & Pereyra, 1973) with L-BFGS (Nocedal, 1980). Every `_SEGMENT` steps one more pass finds
@@ -95,7 +95,7 @@ def fit_joint(
     ----------
     problem : Problem
     start : State
-        The warm start.
+        The warm start. The memory of its bank is taken.
     settings : Settings
         `joint_steps`, `codes`, `support`, `epsilon`, `tolerance`.
     pairs : int
@@ -109,16 +109,18 @@ def fit_joint(
     advance, log : callable
     """
     started = time.perf_counter()
-    now, memory = _recall(store, name, start, problem, pairs)
+    state, now, memory = _recall(store, name, start, problem, pairs)
+    bank, codes = state.bank, state.codes
+    del start, state  # banks are what takes the memory: here and below they change in place
     started -= now.seconds
     signed = settings.codes == "signed"
-    bank, codes = now.state.bank, now.state.codes
     while now.stopped is None:
-        _save(store, name, replace(now, state=State(bank, codes, now.state.temperature)), memory, elapsed())
+        _save(store, name, bank, codes, now, memory, elapsed())
         codes = _sized(codes, memory, signed)
         value, curvature = problem.curvature(bank, codes, settings.seed + now.step, advance)
         if value.ridged and now.step == 0:  # the warm start's coordinates may be far from the metric's
-            bank, *_ = _recentre(bank, memory, value, curvature)
+            _recentre(bank, memory, value, curvature)
+            del value, curvature
             value, curvature = problem.curvature(bank, codes, settings.seed, advance)
             now = replace(now, evaluations=now.evaluations + 1)
         median = float(np.median(supports(codes)))
@@ -127,7 +129,7 @@ def fit_joint(
             now.evaluations + 1,
             value.error,
             median,
-            now.state.temperature,
+            now.temperature,
             value.ridged,
             time.perf_counter() - started,
         )
@@ -145,20 +147,22 @@ def fit_joint(
             model = (curvature.codes, codes, value.codes)
             codes, temperature = shrink_support(*model, newton_codes(*model), wanted, entmax_alpha(settings))
             memory.clear()
+            del value
             value = problem.evaluate(bank, codes, advance)
-            now = replace(now, state=replace(now.state, temperature=temperature), evaluations=now.evaluations + 1)
-        bank, value, curvature = _recentre(bank, memory, value, curvature)
+            now = replace(now, temperature=temperature, evaluations=now.evaluations + 1)
+        _recentre(bank, memory, value, curvature)
         preconditioner = Preconditioner(curvature, problem.metric is not None)
         steps = min(_SEGMENT, settings.joint_steps - now.step)
-        bank, codes, taken, evaluations = _descend(
+        codes, taken, evaluations = _descend(
             problem, Point(bank, codes, signed), value, preconditioner, memory, steps, advance
         )
+        del value, curvature, preconditioner
         now = replace(now, step=now.step + steps, evaluations=now.evaluations + evaluations)
         if taken == 0 and met:
             log(f"{name}: step {now.step}: no step lowers the error")
             now = replace(now, stopped="no descent")
-    state = _finished(State(bank, codes, now.state.temperature), settings)
-    return replace(now, state=state, seconds=time.perf_counter() - started)
+    state = _finished(State(bank, codes, now.temperature), settings)
+    return state, replace(now, seconds=time.perf_counter() - started)
 
 
 def _descend(
@@ -169,9 +173,9 @@ def _descend(
     memory: Pairs,
     steps: int,
     advance: Advance,
-) -> tuple[torch.Tensor, Array, int, int]:
-    """L-BFGS steps from a point: bank, codes, steps taken and evaluations made."""
-    slope = point.slope(value)
+) -> tuple[Array, int, int]:
+    """L-BFGS steps from a point, whose bank moves in place, as does the value's: codes, steps, evaluations."""
+    error, slope = value.error, point.slope(value)
     taken = evaluations = 0
     while taken < steps:
         direction = memory.direction(slope, lambda vector, here=point: preconditioner(vector, here))  # type: ignore[misc]
@@ -181,26 +185,39 @@ def _descend(
                 break
             memory.clear()
             continue
-        size, found = point.reach(direction), None
-        for _ in range(_TRIALS):
-            trial = point.moved(direction, size)
-            found = problem.evaluate(trial.bank, trial.codes, advance)
-            evaluations += 1
-            if found.error <= value.error + _ARMIJO * size * decrease:
-                break
-            rise = found.error - value.error - size * decrease
-            size *= max(0.1, min(0.5, -decrease * size / (2 * rise))) if math.isfinite(rise) else 0.1
-            found = None
+        trial, found, size, tried = _search(problem, point, error, direction, decrease, advance)
+        evaluations += tried
         if found is None:
             if not len(memory):
                 break
             memory.clear()
             continue
-        new_slope = trial.slope(found)
-        memory.add(direction.times(size), new_slope.minus(slope))
-        point, value, slope = trial, found, new_slope
+        new = trial.slope(found)
+        memory.add(direction.mul_(size), slope.mul_(-1.0).add_(new, 1.0))
+        slope.bank.copy_(new.bank)
+        point, error, slope = trial, found.error, Vector(slope.bank, new.codes)
+        del found, new, direction
         taken += 1
-    return point.bank, point.codes, taken, evaluations
+    return point.codes, taken, evaluations
+
+
+def _search(
+    problem: Problem, point: Point, error: float, direction: Vector, decrease: float, advance: Advance
+) -> tuple[Point, Value | None, float, int]:
+    """A point on a line at which the error falls enough (Armijo, 1966), its value, the step's size, evaluations.
+
+    Where there is none the value is None, and the bank is back where it was.
+    """
+    size, gone = point.reach(direction), 0.0
+    for tried in range(1, _TRIALS + 1):
+        trial = point.moved(direction, size, gone)
+        found = problem.evaluate(trial.bank, trial.codes, advance)
+        if found.error <= error + _ARMIJO * size * decrease:
+            return trial, found, size, tried
+        gone, rise = size, found.error - error - size * decrease
+        size *= max(0.1, min(0.5, -decrease * size / (2 * rise))) if math.isfinite(rise) else 0.1
+        del found
+    return point.moved(direction, 0.0, gone), None, 0.0, _TRIALS
 
 
 def _sized(codes: Array, memory: Pairs, signed: bool) -> Array:
@@ -211,24 +228,21 @@ def _sized(codes: Array, memory: Pairs, signed: bool) -> Array:
     return sized
 
 
-def _recentre(
-    bank: torch.Tensor, memory: Pairs, value: Value, curvature: Curvature
-) -> tuple[torch.Tensor, Value, Curvature]:
-    """Everything in coordinates in which the mean of B̃'B̃'ᵀ is the identity: B_j → Q B_j, A_i → A_i Q⁻¹.
-
-    The pairs are moved in place.
-    """
+def _recentre(bank: torch.Tensor, memory: Pairs, value: Value, curvature: Curvature) -> None:
+    """Everything, in place, in coordinates in which the mean of B̃'B̃'ᵀ is the identity: B_j → Q B_j, A_i → A_i Q⁻¹."""
     values, vectors = torch.linalg.eigh(curvature.gram)
     values = values.clamp(min=1e-9 * float(values[-1]))
     forward = ((vectors * values.rsqrt()) @ vectors.T).float().to(bank.device)
     backward = ((vectors * values.sqrt()) @ vectors.T).float().to(bank.device)
     memory.move(forward, backward)
-    lefts = matmul(matmul(backward, curvature.lefts), backward)
-    value = replace(value, bank=matmul(backward, value.bank))
-    return matmul(forward, bank), value, replace(curvature, lefts=(lefts + lefts.mT) / 2)
+    move_atoms(bank, forward)
+    move_atoms(value.bank, backward)
+    for left in curvature.lefts:
+        moved = matmul(matmul(backward, left), backward)
+        left.copy_((moved + moved.mT) / 2)
 
 
-def _wanted_support(now: Joint, settings: Settings) -> float | None:
+def _wanted_support(now: Steps, settings: Settings) -> float | None:
     """The median support that the schedule allows by now, falling geometrically; None where nothing is steered."""
     if settings.codes not in ("entmax", "sparsemax"):
         return None
@@ -237,7 +251,7 @@ def _wanted_support(now: Joint, settings: Settings) -> float | None:
     return float(first * (last / first) ** share)
 
 
-def _plateau(now: Joint, settings: Settings) -> bool:
+def _plateau(now: Steps, settings: Settings) -> bool:
     if len(now.history) < 2:
         return False
     before, last = now.history[-2].error, now.history[-1].error
@@ -252,33 +266,29 @@ def _finished(state: State, settings: Settings) -> State:
     return State(bank, codes / np.abs(codes).sum(1, keepdims=True), state.temperature)
 
 
-def _save(store: Store, name: str, now: Joint, memory: Pairs, elapsed: dict[str, Any]) -> None:
-    tensors = {"bank": now.state.bank, "codes": torch.from_numpy(now.state.codes)}
+def _save(
+    store: Store, name: str, bank: torch.Tensor, codes: Array, now: Steps, memory: Pairs, elapsed: dict[str, Any]
+) -> None:
+    tensors = {"bank": bank, "codes": torch.from_numpy(codes)}
     for place, (step, slope) in enumerate(zip(memory.steps, memory.slopes, strict=True)):
         tensors |= {f"step-{place}": step.bank, f"step-{place}.codes": torch.from_numpy(step.codes)}
         tensors |= {f"slope-{place}": slope.bank, f"slope-{place}.codes": torch.from_numpy(slope.codes)}
-    meta = {key: value for key, value in asdict(replace(now, state=_NO_STATE)).items() if key != "state"}
-    store.save(
-        _key(name), tensors, {**meta, "temperature": now.state.temperature, "pairs": len(memory), "elapsed": elapsed}
-    )
+    store.save(_key(name), tensors, {**asdict(now), "pairs": len(memory), "elapsed": elapsed})
 
 
-def _recall(store: Store, name: str, start: State, problem: Problem, pairs: int) -> tuple[Joint, Pairs]:
+def _recall(store: Store, name: str, start: State, problem: Problem, pairs: int) -> tuple[State, Steps, Pairs]:
     memory = Pairs(pairs)
     saved = store.load(_key(name))
     if saved is None:
-        return Joint(start), memory
+        return start, Steps(start.temperature), memory
     meta = {key: value for key, value in saved.meta.items() if key != "elapsed"}
     device = problem.device
     for place in range(meta.pop("pairs")):
         for kind, kept in (("step", memory.steps), ("slope", memory.slopes)):
             kept.append(Vector(saved.tensors[f"{kind}-{place}"].to(device), saved.array(f"{kind}-{place}.codes")))
-    state = State(saved.tensors["bank"].to(device), saved.array("codes"), meta.pop("temperature"))
     history = [Segment(**line) for line in meta.pop("history")]
-    return Joint(state, history=history, **meta), memory
-
-
-_NO_STATE = State(torch.empty(0), np.empty((0, 0)), 1.0)
+    now = Steps(**meta, history=history)
+    return State(saved.tensors["bank"].to(device), saved.array("codes"), now.temperature), now, memory
 
 
 def joint_before(store: Store, name: str) -> dict[str, Any] | None:

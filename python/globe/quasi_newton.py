@@ -23,26 +23,32 @@ _FIRST_STEP = 0.5  # of the block-diagonal Newton step, before a pair tells
 
 @dataclass(frozen=True)
 class Vector:
-    """A direction or a slope: a part for the bank (m, r, d; fp32) and one for the codes' variables (N, m)."""
+    """A direction or a slope: a part for the bank (m, r, d; fp32 or bf16) and one for the codes' variables (N, m)."""
 
     bank: torch.Tensor
     codes: Array
 
     def dot(self, other: Vector) -> float:
-        """The inner product, summed in fp64 over atoms."""
-        products = (torch.dot(a.flatten(), b.flatten()) for a, b in zip(self.bank, other.bank, strict=True))
+        """The inner product: of an atom in fp32, summed in fp64."""
+        products = (
+            torch.dot(a.flatten().float(), b.flatten().float()) for a, b in zip(self.bank, other.bank, strict=True)
+        )
         return float(sum(float(product) for product in products)) + float((self.codes * other.codes).sum())
 
-    def times(self, factor: float) -> Vector:
-        """The vector scaled."""
-        return Vector(self.bank * factor, self.codes * factor)
+    def copy(self) -> Vector:
+        """The vector in memory of its own, its bank in fp32."""
+        return Vector(self.bank.to(torch.float32, copy=True), self.codes)
 
-    def minus(self, other: Vector) -> Vector:
-        """The difference."""
-        return Vector(self.bank - other.bank, self.codes - other.codes)
+    def rounded(self) -> Vector:
+        """The vector with its bank in bf16."""
+        return Vector(self.bank.bfloat16(), self.codes)
 
-    def add(self, other: Vector, factor: float) -> Vector:
-        """This vector plus `factor` times the other, the bank's part in place."""
+    def mul_(self, factor: float) -> Vector:
+        """The vector scaled, the bank in place."""
+        return Vector(self.bank.mul_(factor), self.codes * factor)
+
+    def add_(self, other: Vector, factor: float) -> Vector:
+        """This vector plus `factor` times the other, the bank in place."""
         return Vector(self.bank.add_(other.bank, alpha=factor), self.codes + factor * other.codes)
 
 
@@ -75,15 +81,15 @@ class Point:
         parts = [_REACH * sizes[0] / np.maximum(sizes[1], 1e-300), np.array([_REACH * bank / max(step, 1e-300)])]
         return float(min(1.0, *(part.min() for part in parts)))
 
-    def moved(self, direction: Vector, size: float) -> Point:
-        """The point `size` times the direction away."""
+    def moved(self, direction: Vector, size: float, gone: float = 0.0) -> Point:
+        """The point `size` times the direction away, its bank in this one's memory, which is `gone` times away now."""
         variables = self.variables + size * direction.codes
-        bank = torch.add(self.bank, direction.bank, alpha=size)
+        bank = self.bank.add_(direction.bank, alpha=size - gone)
         return Point(bank, variables if self.signed else variables**2, self.signed)
 
 
 class Pairs:
-    """The last pairs of differences of points and slopes, at most `most`."""
+    """The last pairs of differences of points and slopes, at most `most`; their banks are kept in bf16."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -105,34 +111,36 @@ class Pairs:
             return
         if len(self.steps) == self.most:
             del self.steps[0], self.slopes[0]
-        self.steps.append(step)
-        self.slopes.append(slope)
+        self.steps.append(step.rounded())
+        self.slopes.append(slope.rounded())
 
     def direction(self, slope: Vector, precondition: Callable[[Vector], Vector]) -> Vector:
-        """−H g with H from the pairs on top of the preconditioner (Nocedal & Wright, 2006, algorithm 7.4)."""
+        """−H g with H from the pairs on top of the preconditioner (Nocedal & Wright, 2006, algorithm 7.4).
+
+        The preconditioner may take the memory of what it is given.
+        """
         pairs = list(zip(self.steps, self.slopes, strict=True))
-        rest = Vector(slope.bank.clone(), slope.codes)
-        weights = []
-        for step, change in reversed(pairs):
-            weight = step.dot(rest) / step.dot(change)
-            weights.append(weight)
-            rest = rest.add(change, -weight)
-        result = precondition(rest)
         scale = _FIRST_STEP
         if pairs:
             step, change = pairs[-1]
-            scale = step.dot(change) / change.dot(precondition(change))
-        result = result.times(scale)
+            scale = step.dot(change) / change.dot(precondition(change.copy()))
+        result = slope.copy()
+        weights = []
+        for step, change in reversed(pairs):
+            weight = step.dot(result) / step.dot(change)
+            weights.append(weight)
+            result = result.add_(change, -weight)
+        result = precondition(result).mul_(scale)
         for (step, change), weight in zip(pairs, reversed(weights), strict=True):
             back = change.dot(result) / step.dot(change)
-            result = result.add(step, weight - back)
-        return result.times(-1.0)
+            result = result.add_(step, weight - back)
+        return result.mul_(-1.0)
 
     def move(self, forward: torch.Tensor, backward: torch.Tensor) -> None:
         """Change coordinates: steps by Q from the left, slopes by Q⁻ᵀ; both (r, r)."""
         for vectors, factor in ((self.steps, forward), (self.slopes, backward)):
-            for place, vector in enumerate(vectors):  # one bank more at a time
-                vectors[place] = Vector(matmul(factor, vector.bank), vector.codes)
+            for vector in vectors:
+                move_atoms(vector.bank, factor)
 
     def resize(self, factors: Array) -> None:
         """Change coordinates of the codes' variables: steps times the factors (N, 1), slopes divided by them."""
@@ -140,33 +148,40 @@ class Pairs:
         self.slopes = [Vector(slope.bank, slope.codes / factors) for slope in self.slopes]
 
 
+def move_atoms(bank: torch.Tensor, factor: torch.Tensor) -> None:
+    """Q X_j for every atom of a bank (m, r, d; fp32 or bf16), in place."""
+    for atom in bank:
+        atom.copy_(matmul(factor, atom.float()))
+
+
 class Preconditioner:
     """The inverse of the block-diagonal Gauss-Newton matrix: lefts_j ⊗ columns for an atom, (m, m) for an expert."""
 
     def __init__(self, curvature: Curvature, weigh_columns: bool) -> None:
         device = curvature.lefts.device
-        lefts = curvature.lefts
-        damped = _LEFT_DAMPING * lefts.diagonal(dim1=1, dim2=2).mean(1)
-        lefts.diagonal(dim1=1, dim2=2).add_(torch.where(damped > 0, damped, torch.ones_like(damped))[:, None])
-        self._lefts, _ = spd_inverse(lefts, 1e-6, 1e-12)
-        self._columns = None
+        self._lefts, self._codes, self._columns = curvature.lefts, curvature.codes, None
+        for left in self._lefts:  # the inverse takes its memory
+            damped = _LEFT_DAMPING * left.diagonal().mean()
+            left.diagonal().add_(torch.where(damped > 0, damped, torch.ones_like(damped)))
+            left.copy_(spd_inverse(left[None], 1e-6, 1e-12)[0][0])
         if weigh_columns:
             values, vectors = torch.linalg.eigh(curvature.columns)
             inverse = (vectors / (values.clamp(min=0) + _COLUMN_DAMPING)) @ vectors.T
             self._columns = inverse.float().to(device)
-        self._codes = curvature.codes.double().numpy()
 
     def __call__(self, vector: Vector, point: Point) -> Vector:
-        """The inverse applied to a slope at a point."""
-        bank = matmul(self._lefts, vector.bank)
-        if self._columns is not None:
-            bank = matmul(bank, self._columns)
+        """The inverse applied to a slope at a point; takes the memory of the slope's bank, in fp32."""
+        for atom, left in zip(vector.bank, self._lefts, strict=True):
+            moved = matmul(left, atom)
+            atom.copy_(moved if self._columns is None else matmul(moved, self._columns))
         codes = np.zeros_like(vector.codes)
         for number, chain in enumerate(point.chain):
             active = np.flatnonzero(chain)
-            block = self._codes[number][np.ix_(active, active)] * np.outer(chain[active], chain[active])
+            block = self._codes[number].double().numpy()[np.ix_(active, active)] * np.outer(
+                chain[active], chain[active]
+            )
             mean = np.trace(block) / max(len(active), 1)
             if mean > 0:
                 block[np.diag_indices_from(block)] += _CODE_DAMPING * mean
                 codes[number, active] = np.linalg.solve(block, vector.codes[number, active])
-        return Vector(bank, codes)
+        return Vector(vector.bank, codes)
