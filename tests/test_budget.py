@@ -83,30 +83,35 @@ def test_the_joint_fit_takes_fewer_pairs_and_keeps_no_experts() -> None:
     joint = {"solver": "joint", "mod": "aligned"}
     whole = 4 * 1440 * 1408 * 2048
     assert blocks_for(100 * GIB, **joint) == BLOCKS and BLOCKS.cached >= whole
-    some = blocks_for(40 * GIB, **joint)
+    some = blocks_for(24 * GIB, **joint)
     assert (some.cached, some.pairs) == (0, BLOCKS.pairs)
-    fewer = blocks_for(24 * GIB, **joint)
+    fewer = blocks_for(14 * GIB, **joint)
     assert fewer.cached == 0 and 1 <= fewer.pairs < BLOCKS.pairs
-    assert blocks_for(24 * GIB, **joint, loops=0) == blocks_for(24 * GIB, "aligned", loops=0)
-    calibrated = blocks_for(24 * GIB, **joint, calibrate="auto")
+    assert blocks_for(14 * GIB, **joint, loops=0) == blocks_for(14 * GIB, "aligned", loops=0)
+    calibrated = blocks_for(14 * GIB, **joint, calibrate="auto")
     assert calibrated.pairs <= fewer.pairs and calibrated.experts <= fewer.experts
 
 
-@given(st.integers(17, 60))
+@pytest.mark.parametrize("mod", ["exact", "aligned"])
+def test_the_joint_fit_takes_12_gib_at_full_size(mod: str) -> None:
+    assert blocks_for(12 * GIB, mod, solver="joint", calibrate="auto").pairs >= 4
+
+
+@given(st.integers(9, 60))
 def test_more_memory_never_means_a_smaller_joint_fit(size: int) -> None:
     small, large = (blocks_for(limit * GIB, "aligned", solver="joint") for limit in (size, size + 4))
     assert small.pairs <= large.pairs and small.experts <= large.experts and small.cached <= large.cached
 
 
 def test_a_joint_fit_that_cannot_be_is_refused_with_what_would() -> None:
-    with pytest.raises(UsageError, match="max_memory is 12GiB; family gate .* or --solver alternate$") as refusal:
-        blocks_for(12 * GIB, "aligned", solver="joint")
+    with pytest.raises(UsageError, match="max_memory is 7GiB; family gate .* or --solver alternate$") as refusal:
+        blocks_for(7 * GIB, "aligned", solver="joint")
     words = str(refusal.value).replace(" or", "").split()
     bank = int(words[words.index("--bank-size") + 1])
-    assert blocks_for(12 * GIB, "aligned", bank, solver="joint").pairs == 1
+    assert blocks_for(7 * GIB, "aligned", bank, solver="joint").pairs == 1
     needed = float(words[words.index("--max-memory") + 1].removesuffix("GiB"))
     assert blocks_for(int(needed * GIB), "aligned", solver="joint").pairs >= 1
-    assert blocks_for(12 * GIB, "aligned").experts >= 1
+    assert blocks_for(7 * GIB, "aligned").experts >= 1
 
 
 @pytest.mark.parametrize("options", [WEIGHTS_ONLY_OPTIONS, ("--joint-steps", "10", "--calibration-tokens", "1024")])

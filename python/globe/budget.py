@@ -15,7 +15,10 @@ from globe.settings import Settings
 
 _BASE = 768 << 20  # the interpreter with torch, and freed memory that the allocator keeps
 EXPERTS_AT_ONCE = 64  # in the exact dictionary step
-_BANKS = 11  # of the joint fit beside its pairs: the start, points, slopes, directions, and a pair to come
+_FEW = 8  # experts, for which a pass spends some percent of its time on reading the bank
+_BANKS = 4  # of the joint fit beside its pairs, which take one each: the point, its slope, a direction, a trial's slope
+_BANKS_IN_METRIC = 7  # of the exact dictionary step in a metric, which solves for the whole bank
+SEEN_GRAM_BYTES = 64 << 20  # of a block of the bank as a layer sees it
 
 
 @dataclass(frozen=True)
@@ -84,14 +87,15 @@ def plan_blocks(
         cost = _Cost(family, shapes[name], settings, threads, exact_bytes, stored)
         if cost.peak(SMALLEST) > limit:
             raise UsageError(_advice(cost, settings, limit, cost.peak(SMALLEST)))
-        for field in ("experts", "columns", "proxy_bytes", "pairs"):
+        for field in ("experts", "columns", "proxy_bytes"):
             while cost.peak(replace(SMALLEST, **{field: getattr(chosen, field)})) > limit:
                 chosen = replace(chosen, **{field: getattr(chosen, field) // 2})
         if cost.peak(chosen) > limit:
             chosen = replace(chosen, cached=0)
-        for field in ("pairs", "experts"):
-            while cost.peak(chosen) > limit and getattr(chosen, field) > 1:
-                chosen = replace(chosen, **{field: getattr(chosen, field) // 2})
+        for field, least in (("experts", _FEW), ("pairs", 1), ("experts", 1)):
+            while cost.peak(chosen) > limit and getattr(chosen, field) > least:
+                size = getattr(chosen, field)
+                chosen = replace(chosen, **{field: size - 1 if field == "pairs" else size // 2})
     return chosen
 
 
@@ -116,11 +120,20 @@ class _Cost:
         return len(self.family) * self.shape.rank**2 * self.exact_bytes if exact else 0
 
     @property
+    def metric(self) -> int:
+        """What a metric keeps of layers and experts, where there may be one."""
+        if self.settings.calibrate == "none":
+            return 0
+        p, d, layers = self.family.p, self.family.d, len({expert.layer for expert in self.family.experts})
+        return 4 * layers * d * d + 4 * len(self.family) * (d + p * (p if "down" in self.family.families else 1))
+
+    @property
     def workers(self) -> int:
         """What each worker makes of an expert: W, W B̃ᵀ, A and its transpose, A⁺W, r × r matrices in fp64."""
         p, d, r = self.family.p, self.family.d, self.shape.rank
         turned = 2 * p * d * self.family.bytes_per_weight if "down" in self.family.families else 0
-        return turned + self.threads * (4 * p * d + 20 * p * r + 12 * r * d + 40 * r * r)
+        seen = 8 * p * d + 8 * r * d + min(SEEN_GRAM_BYTES, self.bank) if self.metric else 0
+        return turned + self.threads * (4 * p * d + 20 * p * r + 12 * r * d + 40 * r * r + seen)
 
     def peak(self, blocks: Blocks) -> int:
         """Of all stages."""
@@ -129,7 +142,7 @@ class _Cost:
 
     @property
     def writing(self) -> int:
-        return max(self.bank, self.stored) + self.workers
+        return max(self.bank, self.stored) + self.metric + self.workers
 
     def seeds(self, blocks: Blocks) -> int:
         gram = 8 * 8 * len(self.family) ** 2
@@ -144,12 +157,15 @@ class _Cost:
         read = 3 * p * d * self.family.bytes_per_weight
         made = 4 * r * d * (3 if self.left_grams else 2) + (4 * r * r if self.left_grams else 0)
         banks = 2 if self.settings.outer_loops > 0 else 1
-        return banks * self.bank + self.left_grams + blocks.experts * (read + made) + self.workers
+        return banks * self.bank + self.left_grams + self.metric + blocks.experts * (read + made) + self.workers
 
     def dictionary(self, blocks: Blocks) -> int:
         if not self.left_grams:
-            return 2 * self.bank + (128 << 20)
-        r, m = self.shape.rank, self.shape.bank
+            return 2 * self.bank + self.metric + (128 << 20)
+        r, m, d = self.shape.rank, self.shape.bank, self.family.d
+        if self.metric:
+            room = 12 * r * d * min(blocks.experts, len(self.family))
+            return _BANKS_IN_METRIC * self.bank + self.left_grams + 2 * self.metric + 24 * d * d + 4 * m * r * r + room
         columns = r * blocks.columns * (8 * 4 * m + 3 * 4 * EXPERTS_AT_ONCE)
         return 2 * self.bank + self.left_grams + 4 * m * r * r + columns + 4 * EXPERTS_AT_ONCE * r * r
 
@@ -158,17 +174,13 @@ class _Cost:
             return 0
         count, p, d, r, m = len(self.family), self.family.p, self.family.d, self.shape.rank, self.shape.bank
         whole = 4 * count * p * d
-        banks = (_BANKS + 2 * blocks.pairs) * self.bank
-        curvature = 16 * count * m * m + 16 * m * r * r + 16 * d * d
+        banks = (_BANKS + blocks.pairs + 1) * self.bank  # one pair is to come
+        curvature = 4 * count * m * m + 4 * m * r * r + 16 * d * d
         read = 3 * p * d * self.family.bytes_per_weight
         made = 4 * p * d + 12 * r * d + 4 * d * d + 12 * r * r + 4 * m * m
         kept = whole if whole <= blocks.cached else 0
-        metric = 0
-        if self.settings.calibrate != "none":
-            layers = len({expert.layer for expert in self.family.experts})
-            metric = 4 * layers * d * d + 4 * count * p * (p if "down" in self.family.families else 1)
         hidden = 20 * self.threads * d * d
-        return banks + curvature + blocks.experts * (read + made) + kept + metric + hidden + self.workers
+        return banks + curvature + blocks.experts * (read + made) + kept + self.metric + hidden + self.workers
 
 
 def _advice(cost: _Cost, settings: Settings, limit: int, needed: int) -> str:

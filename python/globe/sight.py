@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from globe.budget import SEEN_GRAM_BYTES
 from globe.gemm import bank_gram, matmul, weights_operand
 from globe.metric import Metric
 from globe.settings import Settings
 from globe.stream import Workers
 
 Array = NDArray[np.float64]
-_GRAM_BYTES = 64 << 20
 _GRAM_PARTS = 8  # blocks of columns of a layer's Gram: for the workers, and to pass over the zeros of a triangular L
 
 
@@ -98,7 +98,7 @@ class Sight:
 def seen_gram(bank: torch.Tensor, factor: torch.Tensor, workers: Workers) -> Array:
     """⟨B_j L, B_k L⟩ for all atoms, by blocks of columns of L (d, d); zeros above the diagonal of L are passed over."""
     atoms, rank, width = bank.shape
-    size = max(1, min(-(-width // _GRAM_PARTS), _GRAM_BYTES // (4 * atoms * rank)))
+    size = max(1, min(-(-width // _GRAM_PARTS), SEEN_GRAM_BYTES // (4 * atoms * rank)))
     starts = range(0, width, size)
     lower = not bool(factor.triu(1).any())
     flat = bank.view(atoms * rank, width)

@@ -247,4 +247,5 @@ class _Gathered:
     def result(self, scale: float) -> Curvature:
         mean = float(self._columns.diagonal().mean())
         columns = self._columns / mean if mean > 0 else torch.eye(len(self._columns), dtype=torch.float64)
-        return Curvature(self._lefts * (2 * scale), columns, self._codes * (2 * scale), self._gram / len(self._codes))
+        lefts, codes = self._lefts.mul_(2 * scale), self._codes.mul_(2 * scale)
+        return Curvature(lefts, columns, codes, self._gram / len(codes))
