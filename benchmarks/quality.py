@@ -1,11 +1,13 @@
 """Every way to store the experts in the same bytes: errors, perplexity, seconds and peak memory, side by side.
 
 python benchmarks/quality.py MODEL [--ratio 0.688] [--families gate,up] [--methods svd,svd@inputs,globe-joint@inputs]
-                             [--calibration FILE] [--baseline-seconds 600] [--json FILE] [--plot FILE.svg]
+                             [--calibration FILE] [--baseline-seconds 600] [--config FILE] [--json FILE]
+                             [--plot FILE.svg]
 
 A method is NAME or NAME@METRIC. NAME: svd, shared (one right subspace a layer), d2 (D²-MoE's base and deltas),
 mobe-silu, mobe-tanh and mobe-none (MoBE's form, trained by Adam), globe-alternate and globe-joint. METRIC: weights (the
-default), inputs (activation-weighted: svd@inputs is SVD-LLM) and, for the baselines, both (the rows weighted as well).
+default), inputs (activation-weighted, layers and rows alike: svd@inputs is SVD-LLM) and both (rows weighted
+as well; for GloBE layers too, as `globe compress` does it unless told otherwise).
 
 GloBE runs first; MoBE's form is trained for 1, 3 and 10 times (`--times`) the seconds that GloBE took in the same
 metric, never longer than `--baseline-seconds`; its tuning comes on top and is not counted. Every method runs in a
@@ -25,12 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+import yaml
 
 GLOBE = {"globe-alternate": "alternate", "globe-joint": "joint"}
 METRICS = ("weights", "inputs", "both")
+_INPUTS_ONLY = {"metric_rows": 0, "metric_layers": 0, "metric_shrinkage": 1e12}
 _BASELINES = ("svd", "shared", "d2", "mobe-silu", "mobe-tanh", "mobe-none")
 DEFAULT = ",".join(
-    [f"{name}{metric}" for name in GLOBE for metric in ("", "@inputs")]
+    [f"{name}{metric}" for name in GLOBE for metric in ("", "@inputs", "@both")]
     + [f"{name}{metric}" for name in _BASELINES for metric in ("", "@inputs")]
     + ["svd@both"]
 )
@@ -48,6 +52,7 @@ DEFAULT = ",".join(
 @click.option("--tokens", default=16_384, show_default=True, help="Of the evaluation; 0: no evaluation.")
 @click.option("--window", default=512, show_default=True)
 @click.option("--threads", type=int, help="CPU threads.  [default: all]")
+@click.option("--config", type=click.Path(path_type=Path), help="Settings of globe compress, as YAML, for its rows.")
 @click.option(
     "--clock",
     type=click.Choice(["wall", "cpu"]),
@@ -83,6 +88,7 @@ def compare(
     tokens: int,
     window: int,
     threads: int | None,
+    config: Path | None,
     clock: str,
 ) -> list[dict[str, Any]]:
     """The rows of all methods; one that could not run has its `error`."""
@@ -102,6 +108,7 @@ def compare(
             "calibration": str(statistics) if statistics is not None else None,
             "threads": threads,
             "clock": clock,
+            "settings": yaml.safe_load(config.read_text(encoding="utf-8")) if config is not None else {},
         }
         for method, metric in wanted:
             for seconds in budgets(rows, method, metric, factors, baseline_seconds):
@@ -123,10 +130,10 @@ def parse(methods: str) -> list[tuple[str, str]]:
         name, _, metric = word.strip().partition("@")
         metric = metric or "weights"
         known = name in GLOBE or name in _BASELINES
-        if not known or metric not in METRICS or (name in GLOBE and metric == "both"):
+        if not known or metric not in METRICS:
             raise click.UsageError(
                 f"method {word!r} is not known; expected NAME or NAME@METRIC, NAME one of {', '.join(_BASELINES)}, "
-                f"{', '.join(GLOBE)}, METRIC one of {', '.join(METRICS)} (both: not GloBE's)"
+                f"{', '.join(GLOBE)}, METRIC one of {', '.join(METRICS)}"
             )
         found.append((name, metric))
     return sorted(dict.fromkeys(found), key=lambda pair: pair[0] not in GLOBE)
@@ -148,10 +155,14 @@ def budgets(
     return list(dict.fromkeys(min(factor * ours[0]["seconds"], most) for factor in factors))
 
 
-def globe_options(method: str, metric: str, ratio: float, calibration: str | None) -> list[str]:
-    """Options of `globe compress` for a row of ours."""
-    chosen = calibration if metric == "inputs" else "none"
-    return ["--solver", GLOBE[method], "--ratio", str(ratio), "--calibrate", str(chosen)]
+def globe_options(
+    method: str, metric: str, ratio: float, calibration: str | None, settings: dict[str, Any], config: Path
+) -> list[str]:
+    """Options of `globe compress` for a row of ours; its `settings` are written to the file `config`."""
+    chosen = settings | (_INPUTS_ONLY if metric == "inputs" else {})
+    config.write_text(yaml.safe_dump(chosen), encoding="utf-8")
+    calibrate = "none" if metric == "weights" else str(calibration)
+    return ["--solver", GLOBE[method], "--ratio", str(ratio), "--calibrate", calibrate, "--config", str(config)]
 
 
 def _calibration(model: Path, given: str | None, scratch: Path, needed: bool) -> Path | None:
@@ -174,8 +185,8 @@ def _run(request: dict[str, Any], judge: Any, scratch: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         request["dense"] = str(Path(folder) / "dense")
         if request["method"] in GLOBE:
-            chosen = (request["method"], request["metric"], request["ratio"], request["calibration"])
-            request["options"] = globe_options(*chosen)
+            keys = ("method", "metric", "ratio", "calibration", "settings")
+            request["options"] = globe_options(*(request[key] for key in keys), scratch / "globe.yaml")
         program = [sys.executable, str(Path(__file__).with_name("quality_runs.py"))]
         done = subprocess.run(program, input=json.dumps(request), capture_output=True, text=True)
         if done.returncode != 0:

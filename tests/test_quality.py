@@ -18,6 +18,7 @@ from rich.console import Console
 from checkpoints import make_tiny
 from globe.calibration import LayerStatistics, load_calibration, save_calibration
 from globe.checkpoint import FAMILIES, Checkpoint
+from globe.settings import read_settings
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +125,17 @@ def test_mobe_is_given_multiples_of_our_time() -> None:
     assert quality.budgets(failed, "mobe-silu", "inputs", [1, 3], 60) == [60]
 
 
-def test_ours_run_first_and_unknown_methods_are_refused() -> None:
+def test_ours_run_first_and_unknown_methods_are_refused(tmp_path: Path) -> None:
     found = quality.parse("svd, svd@inputs,globe-joint@inputs,svd")
     assert found == [("globe-joint", "inputs"), ("svd", "weights"), ("svd", "inputs")]
-    assert len(quality.parse(quality.DEFAULT)) == 17
-    options = quality.globe_options("globe-joint", "inputs", 0.5, "FILE")
-    assert options == ["--solver", "joint", "--ratio", "0.5", "--calibrate", "FILE"]
-    for wrong in ("magic", "svd@magic", "globe-joint@both"):
+    assert len(quality.parse(quality.DEFAULT)) == 19
+    config = tmp_path / "globe.yaml"
+    for metric, calibrate in (("weights", "none"), ("inputs", "FILE"), ("both", "FILE")):
+        options = quality.globe_options("globe-joint", metric, 0.5, "FILE", {"joint_steps": 9}, config)
+        assert options == ["--solver", "joint", "--ratio", "0.5", "--calibrate", calibrate, "--config", str(config)]
+        settings = read_settings(config, {})
+        assert settings.joint_steps == 9 and settings.metric_rows == settings.metric_layers == (metric != "inputs")
+    for wrong in ("magic", "svd@magic", "globe@both"):
         with pytest.raises(quality.click.UsageError, match="is not known; expected NAME or NAME@METRIC"):
             quality.parse(wrong)
 
