@@ -87,14 +87,15 @@ def _weights(checkpoint: Checkpoint, layer: int) -> list[tuple[Any, Any, Any]]:
     ]
 
 
-def _oracle(model_dir: Path, tokens_of_layer: dict[int, list[Any]], layer: int) -> dict[str, Any]:
-    """The definitions of LayerStatistics, token by token in fp64."""
+def _oracle(model_dir: Path, tokens_of_layer: dict[int, list[Any]], stream: Any, layer: int) -> dict[str, Any]:
+    """The definitions of LayerStatistics, token by token in fp64; `stream` is what is behind the layer."""
+    worth = 1 / stream.flatten(0, -2).double().square().sum(-1, keepdim=True)
     x, chosen, routing = (torch.cat(parts) for parts in zip(*tokens_of_layer[layer], strict=True))
     x, routing = x.double(), routing.double()
     found: dict[str, list[Any]] = {}
     for expert, (gate, up, down) in enumerate(_weights(Checkpoint(model_dir), layer)):
         w = torch.where(chosen == expert, routing, 0).sum(1)
-        weight = w[:, None] ** 2
+        weight = w[:, None] ** 2 * worth
         g, u = x @ gate.T, x @ up.T
         sigmoid = torch.sigmoid(g)
         phi, slope = g * sigmoid, sigmoid * (1 + g * (1 - sigmoid))
@@ -108,7 +109,7 @@ def _oracle(model_dir: Path, tokens_of_layer: dict[int, list[Any]], layer: int) 
 
         gram = down.T @ down
         for name, value in {
-            "share": weight.sum() / len(x),
+            "share": weight.sum() / worth.sum(),
             "counts": (w != 0).sum(),
             "diagonal": mean(x**2),
             "gate_rows": mean((slope * u) ** 2) * (down**2).sum(0),
@@ -119,7 +120,8 @@ def _oracle(model_dir: Path, tokens_of_layer: dict[int, list[Any]], layer: int) 
             "up_moment": moment(phi) * gram,
         }.items():
             found.setdefault(name, []).append(value)
-    return {"moment": x.T @ x / len(x), **{name: torch.stack(values) for name, values in found.items()}}
+    whole = {"moment": x.T @ (worth * x) / worth.sum(), "residual": 1 / worth.mean()}
+    return whole | {name: torch.stack(values) for name, values in found.items()}
 
 
 @pytest.mark.parametrize("layout", ARCHITECTURES)
@@ -141,8 +143,7 @@ def test_statistics_are_those_of_the_whole_model(layout: str, tiny: Callable[[st
     assert found.layers == tuple(sorted(seen))
     for number in found.layers:
         statistics = asdict(found.layer(number))
-        expected = _oracle(model_dir, seen, number)
-        expected["residual"] = 1 / torch.cat(streams[number]).double().square().sum(-1).reciprocal().mean()
+        expected = _oracle(model_dir, seen, torch.cat(streams[number]), number)
         assert statistics.keys() == expected.keys()
         for name, value in expected.items():
             assert statistics[name].shape == value.shape
@@ -225,8 +226,7 @@ def test_an_expert_that_is_sent_nothing() -> None:
     gate_up, down = torch.randn(2, 6, 4, generator=random), torch.randn(2, 4, 3, generator=random)
     moments = Moments(gate_up, down, torch.nn.functional.silu, full=True)
     x = torch.randn(5, 4, generator=random)
-    moments.add_residual(x)
-    moments.add(x, torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1))
+    moments.add(x, torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1), x)
     statistics: Any = moments.statistics()
     assert statistics.counts.tolist() == [5, 0]
     assert all(value[1].eq(0).all() for value in (statistics.diagonal, statistics.hidden, statistics.gate_moment))
@@ -242,9 +242,9 @@ def test_moments_take_only_what_mps_has() -> None:
     for place in (MPS, torch.device("cpu")):
         with FakeMps():
             moments = Moments(gate_up.to(place), down.to(place), torch.nn.functional.silu, full=True)
-            moments.add_residual(x.to(place))
-            moments.add(x.to(place), *(part.to(place) for part in routing))
-            found.append(asdict(moments.statistics()))
+            given = (x.to(place), *(part.to(place) for part in routing))
+            moments.add(*given, x)
+            found.append({**asdict(moments.statistics()), "output": moments.output(*given).cpu()})
     for name, value in found[1].items():
         torch.testing.assert_close(found[0][name], value)
 

@@ -23,7 +23,7 @@ from globe.errors import UsageError
 from globe.inspect import inspect
 from globe.pools import Size, pools, units
 from globe.proxies import scan
-from globe.ratio_plan import SAMPLE, WeightProber, candidates, plan_ratio, probes, samples, sizes_of
+from globe.ratio_plan import SAMPLE, LoopProber, candidates, plan_ratio, probes, samples, sizes_of
 from globe.ratios import stored_elements
 from globe.tensorfile import TensorInfo
 from refusals import refusal
@@ -131,7 +131,8 @@ def test_bytes_go_to_the_family_that_needs_them() -> None:
     assert plan.units["gate"].size.bank == plan.units["up"].size.bank
     assert plan.units["gate"].ratio < 0.6 < plan.units["up"].ratio  # gate has next to nothing left to lose
     assert sum(unit.ratio for unit in plan.units.values()) <= 2 * 0.6
-    heavier = plan_ratio(whole, energies, asked_for(0.6), Fake(error), weights={"gate": 1e3})
+    energies["gate"] *= 1e3
+    heavier = plan_ratio(whole, energies, asked_for(0.6), Fake(error))
     assert heavier.units["up"].ratio < 0.6 < heavier.units["gate"].ratio
 
 
@@ -173,7 +174,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_truncation_is_that_of_the_singular_values(source: Path, tmp_path: Path) -> None:
     for name in ("gate", "down"):
         unit = Checkpoint(source).family(name)
-        prober = WeightProber(Settings(), torch.device("cpu"), BLOCKS, tmp_path)
+        prober = LoopProber(Settings(), torch.device("cpu"), BLOCKS, tmp_path)
         values = [torch.linalg.svdvals(unit.read(k).double()).square() for k in range(len(unit))]
         wanted = [float(squares[5:].sum() / squares.sum()) for squares in values]
         np.testing.assert_allclose(prober.truncated(unit, 5), wanted, rtol=1e-6)
@@ -181,7 +182,7 @@ def test_truncation_is_that_of_the_singular_values(source: Path, tmp_path: Path)
 
 def test_a_planted_bank_is_worth_it(source: Path, tmp_path: Path) -> None:
     unit = Checkpoint(source).family("gate")
-    prober = WeightProber(Settings(), torch.device("cpu"), BLOCKS, tmp_path)
+    prober = LoopProber(Settings(), torch.device("cpu"), BLOCKS, tmp_path)
     energy = scan(unit, Settings(), silent).energy
     plan = plan_ratio({"gate": unit}, {"gate": energy}, asked_for(0.5), prober).units["gate"]
     assert plan.worth_it and plan.bank_error < 0.5 * plan.truncated_error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -248,39 +248,47 @@ def _pass(
     """Let all windows through a layer, in place."""
     with streamed.layer(number) as layer:
         experts = streamed.experts(number)
-        with _gathering(streamed, experts, full) if experts is not None else nullcontext() as moments:
+        if experts is None:
             for span in streamed.batches(hidden):
                 hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
-                if moments is not None:
-                    moments.add_residual(hidden[span])
-        return moments.statistics() if moments is not None else None
+            return None
+        with _noted(experts) as calls:
+            moments = _moments(streamed, experts, full)
+            for span in streamed.batches(hidden):
+                hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
+                inputs, chosen, weights, output = calls.pop()
+                if moments.tokens == 0:
+                    some = [part[:_PROBE] for part in (inputs, chosen, weights)]
+                    distance = torch.linalg.norm((moments.output(*some) - output[:_PROBE]).float())
+                    if distance > _SAME[output.dtype] * torch.linalg.norm(output[:_PROBE].float()):
+                        raise _other_form(streamed, experts)
+                moments.add(inputs, chosen, weights, hidden[span].flatten(0, -2))
+        return moments.statistics()
 
 
 @contextmanager
-def _gathering(streamed: Layerwise, experts: Any, full: bool) -> Iterator[Moments]:
-    """Gather what passes through a layer's experts, which the moments' own products take the place of."""
-    gate_up, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
-    count, d, p = down.shape
-    if gate_up.shape != (count, 2 * p, d):
-        raise _other_form(streamed, experts)
-    moments = Moments(gate_up, down, experts.act_fn, full=full)
+def _noted(experts: Any) -> Iterator[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]]:
+    """What a layer's experts are given, and what they make of it, call by call."""
+    calls = []
 
     def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        first = moments.tokens == 0
-        output = moments.add(hidden_states, top_k_index, top_k_weights)
-        if first:
-            some = (hidden_states[:_PROBE], top_k_index[:_PROBE], top_k_weights[:_PROBE])
-            expected = type(experts).forward(experts, *some).float()
-            distance = torch.linalg.norm(output[:_PROBE].float() - expected)
-            if distance > _SAME[output.dtype] * torch.linalg.norm(expected):
-                raise _other_form(streamed, experts)
+        output: torch.Tensor = type(experts).forward(experts, hidden_states, top_k_index, top_k_weights)
+        calls.append((hidden_states, top_k_index, top_k_weights, output))
         return output
 
     experts.forward = forward
     try:
-        yield moments
+        yield calls
     finally:
         del experts.forward
+
+
+def _moments(streamed: Layerwise, experts: Any, full: bool) -> Moments:
+    gate_up, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
+    count, d, p = down.shape
+    if gate_up.shape != (count, 2 * p, d):
+        raise _other_form(streamed, experts)
+    return Moments(gate_up, down, experts.act_fn, full=full)
 
 
 def _other_form(streamed: Layerwise, experts: Any) -> GlobeError:

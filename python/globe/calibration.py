@@ -13,25 +13,26 @@ import torch
 from globe.errors import GlobeError
 from globe.tensorfile import DTYPE_NAMES, TensorWriter, read_header, read_tensor
 
-FORMAT = "globe-calibration-1"
+FORMAT = "globe-calibration-2"
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
     """Second moments of one decoder layer's mixture of experts, over the tokens of a calibration text.
 
-    Means are over the tokens that the router sends to an expert, each with the square of its routing weight; where
-    it sends none they are zero. All are fp32, accumulated in fp64.
+    Means weigh a token by 1/‖h‖², h its residual stream behind the block: an error of the block's output counts
+    relative to it, and a few tokens of huge norm do not count for all others. An expert's means are over the tokens
+    that the router sends it, each by the square of its routing weight too; where it sends none they are zero. All are
+    fp32, accumulated in fp64.
 
     Parameters
     ----------
     moment : torch.Tensor, shape (d, d)
-        E[x xᵀ] of the block's input x, over all tokens with equal weight.
+        E[x xᵀ] of the block's input x, over all tokens.
     residual : torch.Tensor, shape ()
-        Harmonic mean of ‖h‖² over all tokens, h the residual stream behind the block: an error of the block's output
-        counts relative to it, and a few tokens of huge norm do not count for all others.
+        Harmonic mean of ‖h‖² over all tokens.
     share : torch.Tensor, shape (E,)
-        Sum of squared routing weights over the number of all tokens.
+        E[w²] of the routing weights w, over all tokens.
     counts : torch.Tensor of int64, shape (E,)
         Tokens routed to each expert.
     diagonal : torch.Tensor, shape (E, d)

@@ -237,11 +237,14 @@ def compress(
         click.echo(json.dumps({"output": str(out), **result.metrics}))
     elif not quiet:
         table = Table(title=str(out))
-        for column in ("family", "rank", "atoms", "relative error", "of the seeds", "median support"):
+        calibrated = result.metrics.get("calibration") is not None
+        errors = ["relative_error", "weighted_error"] if calibrated else ["relative_error"]
+        titles = [*(key.replace("_", " ") for key in errors), "of the seeds", "median support"]
+        for column in ("family", "rank", "atoms", *titles):
             table.add_column(column, justify="left" if column == "family" else "right")
         for name, family in result.metrics["families"].items():
-            errors = (f"{family['relative_error']:.4f}", f"{family['init']['relative_error']:.4f}")
-            table.add_row(name, str(family["rank"]), str(family["bank"]), *errors, f"{family['support_median']:g}")
+            shown = [f"{value:.4f}" for value in (*map(family.get, errors), family["init"]["relative_error"])]
+            table.add_row(name, str(family["rank"]), str(family["bank"]), *shown, f"{family['support_median']:g}")
         Console().print(table)
         click.echo(
             f"stored over dense: {result.ratio.touched:.3f} of the touched matrices, {result.ratio.experts:.3f} of all "

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from globe import __version__
 from globe.autoload import LOADER, LOADER_FILE, loading_config
 from globe.budget import Blocks, plan_blocks
 from globe.calibrate import calibration_for
+from globe.calibration import Calibration
 from globe.card import SETTINGS_FILE, model_card, settings_file
 from globe.checkpoint import Checkpoint, Family, read_json
 from globe.errors import GlobeError, UsageError
@@ -36,7 +36,7 @@ from globe.metrics import families_report, stored_report
 from globe.output import REPORT, copy_companions, run_directory, run_key
 from globe.pools import Size, groups, pools, sizes, units
 from globe.proxies import Scan
-from globe.ratio_plan import WeightProber, candidates, plan_ratio, probes, sizes_of
+from globe.ratio_plan import LoopProber, candidates, plan_ratio, probes, sizes_of
 from globe.ratios import Ratios, Shape, ratios, stored_elements
 from globe.report import report as draw
 from globe.runstore import FOLDER, Store
@@ -136,20 +136,25 @@ def _largest(whole: dict[str, Family], settings: Settings, device: torch.device)
 
 
 def plan_sizes(
-    planned: Plan, scans: dict[str, Scan], settings: Settings, stages: Stages, store: Store
+    planned: Plan,
+    scans: dict[str, Scan],
+    calibration: Calibration | None,
+    settings: Settings,
+    stages: Stages,
+    store: Store,
 ) -> tuple[Plan, dict[str, Any]]:
     """Probe what is to be stored for the ratio asked for, unless `store` has it; the plan, and what was seen."""
     meta = store.check("plan")
     if meta is None:
-        energies: dict[str, list[NDArray[np.float64]]] = {}
-        for name, unit in planned.units.items():
-            energies[name] = [scans[pool.name].energy for pool in groups(unit, settings.scope)]
-        joined = {name: np.concatenate(parts) for name, parts in energies.items()}
         with stages.stage("plan", probes(len(planned.units))) as advance, store.scratch() as folder:
-            prober = WeightProber(settings, planned.device, planned.blocks, Path(folder))
+            prober = LoopProber(settings, planned.device, planned.blocks, Path(folder), calibration)
+            energies = {}
+            for name, unit in planned.units.items():
+                plain = [scans[pool.name].energy for pool in groups(unit, settings.scope)]
+                energies[name] = np.concatenate(plain) if calibration is None else prober.energies(unit)
             fits = _fits(planned.units, settings, planned.device)
             log = stages.display.log
-            found = plan_ratio(planned.units, joined, settings, prober, fits=fits, advance=advance, log=log)
+            found = plan_ratio(planned.units, energies, settings, prober, fits=fits, advance=advance, log=log)
             meta = {"plan": found.as_dict(), "stage": stages.so_far()}
             store.save("plan", {}, meta)
     else:
@@ -257,10 +262,6 @@ def _compress(
         scans = {}
         for name, family in planned.families.items():  # all before the first is trained: a bad tensor ends it early
             scans[name] = scan_family(family, settings, stages, store)
-        seen: dict[str, Any] | None = None
-        if settings.ratio is not None:
-            planned, seen = plan_sizes(planned, scans, settings, stages, store)
-            environment["blocks"] = asdict(planned.blocks)
         calibration = calibration_for(
             planned.checkpoint,
             settings.calibrate,
@@ -269,6 +270,10 @@ def _compress(
             tokens=settings.calibration_tokens,
             device=str(planned.device),
         )
+        seen: dict[str, Any] | None = None
+        if settings.ratio is not None:
+            planned, seen = plan_sizes(planned, scans, calibration, settings, stages, store)
+            environment["blocks"] = asdict(planned.blocks)
         reports, metrics_of = {}, {}
         for name, family in planned.families.items():
             shape = planned.shapes[name]

@@ -19,7 +19,7 @@ _DAMPING = 1e-3  # of the mean diagonal: inputs that the text never shows stay w
 
 @dataclass(frozen=True)
 class Metric:
-    """Σ_i ‖D_i (W_i − Ŵ_i) L_i‖² for the experts of a pool: the squared error of the model's residual stream.
+    """Σ_i ‖D_i (W_i − Ŵ_i) L_i‖² for the experts of a pool: the squared error of the residual stream relative to it.
 
     Every W_i, and B̃_i, is seen through it: D_i W_i L_i ≈ (D_i A_i) (B̃_i L_i) is a plain least squares problem, and
     the left factor does not depend on D_i.

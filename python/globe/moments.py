@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn import functional
@@ -31,7 +31,7 @@ class Moments:
         self.gate_up, self.down, self.activation = gate_up, down, activation
         experts, d, p = down.shape
         self.tokens = 0
-        self.residual = 0.0
+        self.worth = 0.0
         self.moment = _zeros(d, d)
         self.weight = _zeros(experts)
         self.counts = torch.zeros(experts, dtype=torch.int64)
@@ -39,40 +39,50 @@ class Moments:
         self.squares = _zeros(3, experts, p)  # of the gate's and the up matrix's factors, and of down's input
         self.products = _zeros(3, experts, p, p) if full else None
 
-    def add_residual(self, stream: torch.Tensor) -> None:
-        """Take the residual stream of some tokens behind the block, shape (..., d)."""
-        self.residual += float(stream.float().square().sum(-1).cpu().double().reciprocal().sum())
+    def output(self, inputs: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The experts' output Σ_e w_e down_e (φ(gate_e x) · up_e x) for inputs x (n, d), in their dtype.
 
-    def add(self, inputs: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Take the block's input x (n, d) with each token's experts and routing weights (n, k).
-
-        Returns
-        -------
-        torch.Tensor, shape (n, d)
-            The experts' output Σ_e w_e down_e (φ(gate_e x) · up_e x), in the inputs' dtype.
+        `chosen` and `weights` (n, k) are each token's experts and its routing weights.
         """
-        x, routing = inputs.float(), weights.float()
+        total = torch.zeros_like(inputs, dtype=torch.float32)
+        for expert, rows, mine, w in self._tokens(inputs.float(), chosen, weights.float()):
+            phi, _, up = self._products(expert, mine)
+            total.index_add_(0, rows, functional.linear(phi * up, self.down[expert].float()) * w)
+        return total.to(inputs.dtype)
+
+    def add(self, inputs: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, stream: torch.Tensor) -> None:
+        """Take the block's input x (n, d), what `output` takes with it, and the residual stream behind it (n, d)."""
+        x = inputs.float()
+        size = stream.to(x.device).float().square().sum(-1, keepdim=True)
+        worth = torch.where(size > 0, 1 / size, 0)
         self.tokens += len(x)
-        self.moment += _double(x.T @ x)
-        output = torch.zeros_like(x)
-        for expert in range(len(self.down)):
-            rows, places = torch.where(chosen == expert)
-            if len(rows) == 0:
-                continue
-            mine, w = x[rows], routing[rows, places, None]
-            gate, up = functional.linear(mine, self.gate_up[expert].float()).chunk(2, dim=-1)
-            phi, slope = value_and_slope(self.activation, gate)
-            hidden = phi * up
-            output.index_add_(0, rows, functional.linear(hidden, self.down[expert].float()) * w)
+        self.worth += float(_double(worth).sum())
+        self.moment += _double(x.T @ (worth * x))
+        for expert, rows, mine, w in self._tokens(x, chosen, weights.float()):
+            w = w * worth[rows].sqrt()
+            phi, slope, up = self._products(expert, mine)
             self.counts[expert] += len(rows)
             self.weight[expert] += _double(w).square().sum()
             self.diagonal[expert] += _double((w * mine).square().sum(0))
-            for number, factor in enumerate((slope * up, phi, hidden)):
+            for number, factor in enumerate((slope * up, phi, phi * up)):
                 scaled = factor * w
                 self.squares[number, expert] += _double(scaled.square().sum(0))
                 if self.products is not None:
                     self.products[number, expert] += _double(scaled.T @ scaled)
-        return output.to(inputs.dtype)
+
+    def _tokens(
+        self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Every expert that is sent tokens: which, their inputs (n, d) and routing weights (n, 1)."""
+        for expert in range(len(self.down)):
+            rows, places = torch.where(chosen == expert)
+            if len(rows) > 0:
+                yield expert, rows, x[rows], weights[rows, places, None]
+
+    def _products(self, expert: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """φ(gate x), φ'(gate x) and up x."""
+        gate, up = functional.linear(x, self.gate_up[expert].float()).chunk(2, dim=-1)
+        return *value_and_slope(self.activation, gate), up
 
     def statistics(self) -> LayerStatistics:
         """The means over the tokens taken."""
@@ -87,9 +97,9 @@ class Moments:
             found = {"gate_moment": moments[0] * gram, "up_moment": moments[1] * gram, "hidden_moment": moments[2]}
             full = {name: value.float() for name, value in found.items()}
         return LayerStatistics(
-            moment=((self.moment + self.moment.T) / (2 * self.tokens)).float(),
-            residual=torch.tensor(self.tokens / self.residual, dtype=torch.float32),
-            share=(self.weight / self.tokens).float(),
+            moment=((self.moment + self.moment.T) / (2 * self.worth)).float(),
+            residual=torch.tensor(self.tokens / self.worth, dtype=torch.float32),
+            share=(self.weight / self.worth).float(),
             counts=self.counts,
             diagonal=(self.diagonal * scale).float(),
             gate_rows=(gate * norms).float(),

@@ -14,8 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from globe.budget import Blocks
+from globe.calibration import Calibration
 from globe.checkpoint import Family
 from globe.errors import GlobeError, UsageError
+from globe.metric import Metric, build_metric
 from globe.pools import Size, deal, groups
 from globe.proxies import Rows
 from globe.ratios import Shape, stored_elements
@@ -23,6 +25,7 @@ from globe.seeds import METHODS, SeedTask
 from globe.settings import Settings
 from globe.sweep import State
 from globe.training import train
+from globe.variable_projection import Problem
 
 Array = NDArray[np.float64]
 
@@ -47,13 +50,22 @@ class Prober(Protocol):
 
 
 @dataclass(frozen=True)
-class WeightProber:
-    """Errors of the weights: grouped subspaces and a few loops of alternation, NNLS codes; truncated SVD."""
+class LoopProber:
+    """Grouped subspaces and a few loops of alternation, NNLS codes; truncated SVD. In the metric of a calibration."""
 
     settings: Settings
     device: torch.device
     blocks: Blocks
     scratch: Path
+    calibration: Calibration | None = None
+
+    def energies(self, unit: Family) -> Array:
+        """‖D_i W_i L_i‖² (N,), by one pass."""
+        found = np.zeros(len(unit))
+        blocks = replace(self.blocks, cached=0)
+        for span, weighted in Problem(unit, self._metric(unit), self.settings, blocks, self.device).weighted():
+            found[span] = [float(torch.linalg.vector_norm(matrix)) ** 2 for matrix in weighted]
+        return found
 
     def fit(self, sample: Family, size: Size) -> Array:
         """Errors (n,) after LOOPS loops."""
@@ -63,7 +75,6 @@ class WeightProber:
             "method": "grouped-subspace",
             "outer_loops": LOOPS,
             "solver": "alternate",
-            "calibrate": "none",
         }
         settings = replace(self.settings, **changed)
         everything = np.arange(sample.p)
@@ -71,19 +82,24 @@ class WeightProber:
         arguments = (settings, self.device, self.blocks.proxy_bytes, self.scratch, _NOTHING, lambda line: None)
         seeds = METHODS[settings.method](SeedTask(sample, rows, size.bank, *arguments))
         start = State(seeds.bank, seeds.codes, settings.temperature)
-        found = train(sample, rows, start, settings, _NOTHING, blocks=self.blocks).measure
+        metric = self._metric(sample)
+        found = train(sample, rows, start, settings, _NOTHING, blocks=self.blocks, metric=metric).measure
         assert found is not None, "loops measure what they make"
         return found.expert_errors
 
     def truncated(self, sample: Family, rank: int) -> Array:
         """Σ_{k > rank} σ_k² / Σ_k σ_k²."""
-        errors = np.zeros(len(sample))
+        errors, metric = np.zeros(len(sample)), self._metric(sample)
         for number in range(len(sample)):
-            weights = sample.read(number).double()
-            gram = weights @ weights.T if sample.p <= sample.d else weights.T @ weights
-            values = torch.linalg.eigvalsh(gram).clamp(min=0)
+            weights = sample.read(number)
+            seen = weights.double() if metric is None else metric.weigh(number, weights.float()).double()
+            gram = seen @ seen.T if sample.p <= sample.d else seen.T @ seen
+            values = torch.linalg.eigvalsh(gram.cpu()).clamp(min=0)
             errors[number] = float(values[: max(0, len(values) - rank)].sum() / values.sum())
         return errors
+
+    def _metric(self, sample: Family) -> Metric | None:
+        return build_metric(sample, self.calibration, self.settings, self.device) if self.calibration else None
 
 
 @dataclass(frozen=True)
@@ -182,7 +198,6 @@ def plan_ratio(
     prober: Prober,
     *,
     fits: Callable[[str, Size], bool] = lambda name, size: True,
-    weights: Mapping[str, float] | None = None,
     advance: Callable[[float], None] = _NOTHING,
     log: Callable[[str], None] = lambda line: None,
 ) -> RatioPlan:
@@ -192,21 +207,19 @@ def plan_ratio(
     the whole: from an atom for four experts on, downhill, until both neighbours are worse. Best is the smallest
     bank within 2 % of the lowest error. Of several units, the best share of atoms of each is also probed at ratios
     around the one asked for; errors between are interpolated (their logarithms, linearly), and the bytes are split
-    where the sum of weight · energy · error is least.
+    where the sum of energy · error is least.
 
     Parameters
     ----------
     whole : mapping
         Units by name.
     energies : mapping
-        ‖W_i‖² (N,) of each unit's experts.
+        ‖D_i W_i L_i‖² (N,) of each unit's experts, or ‖W_i‖².
     settings : Settings
         `ratio`, `scope`.
     prober : Prober
     fits : callable
         Whether a size may be used at all (memory).
-    weights : mapping, optional
-        What a unit of error is worth, by unit; 1 if not given.
     advance : callable
         Called with 1 for every probe; `probes` says how many.
     log : callable
@@ -226,7 +239,7 @@ def plan_ratio(
     if len(whole) > 1:
         for name, unit in whole.items():
             seen[name] = _probe_around(unit, energies[name], seen[name], ratio, settings, prober, advance)
-        worth = {name: float(energies[name].sum()) * (weights or {}).get(name, 1.0) for name in whole}
+        worth = {name: float(energies[name].sum()) for name in whole}
         seen = _split(whole, seen, ratio, worth)
     for name, unit_plan in seen.items():
         for line in _lines(name, len(whole[name]), unit_plan, ratio):
