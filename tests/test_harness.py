@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 from checkpoints import make_tiny  # noqa: E402
 from globe import Settings, compress  # noqa: E402
@@ -80,6 +83,23 @@ def test_a_factored_directory_on_a_local_task(out: Path, folder: Path) -> None:
     assert json.loads(done.stdout)["globe_sums"]["acc"] == pytest.approx(expected)
     part = evaluate_tasks(out, ["globe_sums"], task_path=folder, limit=3)
     assert part["globe_sums"]["acc"] == pytest.approx(accuracy(out, QUESTIONS[:3]))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow  # reads all of lm-eval's tasks
+@pytest.mark.parametrize("program", [("lm-eval", "run"), ("lm_eval",)], ids=["new", "old"])
+def test_lm_evals_own_command(program: tuple[str, ...], out: Path, folder: Path, tmp_path: Path) -> None:
+    whole = shutil.copytree(out, tmp_path / "out")  # with an end of text, which lm-eval asks for
+    tokenizer = transformers.AutoTokenizer.from_pretrained(whole)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)
+    tokenizer.save_pretrained(whole)
+    command = [str(Path(sys.executable).with_name(program[0])), *program[1:], "--model", "hf", "--tasks", "globe_sums"]
+    command += ["--model_args", f"pretrained={whole},trust_remote_code=True", "--include_path", str(folder)]
+    command += ["--device", "cpu", "--output_path", str(tmp_path / "results")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    (file,) = (tmp_path / "results").rglob("*.json")
+    found = json.loads(file.read_text(encoding="utf-8"))["results"]["globe_sums"]
+    assert found["acc,none"] == pytest.approx(accuracy(out, QUESTIONS))  # type: ignore[arg-type]
 
 
 @pytest.mark.slow  # reads all of lm-eval's tasks

@@ -19,11 +19,11 @@ REMEDY = "this checkpoint is factored by GloBE: pip install 'globe-moe[hf]', the
 LOADER = '''"""Loads this checkpoint, which GloBE factored, with from_pretrained(..., trust_remote_code=True)."""
 
 try:
-    from globe.hf.remote import GlobeForCausalLM
+    from globe.hf.remote import GlobeForCausalLM, GlobeModelConfig
 except ImportError as error:
     raise ImportError("this checkpoint is factored by GloBE: pip install 'globe-moe[hf]'") from error
 
-__all__ = ["GlobeForCausalLM"]
+__all__ = ["GlobeForCausalLM", "GlobeModelConfig"]
 '''
 
 
@@ -42,9 +42,10 @@ def loading_config(config: dict[str, Any], manifest: dict[str, Any], index: str)
 
 def marked(config: dict[str, Any], quantization: dict[str, Any], weights: str) -> dict[str, Any]:
     """A config.json with the three entries; `weights` is the file or index that `globe.hf` is to load."""
+    module = LOADER_FILE.removesuffix("py")
     return {
         **config,
-        "auto_map": {"AutoModelForCausalLM": LOADER_FILE.removesuffix("py") + "GlobeForCausalLM"},
+        "auto_map": {"AutoConfig": module + "GlobeModelConfig", "AutoModelForCausalLM": module + "GlobeForCausalLM"},
         "transformers_weights": REMEDY,
         "quantization_config": {**quantization, "weights": weights},
     }

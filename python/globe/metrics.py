@@ -91,16 +91,19 @@ def _family_report(
         numbers = [number for number, expert in enumerate(fit.family.experts) if expert.family == name]
         errors.append(written.errors[pool][numbers])
         energies.append(written.energies[pool][numbers])
-        seeds.append(reports[pool]["init"]["relative_error"] * energies[-1].sum())
         sizes.append(supports(fit.state.codes[numbers]))
+        seen = energies[-1]  # what the pool's errors at the start are shares of
         if fit.metric is not None:
             weighted.append(written.weighted[pool][numbers])
+            seen = weighted[-1][:, 1]
+        seeds.append((reports[pool]["init"]["relative_error"] * seen.sum(), seen.sum()))
     error, energy = np.concatenate(errors), np.concatenate(energies)
+    lost, whole = np.sum(seeds, axis=0)
     return {
         "pools": list(held),
         "rank": next(reports[pool]["rank"] for pool in held),
         "bank": sum(reports[pool]["bank"] for pool in held),
-        "init": {"relative_error": float(sum(seeds) / energy.sum())},
+        "init": {"relative_error": float(lost / whole)},
         "relative_error": float(error.sum() / energy.sum()),
         "expert_errors": _quotients(error, energy),
         **_weighted_report(weighted),

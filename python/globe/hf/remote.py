@@ -9,6 +9,20 @@ import globe.hf  # noqa: F401  (registers the quantizer)
 from globe.errors import GlobeError
 
 
+class GlobeModelConfig:
+    """The architecture's own configuration, for programs that look at `quantization_config` before any model."""
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+        """Load it."""
+        transformers = importlib.import_module("transformers")
+        return transformers.AutoConfig.from_pretrained(*arguments, **{**options, "trust_remote_code": False})
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing to register: what is loaded is of its own class."""
+
+
 class GlobeForCausalLM:
     """The architecture's own class of transformers, which the quantizer makes load factored experts."""
 
