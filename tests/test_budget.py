@@ -16,7 +16,8 @@ from checkpoints import make_tiny
 from families import WEIGHTS_ONLY, WEIGHTS_ONLY_OPTIONS
 from globe import budget
 from globe.budget import BLOCKS, Blocks, machine_memory, plan_blocks
-from globe.checkpoint import Expert, Family
+from globe.calibration_memory import calibration_bytes, require_memory
+from globe.checkpoint import Checkpoint, Expert, Family
 from globe.errors import UsageError
 from globe.ratios import Shape
 from globe.settings import Settings
@@ -112,6 +113,18 @@ def test_a_joint_fit_that_cannot_be_is_refused_with_what_would() -> None:
     needed = float(words[words.index("--max-memory") + 1].removesuffix("GiB"))
     assert blocks_for(int(needed * GIB), "aligned", solver="joint").pairs >= 1
     assert blocks_for(7 * GIB, "aligned").experts >= 1
+
+
+def test_calibration_that_cannot_be_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    source = make_tiny("mixtral", tmp_path / "source")
+    needed = calibration_bytes(Checkpoint(source), 1024)
+    assert budget.BASE < needed < calibration_bytes(Checkpoint(source), 1 << 20)
+    options = {"calibration_tokens": 1024, "max_memory": needed - 1}
+    for calibrate in ("auto", "pydoc"):
+        with pytest.raises(UsageError, match=r"calibration needs about .*GiB: use --max-memory .* --calibrate none$"):
+            require_memory(Checkpoint(source), Settings(calibrate=calibrate, **options))
+    for other in ({"calibrate": "none"}, {"calibrate": "FILE"}, {"max_memory": needed}):
+        require_memory(Checkpoint(source), Settings(**{**options, **other}))
 
 
 @pytest.mark.parametrize("options", [WEIGHTS_ONLY_OPTIONS, ("--joint-steps", "10", "--calibration-tokens", "1024")])

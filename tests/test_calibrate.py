@@ -186,7 +186,7 @@ def test_one_layer_has_weights_at_a_time(
         return run(self, number, *arguments)
 
     monkeypatch.setattr(Layerwise, "run", spy)
-    monkeypatch.setattr("globe.layerwise._TOKENS", 256)
+    monkeypatch.setattr("globe.layerwise.TOKENS_AT_ONCE", 256)
     _calibrate(tiny("qwen3_moe"), tmp_path / "statistics")
     assert loaded == [(number, [number]) for number in range(3) for _ in range(3)]  # 10 windows in batches of 4
 
@@ -198,7 +198,7 @@ def test_batches_change_rounding_only(
     again = _calibrate(tiny("olmoe"), tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
     assert again.about["warnings"] == []
-    monkeypatch.setattr("globe.layerwise._TOKENS", 192)
+    monkeypatch.setattr("globe.layerwise.TOKENS_AT_ONCE", 192)
     parts = _calibrate(tiny("olmoe"), tmp_path / "parts").layer(1)
     for name, value in asdict(whole).items():
         torch.testing.assert_close(asdict(parts)[name], value, rtol=1e-4, atol=1e-5 * float(value.double().abs().max()))

@@ -13,7 +13,7 @@ from globe.ratios import Shape
 from globe.seeds.grouped_subspace import SKETCH_COLUMNS
 from globe.settings import Settings
 
-_BASE = 768 << 20  # the interpreter with torch, and freed memory that the allocator keeps
+BASE = 768 << 20  # the interpreter with torch, and freed memory that the allocator keeps
 EXPERTS_AT_ONCE = 64  # in the exact dictionary step
 _FEW = 8  # experts, for which a pass spends some percent of its time on reading the bank
 _BANKS = 4  # of the joint fit beside its pairs, which take one each: the point, its slope, a direction, a trial's slope
@@ -60,6 +60,11 @@ def machine_memory() -> int:
     return min(total, int(held)) if held.isdigit() else total
 
 
+def memory_limit(settings: Settings) -> int:
+    """`max_memory`, or half of the machine's."""
+    return settings.max_memory if settings.max_memory is not None else machine_memory() // 2
+
+
 def plan_blocks(
     families: Mapping[str, Family], shapes: Mapping[str, Shape], settings: Settings, threads: int, exact_bytes: int
 ) -> Blocks:
@@ -80,7 +85,7 @@ def plan_blocks(
     UsageError
         If no block is small enough; says what would fit.
     """
-    limit = settings.max_memory if settings.max_memory is not None else machine_memory() // 2
+    limit = memory_limit(settings)
     chosen = BLOCKS
     stored = 2 * sum(shapes[name].bank * shapes[name].rank * family.d for name, family in families.items())
     for name, family in families.items():
@@ -138,7 +143,7 @@ class _Cost:
     def peak(self, blocks: Blocks) -> int:
         """Of all stages."""
         stages = (self.seeds(blocks), self.loop(blocks), self.dictionary(blocks), self.joint(blocks), self.writing)
-        return _BASE + max(stages)
+        return BASE + max(stages)
 
     @property
     def writing(self) -> int:
@@ -187,7 +192,7 @@ def _advice(cost: _Cost, settings: Settings, limit: int, needed: int) -> str:
     shape, bank = cost.shape, cost.shape.bank
     while bank > 1 and replace(cost, shape=replace(shape, bank=bank)).peak(SMALLEST) > limit:
         bank -= max(1, bank // 20)
-    remedies = [f"--max-memory {_gib(needed)}"]
+    remedies = [f"--max-memory {size_text(needed)}"]
     if replace(cost, shape=replace(shape, bank=bank)).peak(SMALLEST) <= limit:
         several = settings.share_families or settings.scope != "global"
         remedies.append("a smaller --bank-size" if several else f"--bank-size {bank}")
@@ -198,10 +203,11 @@ def _advice(cost: _Cost, settings: Settings, limit: int, needed: int) -> str:
     if alternate <= limit:
         remedies.append("--solver alternate")
     return (
-        f"max_memory is {_gib(limit)}; family {cost.family.name} ({len(cost.family)} experts, rank {shape.rank}, bank "
-        f"{shape.bank}) needs at least {_gib(needed)}; use {' or '.join(remedies)}"
+        f"max_memory is {size_text(limit)}; family {cost.family.name} ({len(cost.family)} experts, rank {shape.rank}, "
+        f"bank {shape.bank}) needs at least {size_text(needed)}; use {' or '.join(remedies)}"
     )
 
 
-def _gib(size: int) -> str:
+def size_text(size: int) -> str:
+    """A size in GiB as `--max-memory` takes it, rounded up."""
     return f"{-(-size * 10 // 2**30) / 10:g}GiB"

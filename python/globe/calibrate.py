@@ -13,7 +13,7 @@ import torch
 
 from globe import __version__
 from globe.calibration import Calibration, LayerStatistics, load_calibration, save_calibration
-from globe.checkpoint import Checkpoint
+from globe.checkpoint import Checkpoint, Family
 from globe.errors import GlobeError, UsageError
 from globe.layerwise import Arguments, Layerwise, NotFinite, own_code
 from globe.models import find_device, import_transformers, load_tokenizer, quiet
@@ -186,6 +186,11 @@ def _read(checkpoint: Checkpoint, text: Path | str | None, tokens: int, window: 
     return _Reading(torch.tensor(ids[: count * window]).view(count, window), label, about)
 
 
+def stores_row_moments(gates: Family) -> bool:
+    """Whether `auto` row moments are full ones."""
+    return 3 * 4 * len(gates) * gates.p**2 < _AUTO_BYTES
+
+
 def _found_before(path: Path, reading: _Reading) -> Calibration | None:
     try:
         found = load_calibration(path)
@@ -205,7 +210,7 @@ def _measure(
     if path.is_dir():
         raise UsageError(f"{path}: is a directory; expected a name for the calibration file")
     gates = checkpoint.family("gate")
-    full = row_moments == "full" or (row_moments == "auto" and 3 * 4 * len(gates) * gates.p**2 < _AUTO_BYTES)
+    full = row_moments == "full" or (row_moments == "auto" and stores_row_moments(gates))
     streamed = Layerwise(checkpoint, find_device(device))
     with own_code(checkpoint):
         known, largest = streamed.model.get_input_embeddings().num_embeddings, int(reading.windows.max())

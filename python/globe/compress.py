@@ -16,6 +16,7 @@ from globe.autoload import LOADER, LOADER_FILE, loading_config
 from globe.budget import Blocks, plan_blocks
 from globe.calibrate import calibration_for
 from globe.calibration import Calibration
+from globe.calibration_memory import require_memory
 from globe.card import SETTINGS_FILE, model_card, settings_file
 from globe.checkpoint import Checkpoint, Family, read_json
 from globe.errors import GlobeError, UsageError
@@ -233,6 +234,7 @@ def _compress(
         set_threads(settings.threads)
         keep_memory()
         check_device(planned.device)
+        require_memory(planned.checkpoint, settings)
         fingerprint = planned.checkpoint.fingerprint()
         environment = {
             "device": str(planned.device),

@@ -15,8 +15,8 @@ from globe.errors import GlobeError
 from globe.models import first_line, import_transformers, quiet
 from globe.tensorfile import TensorInfo, read_tensor
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_TOKENS = 4096
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
+TOKENS_AT_ONCE = 4096
 
 Arguments = Callable[[int, slice], dict[str, Any]]
 
@@ -86,7 +86,7 @@ class Layerwise:
         self._expert_dtype = stored
         self._names: dict[int | None, list[str]] = {}
         for name in checkpoint.tensors:
-            match = _LAYER.match(name)
+            match = LAYER.match(name)
             if match is not None or name.startswith("model."):
                 self._names.setdefault(int(match[1]) if match is not None else None, []).append(name)
 
@@ -132,7 +132,7 @@ class Layerwise:
     @staticmethod
     def batches(windows: torch.Tensor) -> list[slice]:
         """Batches of windows, of about 4,096 tokens each."""
-        size = max(1, _TOKENS // windows.shape[1])
+        size = max(1, TOKENS_AT_ONCE // windows.shape[1])
         return [slice(first, min(first + size, len(windows))) for first in range(0, len(windows), size)]
 
     @contextmanager
