@@ -93,6 +93,17 @@ def _oracle(model_dir: Path, tokens_of_layer: dict[int, list[Any]], stream: Any,
     x, chosen, routing = (torch.cat(parts) for parts in zip(*tokens_of_layer[layer], strict=True))
     x, routing = x.double(), routing.double()
     found: dict[str, list[Any]] = {}
+    common = (worth * x**2).sum(0) / worth.sum()
+
+    def own_diagonal(squares: Any, weight: Any) -> Any:
+        some = torch.arange(len(squares)) // 128 % 2 == 0
+        if not (weight[some].sum() > 0 and weight[~some].sum() > 0):
+            return common
+        one, other = ((weight * squares)[part].sum(0) / weight[part].sum() for part in (some, ~some))
+        away = [torch.linalg.norm((half - common) / common) ** 2 for half in (one, other)]
+        agree = torch.linalg.norm((one - other) / common) ** 2 < sum(away) / 2
+        return (weight * squares).sum(0) / weight.sum() if agree else common
+
     for expert, (gate, up, down) in enumerate(_weights(Checkpoint(model_dir), layer)):
         w = torch.where(chosen == expert, routing, 0).sum(1)
         weight = w[:, None] ** 2 * worth
@@ -111,7 +122,7 @@ def _oracle(model_dir: Path, tokens_of_layer: dict[int, list[Any]], stream: Any,
         for name, value in {
             "share": weight.sum() / worth.sum(),
             "counts": (w != 0).sum(),
-            "diagonal": mean(x**2),
+            "diagonal": own_diagonal(x**2, weight),
             "gate_rows": mean((slope * u) ** 2) * (down**2).sum(0),
             "up_rows": mean(phi**2) * (down**2).sum(0),
             "hidden": mean((phi * u) ** 2),
@@ -229,7 +240,24 @@ def test_an_expert_that_is_sent_nothing() -> None:
     moments.add(x, torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1), x)
     statistics: Any = moments.statistics()
     assert statistics.counts.tolist() == [5, 0]
-    assert all(value[1].eq(0).all() for value in (statistics.diagonal, statistics.hidden, statistics.gate_moment))
+    assert all(value[1].eq(0).all() for value in (statistics.hidden, statistics.gate_moment))
+    torch.testing.assert_close(statistics.diagonal[1], statistics.moment.diagonal())
+
+
+def test_an_experts_own_inputs_are_believed_where_halves_of_them_agree() -> None:
+    random = torch.Generator().manual_seed(0)
+    gate_up, down = torch.randn(2, 6, 4, generator=random), torch.randn(2, 4, 3, generator=random)
+    moments = Moments(gate_up, down, torch.nn.functional.silu, full=False)
+    x = torch.randn(4000, 4, generator=random)
+    chosen = torch.arange(4000)[:, None] % 2
+    x[chosen[:, 0] == 0] *= torch.tensor([3.0, 1.0, 1.0, 1.0])  # expert 0 differs, always in the same way
+    x[0] *= 100
+    moments.add(x, chosen, torch.ones(4000, 1), torch.ones(4000, 4))
+    statistics = moments.statistics()
+    own = x[chosen[:, 0] == 1].square().mean(0)
+    torch.testing.assert_close(statistics.diagonal[1], own, rtol=1e-4, atol=1e-4)  # half of its inputs tell the others'
+    assert not torch.allclose(own, statistics.moment.diagonal(), rtol=0.1)
+    torch.testing.assert_close(statistics.diagonal[0], statistics.moment.diagonal())  # one token makes half of them
 
 
 def test_moments_take_only_what_mps_has() -> None:

@@ -36,7 +36,8 @@ class LayerStatistics:
     counts : torch.Tensor of int64, shape (E,)
         Tokens routed to each expert.
     diagonal : torch.Tensor, shape (E, d)
-        Diagonal of E[x xᵀ] of each expert's own tokens.
+        Diagonal of E[x xᵀ] of each expert's own tokens; that of `moment` where the means of two halves of them (every
+        other 128 tokens of the text) differ more from each other than from it, in root mean square relative to it.
     gate_rows, up_rows : torch.Tensor, shape (E, p)
         Squared effect of a unit error in a row's product on the expert's output: E[(φ'(g_k) u_k)²] ‖down_k‖² and
         E[φ(g_k)²] ‖down_k‖², φ the activation, g and u the gate's and the up matrix's products.

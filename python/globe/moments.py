@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from globe.calibration import LayerStatistics
 
+_STRETCH = 128  # tokens
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -35,7 +36,8 @@ class Moments:
         self.moment = _zeros(d, d)
         self.weight = _zeros(experts)
         self.counts = torch.zeros(experts, dtype=torch.int64)
-        self.diagonal = _zeros(experts, d)
+        self.halves = _zeros(2, experts)  # every other stretch of tokens
+        self.diagonals = _zeros(2, experts, d)
         self.squares = _zeros(3, experts, p)  # of the gate's and the up matrix's factors, and of down's input
         self.products = _zeros(3, experts, p, p) if full else None
 
@@ -55,6 +57,7 @@ class Moments:
         x = inputs.float()
         size = stream.to(x.device).float().square().sum(-1, keepdim=True)
         worth = torch.where(size > 0, 1 / size, 0)
+        second = torch.arange(self.tokens, self.tokens + len(x), device=x.device) // _STRETCH % 2 == 1
         self.tokens += len(x)
         self.worth += float(_double(worth).sum())
         self.moment += _double(x.T @ (worth * x))
@@ -63,7 +66,9 @@ class Moments:
             phi, slope, up = self._products(expert, mine)
             self.counts[expert] += len(rows)
             self.weight[expert] += _double(w).square().sum()
-            self.diagonal[expert] += _double((w * mine).square().sum(0))
+            for half, some in enumerate((~second[rows], second[rows])):
+                self.halves[half, expert] += _double(w[some]).square().sum()
+                self.diagonals[half, expert] += _double((w[some] * mine[some]).square().sum(0))
             for number, factor in enumerate((slope * up, phi, phi * up)):
                 scaled = factor * w
                 self.squares[number, expert] += _double(scaled.square().sum(0))
@@ -96,17 +101,28 @@ class Moments:
             moments = (self.products + self.products.mT) / 2 * scale[:, :, None]
             found = {"gate_moment": moments[0] * gram, "up_moment": moments[1] * gram, "hidden_moment": moments[2]}
             full = {name: value.float() for name, value in found.items()}
+        moment = (self.moment + self.moment.T) / (2 * self.worth)
         return LayerStatistics(
-            moment=((self.moment + self.moment.T) / (2 * self.worth)).float(),
+            moment=moment.float(),
             residual=torch.tensor(self.tokens / self.worth, dtype=torch.float32),
             share=(self.weight / self.worth).float(),
             counts=self.counts,
-            diagonal=(self.diagonal * scale).float(),
+            diagonal=self._own_diagonals(moment.diagonal()).float(),
             gate_rows=(gate * norms).float(),
             up_rows=(up * norms).float(),
             hidden=hidden.float(),
             **full,
         )
+
+    def _own_diagonals(self, common: torch.Tensor) -> torch.Tensor:
+        """E[x∘x] of every expert's tokens; `common` where half of the tokens tell less of the other half than it."""
+        means = torch.where(self.halves > 0, 1 / self.halves, 0)[..., None] * self.diagonals
+        weights = torch.where(common > 0, 1 / common, 0)
+        apart = ((means[0] - means[1]) * weights).square().sum(1)
+        away = ((means - common) * weights).square().sum(2).mean(0)
+        believed = (self.halves > 0).all(0) & (apart < away)
+        whole = self.diagonals.sum(0) / self.halves.sum(0)[:, None]
+        return torch.where(believed[:, None], whole, common)
 
 
 def value_and_slope(activation: Activation, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
