@@ -22,8 +22,9 @@ from globe.compare import compare
 from globe.errors import UsageError
 from globe.inspect import inspect
 from globe.pools import Size, pools, units
+from globe.probe import SAMPLE, LoopProber, samples
 from globe.proxies import scan
-from globe.ratio_plan import SAMPLE, LoopProber, candidates, plan_ratio, probes, samples, sizes_of
+from globe.ratio_plan import candidates, plan_ratio, probes, sizes_of
 from globe.ratios import stored_elements
 from globe.tensorfile import TensorInfo
 from refusals import refusal

@@ -12,8 +12,9 @@ import torch
 from rich.table import Table
 
 from globe import kernels
-from globe.compress import compress, plan
+from globe.compress import compress
 from globe.errors import GlobeError, UsageError
+from globe.plan import plan
 from globe.settings import Settings, merge_settings, read_yaml
 from globe.stages import Display, Silent
 

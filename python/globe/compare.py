@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from globe.compress import plan
 from globe.errors import GlobeError, UsageError
 from globe.factor import factor, scan_family
 from globe.gemm import check_device, keep_memory, pick_precision, set_threads, working_precision
+from globe.plan import plan
 from globe.runstore import RunStore
 from globe.seeds import METHODS
 from globe.settings import Settings

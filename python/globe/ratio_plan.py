@@ -6,100 +6,25 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from globe.budget import Blocks
-from globe.calibration import Calibration
 from globe.checkpoint import Family
 from globe.errors import GlobeError, UsageError
-from globe.metric import Metric, build_metric
 from globe.pools import Size, deal, groups
-from globe.proxies import Rows
+from globe.probe import LOOPS, Prober, samples
 from globe.ratios import Shape, stored_elements
-from globe.seeds import METHODS, SeedTask
 from globe.settings import Settings
-from globe.sweep import State
-from globe.training import train
-from globe.variable_projection import Problem
 
 Array = NDArray[np.float64]
 
-SAMPLE = 24  # experts, which every share below divides into whole atoms
 SHARES = (1 / 24, 1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2)  # m / N
-LOOPS = 3
-_LAYERS = 6  # that a sample is from, with several experts each: experts of a layer have the most in common
 _TRUNCATED = 8  # experts whose singular values are found
 _FLATTERED = 1.02  # a sample flatters large banks: its few atoms mix in fewer ways than those of the whole
 _REACH, _STEP = 0.08, 0.02  # of the ratio, by which families may differ from what is asked for all
 _NOTHING: Callable[[float], None] = lambda steps: None  # noqa: E731
-
-
-class Prober(Protocol):
-    """What a sample of experts loses, in shares of the energy of each: with a bank, and without one."""
-
-    def fit(self, sample: Family, size: Size) -> Array:
-        """Errors (n,) of a quick fit with such a bank."""
-
-    def truncated(self, sample: Family, rank: int) -> Array:
-        """Errors (n,) of the best approximation of every expert by itself."""
-
-
-@dataclass(frozen=True)
-class LoopProber:
-    """Grouped subspaces and a few loops of alternation, NNLS codes; truncated SVD. In the metric of a calibration."""
-
-    settings: Settings
-    device: torch.device
-    blocks: Blocks
-    scratch: Path
-    calibration: Calibration | None = None
-
-    def energies(self, unit: Family) -> Array:
-        """‖D_i W_i L_i‖² (N,), by one pass."""
-        found = np.zeros(len(unit))
-        blocks = replace(self.blocks, cached=0)
-        for span, weighted in Problem(unit, self._metric(unit), self.settings, blocks, self.device).weighted():
-            found[span] = [float(torch.linalg.vector_norm(matrix)) ** 2 for matrix in weighted]
-        return found
-
-    def fit(self, sample: Family, size: Size) -> Array:
-        """Errors (n,) after LOOPS loops."""
-        changed: dict[str, Any] = {
-            "codes": "nnls",
-            "l1": 0.0,
-            "method": "grouped-subspace",
-            "outer_loops": LOOPS,
-            "solver": "alternate",
-        }
-        settings = replace(self.settings, **changed)
-        everything = np.arange(sample.p)
-        rows = Rows(everything, everything[:0], everything[: size.rank])
-        arguments = (settings, self.device, self.blocks.proxy_bytes, self.scratch, _NOTHING, lambda line: None)
-        seeds = METHODS[settings.method](SeedTask(sample, rows, size.bank, *arguments))
-        start = State(seeds.bank, seeds.codes, settings.temperature)
-        metric = self._metric(sample)
-        found = train(sample, rows, start, settings, _NOTHING, blocks=self.blocks, metric=metric).measure
-        assert found is not None, "loops measure what they make"
-        return found.expert_errors
-
-    def truncated(self, sample: Family, rank: int) -> Array:
-        """Σ_{k > rank} σ_k² / Σ_k σ_k²."""
-        errors, metric = np.zeros(len(sample)), self._metric(sample)
-        for number in range(len(sample)):
-            weights = sample.read(number)
-            seen = weights.double() if metric is None else metric.weigh(number, weights.float()).double()
-            gram = seen @ seen.T if sample.p <= sample.d else seen.T @ seen
-            values = torch.linalg.eigvalsh(gram.cpu()).clamp(min=0)
-            errors[number] = float(values[: max(0, len(values) - rank)].sum() / values.sum())
-        return errors
-
-    def _metric(self, sample: Family) -> Metric | None:
-        return build_metric(sample, self.calibration, self.settings, self.device) if self.calibration else None
 
 
 @dataclass(frozen=True)
@@ -338,37 +263,6 @@ def _split(
     for (name, unit), (_, _, size) in zip(whole.items(), best_pick, strict=True):
         split[name] = replace(seen[name], size=size, ratio=_ratio(unit, size))
     return split
-
-
-def samples(unit: Family, energy: Array, scope: str | int) -> list[tuple[Family, Array]]:
-    """Experts of a unit to probe, pool by pool, with their energies: spread over layers, several of each.
-
-    Experts of zeros are passed over.
-    """
-    pools = groups(unit, scope)
-    starts = np.cumsum([0, *map(len, pools)])
-    chosen = _spread(len(pools), _LAYERS)
-    found = []
-    for place in chosen:
-        pool, mine = pools[place], energy[starts[place] : starts[place + 1]]
-        there = np.flatnonzero(mine > 0)
-        layers = np.array([pool.experts[number].layer for number in there])
-        held = sorted(set(layers.tolist()))
-        each = max(1, SAMPLE // len(chosen))
-        picked = [held[k] for k in _spread(len(held), min(each, max(1, _LAYERS // len(chosen))))]
-        numbers: list[int] = []
-        for rest, layer in zip(range(len(picked), 0, -1), picked, strict=True):
-            inside = there[layers == layer]
-            numbers += [int(inside[k]) for k in _spread(len(inside), -(-(each - len(numbers)) // rest))]
-        if numbers:
-            found.append((replace(pool, experts=tuple(pool.experts[k] for k in numbers)), mine[numbers]))
-    return found
-
-
-def _spread(count: int, wanted: int) -> list[int]:
-    """At most `wanted` of `count` places, evenly."""
-    taken = min(count, wanted)
-    return [(2 * k + 1) * count // (2 * taken) for k in range(taken)]
 
 
 def _errors(
