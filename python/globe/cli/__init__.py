@@ -1,0 +1,71 @@
+"""The command line: inspect, calibrate, compress, report, compare, batch, export, eval, push and demo."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from globe import __version__
+from globe.cli import making, using
+from globe.errors import GlobeError, UsageError
+
+
+def _cmake_dir(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from globe.embedding import get_cmake_dir
+
+        click.echo(get_cmake_dir())
+        ctx.exit()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="globe")
+@click.option(
+    "--cmake-dir",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_cmake_dir,
+    help="Print the directory of globeConfig.cmake.",
+)
+def cli() -> None:
+    """Compress the routed experts of mixture-of-experts models with one global bank of atoms."""
+
+
+for command in (
+    making.inspect,
+    making.calibrate,
+    making.compress,
+    making.batch,
+    making.compare,
+    making.demo,
+    using.report,
+    using.export,
+    using.evaluate,
+    using.push,
+):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run the command; every refusal is one line on stderr and exit status 1 (data) or 2 (usage)."""
+    try:
+        arguments = sys.argv[1:] or ["--help"]
+        sys.exit(cli.main(arguments, prog_name="globe", standalone_mode=False) or 0)
+    except click.ClickException as error:
+        _refuse(UsageError(error.format_message()))
+    except GlobeError as error:
+        _refuse(error)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("globe: stopped", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+    except OSError as error:
+        _refuse(GlobeError(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)))
+
+
+def _refuse(error: GlobeError) -> None:
+    click.echo(f"globe: error: {' '.join(str(error).split())}", err=True)
+    sys.exit(error.exit_status)

