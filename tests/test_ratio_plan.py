@@ -22,7 +22,7 @@ from globe.compare import compare
 from globe.errors import UsageError
 from globe.inspect import inspect
 from globe.pools import Size, pools, units
-from globe.probe import SAMPLE, LoopProber, samples
+from globe.probe import SAMPLE, WeightProber, samples
 from globe.proxies import scan
 from globe.ratio_plan import candidates, plan_ratio, probes, sizes_of
 from globe.ratios import stored_elements
@@ -175,7 +175,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_truncation_is_that_of_the_singular_values(source: Path, tmp_path: Path) -> None:
     for name in ("gate", "down"):
         unit = Checkpoint(source).family(name)
-        prober = LoopProber(Settings(), torch.device("cpu"), BLOCKS, tmp_path)
+        prober = WeightProber(Settings(), torch.device("cpu"), BLOCKS, tmp_path)
         values = [torch.linalg.svdvals(unit.read(k).double()).square() for k in range(len(unit))]
         wanted = [float(squares[5:].sum() / squares.sum()) for squares in values]
         np.testing.assert_allclose(prober.truncated(unit, 5), wanted, rtol=1e-6)
@@ -183,7 +183,7 @@ def test_truncation_is_that_of_the_singular_values(source: Path, tmp_path: Path)
 
 def test_a_planted_bank_is_worth_it(source: Path, tmp_path: Path) -> None:
     unit = Checkpoint(source).family("gate")
-    prober = LoopProber(Settings(), torch.device("cpu"), BLOCKS, tmp_path)
+    prober = WeightProber(Settings(), torch.device("cpu"), BLOCKS, tmp_path)
     energy = scan(unit, Settings(), silent).energy
     plan = plan_ratio({"gate": unit}, {"gate": energy}, asked_for(0.5), prober).units["gate"]
     assert plan.worth_it and plan.bank_error < 0.5 * plan.truncated_error

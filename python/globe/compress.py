@@ -155,6 +155,10 @@ def _compress(
         scans = {}
         for name, family in planned.families.items():  # all before the first is trained: a bad tensor ends it early
             scans[name] = scan_family(family, settings, stages, store)
+        seen: dict[str, Any] | None = None
+        if settings.ratio is not None:
+            planned, seen = plan_sizes(planned, scans, settings, stages, store)
+            environment["blocks"] = asdict(planned.blocks)
         calibration = calibration_for(
             planned.checkpoint,
             settings.calibrate,
@@ -163,10 +167,6 @@ def _compress(
             tokens=settings.calibration_tokens,
             device=str(planned.device),
         )
-        seen: dict[str, Any] | None = None
-        if settings.ratio is not None:
-            planned, seen = plan_sizes(planned, scans, calibration, settings, stages, store)
-            environment["blocks"] = asdict(planned.blocks)
         reports, metrics_of = {}, {}
         for name, family in planned.families.items():
             shape = planned.shapes[name]

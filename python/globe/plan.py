@@ -11,12 +11,11 @@ import numpy as np
 import torch
 
 from globe.budget import Blocks, plan_blocks
-from globe.calibration import Calibration
 from globe.checkpoint import Checkpoint, Family
 from globe.errors import UsageError
 from globe.gemm import dictionary_dtype, pick_device
 from globe.pools import Size, groups, pools, sizes, units
-from globe.probe import LoopProber
+from globe.probe import WeightProber
 from globe.proxies import Scan
 from globe.ratio_plan import candidates, plan_ratio, probes, sizes_of
 from globe.ratios import Shape, ratios
@@ -101,22 +100,16 @@ def _largest(whole: dict[str, Family], settings: Settings, device: torch.device)
 
 
 def plan_sizes(
-    planned: Plan,
-    scans: dict[str, Scan],
-    calibration: Calibration | None,
-    settings: Settings,
-    stages: Stages,
-    store: Store,
+    planned: Plan, scans: dict[str, Scan], settings: Settings, stages: Stages, store: Store
 ) -> tuple[Plan, dict[str, Any]]:
     """Probe what is to be stored for the ratio asked for, unless `store` has it; the plan, and what was seen."""
     meta = store.check("plan")
     if meta is None:
+        energies = {}
+        for name, unit in planned.units.items():
+            energies[name] = np.concatenate([scans[pool.name].energy for pool in groups(unit, settings.scope)])
         with stages.stage("plan", probes(len(planned.units))) as advance, store.scratch() as folder:
-            prober = LoopProber(settings, planned.device, planned.blocks, Path(folder), calibration)
-            energies = {}
-            for name, unit in planned.units.items():
-                plain = [scans[pool.name].energy for pool in groups(unit, settings.scope)]
-                energies[name] = np.concatenate(plain) if calibration is None else prober.energies(unit)
+            prober = WeightProber(settings, planned.device, planned.blocks, Path(folder))
             fits = _fits(planned.units, settings, planned.device)
             log = stages.display.log
             found = plan_ratio(planned.units, energies, settings, prober, fits=fits, advance=advance, log=log)

@@ -12,16 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from globe.budget import Blocks
-from globe.calibration import Calibration
 from globe.checkpoint import Family
-from globe.metric import Metric, build_metric
 from globe.pools import Size, groups
 from globe.proxies import Rows
 from globe.seeds import METHODS, SeedTask
 from globe.settings import Settings
 from globe.sweep import State
 from globe.training import train
-from globe.variable_projection import Problem
 
 Array = NDArray[np.float64]
 
@@ -42,22 +39,16 @@ class Prober(Protocol):
 
 
 @dataclass(frozen=True)
-class LoopProber:
-    """Grouped subspaces and a few loops of alternation, NNLS codes; truncated SVD. In the metric of a calibration."""
+class WeightProber:
+    """Errors of the weights: grouped subspaces and a few loops of alternation, NNLS codes; truncated SVD.
+
+    In the metric of a calibration these few loops favour banks too small for the joint fit.
+    """
 
     settings: Settings
     device: torch.device
     blocks: Blocks
     scratch: Path
-    calibration: Calibration | None = None
-
-    def energies(self, unit: Family) -> Array:
-        """‖D_i W_i L_i‖² (N,), by one pass."""
-        found = np.zeros(len(unit))
-        blocks = replace(self.blocks, cached=0)
-        for span, weighted in Problem(unit, self._metric(unit), self.settings, blocks, self.device).weighted():
-            found[span] = [float(torch.linalg.vector_norm(matrix)) ** 2 for matrix in weighted]
-        return found
 
     def fit(self, sample: Family, size: Size) -> Array:
         """Errors (n,) after LOOPS loops."""
@@ -67,6 +58,7 @@ class LoopProber:
             "method": "grouped-subspace",
             "outer_loops": LOOPS,
             "solver": "alternate",
+            "calibrate": "none",
         }
         settings = replace(self.settings, **changed)
         everything = np.arange(sample.p)
@@ -74,24 +66,19 @@ class LoopProber:
         arguments = (settings, self.device, self.blocks.proxy_bytes, self.scratch, _NOTHING, lambda line: None)
         seeds = METHODS[settings.method](SeedTask(sample, rows, size.bank, *arguments))
         start = State(seeds.bank, seeds.codes, settings.temperature)
-        metric = self._metric(sample)
-        found = train(sample, rows, start, settings, _NOTHING, blocks=self.blocks, metric=metric).measure
+        found = train(sample, rows, start, settings, _NOTHING, blocks=self.blocks).measure
         assert found is not None, "loops measure what they make"
         return found.expert_errors
 
     def truncated(self, sample: Family, rank: int) -> Array:
         """Σ_{k > rank} σ_k² / Σ_k σ_k²."""
-        errors, metric = np.zeros(len(sample)), self._metric(sample)
+        errors = np.zeros(len(sample))
         for number in range(len(sample)):
-            weights = sample.read(number)
-            seen = weights.double() if metric is None else metric.weigh(number, weights.float()).double()
-            gram = seen @ seen.T if sample.p <= sample.d else seen.T @ seen
-            values = torch.linalg.eigvalsh(gram.cpu()).clamp(min=0)
+            weights = sample.read(number).double()
+            gram = weights @ weights.T if sample.p <= sample.d else weights.T @ weights
+            values = torch.linalg.eigvalsh(gram).clamp(min=0)
             errors[number] = float(values[: max(0, len(values) - rank)].sum() / values.sum())
         return errors
-
-    def _metric(self, sample: Family) -> Metric | None:
-        return build_metric(sample, self.calibration, self.settings, self.device) if self.calibration else None
 
 
 def samples(unit: Family, energy: Array, scope: str | int) -> list[tuple[Family, Array]]:

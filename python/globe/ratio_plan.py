@@ -139,7 +139,7 @@ def plan_ratio(
     whole : mapping
         Units by name.
     energies : mapping
-        ‖D_i W_i L_i‖² (N,) of each unit's experts, or ‖W_i‖².
+        ‖W_i‖² (N,) of each unit's experts.
     settings : Settings
         `ratio`, `scope`.
     prober : Prober
