@@ -20,7 +20,7 @@ from globe.seeds import METHODS
 
 @pytest.fixture
 def mps(monkeypatch: pytest.MonkeyPatch) -> FakeMps:
-    monkeypatch.setattr(sys.modules["globe.compress"], "pick_device", lambda name: MPS if name == "mps" else CPU)
+    monkeypatch.setattr(sys.modules["globe.plan"], "pick_device", lambda name: MPS if name == "mps" else CPU)
     return FakeMps()
 
 

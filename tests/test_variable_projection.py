@@ -219,8 +219,26 @@ def test_dependent_rows_take_a_ridge(kind: str, family: Family) -> None:
 
 def test_a_bank_beyond_fp32_is_no_fit_at_all(family: Family) -> None:
     bank, codes = random_point()
-    value = problem_of(family, random_metric("scaled")).evaluate(bank * 1e25, codes, silent)
+    problem = problem_of(family, random_metric("scaled"))
+    value = problem.evaluate(bank * (3e38 / bank.abs().max()), 4 * codes, silent)
     assert value.error == float("inf") and np.isfinite(value.codes).all()
+    far = problem.evaluate(bank * 1e25, codes, silent)
+    assert far.error == pytest.approx(problem.evaluate(bank, codes, silent).error, rel=1e-5)
+
+
+def test_a_dominating_direction_leaves_no_noise(tmp_path: Path) -> None:
+    """Rows of condition 5,000: f is that of fp64, where a Gram matrix in fp32 is noise."""
+    random = np.random.default_rng(0)
+    weights, bank = random.standard_normal((4, 20, 30)), random.standard_normal((4, 4, 30))
+    bank = (bank + 1e3 * random.standard_normal(30)).astype(np.float32)
+    family = make_family(tmp_path, weights)
+    value = Problem(family, None, Settings(), Blocks(), CPU).evaluate(torch.from_numpy(bank), np.eye(4), silent)
+    weights = np.stack([family.read(number).double().numpy() for number in range(4)])
+    fitted = [
+        matrix @ np.linalg.pinv(atom) @ atom for matrix, atom in zip(weights, bank.astype(np.float64), strict=True)
+    ]
+    assert value.ridged == 0
+    assert value.error == pytest.approx(np.square(weights - fitted).sum() / np.square(weights).sum(), rel=1e-6)
 
 
 def test_experts_of_zeros(tmp_path: Path) -> None:

@@ -312,14 +312,45 @@ def spd_inverse(matrices: torch.Tensor, ridge: float, rcond: float) -> tuple[tor
     inverses: torch.Tensor = torch.empty(matrices.shape, dtype=torch.float32)
     ridged = torch.zeros(len(matrices), dtype=torch.bool)
     for number, matrix in enumerate(matrices):
-        work = matrix.cpu().double()
-        factor, info = torch.linalg.cholesky_ex(work)
-        diagonal = factor.diagonal()
-        if info > 0 or not (diagonal.min() / diagonal.max()) ** 2 > rcond:
-            ridged[number] = True
-            factor = ridged_factor(work, ridge)
+        factor, ridged[number] = spd_factor(matrix.cpu().double(), ridge, rcond)
         inverses[number] = torch.cholesky_inverse(factor)
     return inverses.to(matrices.device), ridged
+
+
+def spd_factor(matrix: torch.Tensor, ridge: float, rcond: float) -> tuple[torch.Tensor, bool]:
+    """The Cholesky factor of a matrix (r, r; fp64) as for `spd_inverse`, and whether it took the ridge."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    diagonal = factor.diagonal()
+    if info > 0 or not (diagonal.min() / diagonal.max()) ** 2 > rcond:
+        return ridged_factor(matrix, ridge), True
+    return factor, False
+
+
+def row_basis(matrix: torch.Tensor, ridge: float, rcond: float) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """An orthonormal basis of the rows of a matrix, by Cholesky of its Gram matrix in fp64.
+
+    A Gram matrix in fp32 squares the condition: of 4,000 it leaves noise in what is fitted to the rows.
+
+    Parameters
+    ----------
+    matrix : torch.Tensor, shape (r, d), fp32
+    ridge, rcond : float
+        As for `spd_inverse`, of X Xᵀ.
+
+    Returns
+    -------
+    inner : torch.Tensor, shape (r, r), fp32
+        C⁻¹, C Cᵀ being X Xᵀ, ridged where that is needed.
+    basis : torch.Tensor, shape (r, d), fp32
+        Q = C⁻¹ X.
+    ridged : bool
+    """
+    wide = matrix.double() if matrix.device.type != "mps" else matrix.cpu().double()
+    factor, ridged = spd_factor((wide @ wide.mT).cpu(), ridge, rcond)
+    identity = torch.eye(len(factor), dtype=torch.float64)
+    inner = torch.linalg.solve_triangular(factor, identity, upper=False).float()
+    basis = torch.linalg.solve_triangular(factor.to(wide.device), wide, upper=False).float()
+    return inner.to(matrix.device), basis.to(matrix.device), ridged
 
 
 def ridged_factor(matrix: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from globe.budget import Blocks
 from globe.checkpoint import Family
-from globe.gemm import correlations, grams, matmul, mixtures, ridged_factor, scatter_add, spd_inverse
+from globe.gemm import correlations, grams, matmul, mixtures, row_basis, scatter_add
 from globe.metric import Metric
 from globe.settings import Settings
 from globe.stages import Advance
@@ -90,6 +90,7 @@ class Problem:
         self, family: Family, metric: Metric | None, settings: Settings, blocks: Blocks, device: torch.device
     ) -> None:
         self.family, self.metric, self._settings, self._blocks, self.device = family, metric, settings, blocks, device
+        self._rcond = settings.ridge_rcond**2  # of fp64, where the setting is for Gram matrices of fp32
         whole = 4 * len(family) * family.p * family.d
         self._cached: list[torch.Tensor] | None = [] if whole <= blocks.cached else None
         self._whole = False
@@ -124,7 +125,7 @@ class Problem:
 
     def curvature(self, bank: torch.Tensor, codes: Array, seed: int, advance: Advance) -> tuple[Value, Curvature]:
         """f, its gradient and its curvature; one pass."""
-        value, curvature = self._pass(bank, codes, advance, _Gathered(self.family, bank, self._settings.ridge, seed))
+        value, curvature = self._pass(bank, codes, advance, _Gathered(self.family, bank, seed))
         assert curvature is not None
         return value, curvature
 
@@ -146,20 +147,20 @@ class Problem:
                     weighted: list[torch.Tensor] = weighted,
                 ) -> tuple[float, bool, _Parts | None]:
                     seen = mixed[k] if self.metric is None else self.metric.seen(first + k, mixed[k])
-                    gram = grams(seen[None])
-                    if not bool(gram.isfinite().all()):  # a step far too long
+                    if not bool(seen.isfinite().all()):  # a step far too long
                         slope_room[k] = 0.0
                         return math.inf, False, None
-                    inverse, was_ridged = spd_inverse(gram, self._settings.ridge, self._settings.ridge_rcond)
-                    inverse = inverse[0].to(seen.device)
-                    left = matmul(matmul(weighted[k], seen.mT), inverse)
-                    residual = weighted[k] - matmul(left, seen)
-                    moved = matmul(left.mT.contiguous(), residual)
+                    inner, basis, was_ridged = row_basis(seen, self._settings.ridge, self._rcond)
+                    fitted = matmul(weighted[k], basis.mT)
+                    residual = weighted[k] - matmul(fitted, basis)
+                    moved = matmul(inner.mT, matmul(fitted.mT.contiguous(), residual))
                     slope_room[k] = moved if self.metric is None else self.metric.unseen(first + k, moved)
                     parts = None
                     if gathered is not None:
-                        parts = gathered.parts(first + k, left, seen, gram[0], inverse, self.metric)
-                    return float(torch.linalg.vector_norm(residual)) ** 2, bool(was_ridged[0]), parts
+                        parts = gathered.parts(
+                            first + k, matmul(fitted, inner), basis, grams(seen[None])[0], self.metric
+                        )
+                    return float(torch.linalg.vector_norm(residual)) ** 2, was_ridged, parts
 
                 for number, (error, was_ridged, parts) in enumerate(workers.map(work, len(weighted)), span.start):
                     errors[number] = error
@@ -189,41 +190,29 @@ class _Parts:
 class _Gathered:
     """Sums the curvature over experts."""
 
-    def __init__(self, family: Family, bank: torch.Tensor, ridge: float, seed: int) -> None:
+    def __init__(self, family: Family, bank: torch.Tensor, seed: int) -> None:
         m, r, d = bank.shape
         generator = torch.Generator().manual_seed(seed)
         self._sketch = (torch.randn(d, _SKETCH, generator=generator) / math.sqrt(_SKETCH)).to(bank.device)
-        self._bank, self._ridge = bank, ridge
+        self._bank = bank
         self._lefts = torch.zeros(m, r, r, device=bank.device)
         self._columns = torch.zeros(d, d, dtype=torch.float64)
         self._codes = torch.zeros(len(family), m, m)
         self._gram = torch.zeros(r, r, dtype=torch.float64)
 
     def parts(
-        self,
-        number: int,
-        left: torch.Tensor,
-        seen: torch.Tensor,
-        gram: torch.Tensor,
-        inverse: torch.Tensor,
-        metric: Metric | None,
+        self, number: int, left: torch.Tensor, basis: torch.Tensor, gram: torch.Tensor, metric: Metric | None
     ) -> _Parts:
+        """What an expert adds: Q (r, d) is the orthonormal `basis` of the rows of B̃'_i, so that Π_i = QᵀQ."""
         m, r, d = self._bank.shape
-        free = self._sketch - matmul(seen.mT, matmul(inverse, matmul(seen, self._sketch)))
+        free = self._sketch - matmul(basis.mT, matmul(basis, self._sketch))
         if metric is not None:
             free = metric.unseen(number, free.mT.contiguous()).mT.contiguous()
         probed = matmul(self._bank.view(m * r, d), free).view(m, r, _SKETCH)
         moved = matmul(left, probed).flatten(1)
         codes = matmul(moved, moved.mT)
-        # Π = Qᵀ Q with Q = C⁻¹ B̃', C Cᵀ the Gram
-        factor, failed = torch.linalg.cholesky_ex(gram.cpu())
-        identity = torch.eye(r, dtype=torch.float64)
-        if failed:
-            factor = ridged_factor(gram.cpu(), self._ridge)
-        inner = torch.linalg.solve_triangular(factor, identity, upper=False).float().to(seen.device)
-        basis = matmul(inner, seen)
         if metric is None:
-            columns = torch.eye(d, device=seen.device) - matmul(basis.mT, basis)
+            columns = torch.eye(d, device=basis.device) - matmul(basis.mT, basis)
         else:
             hidden = metric.unseen(number, basis)
             columns = metric.moment(number, d) - matmul(hidden.mT, hidden)
