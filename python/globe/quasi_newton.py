@@ -37,7 +37,7 @@ class Vector:
 
     def copy(self) -> Vector:
         """The vector in memory of its own, its bank in fp32."""
-        return Vector(self.bank.to(torch.float32, copy=True), self.codes)
+        return Vector(self.bank.clone().float(), self.codes)
 
     def rounded(self) -> Vector:
         """The vector with its bank in bf16."""
