@@ -34,9 +34,8 @@ class Moments:
         self.tokens = 0
         self.worth = 0.0
         self.moment = _zeros(d, d)
-        self.weight = _zeros(experts)
         self.counts = torch.zeros(experts, dtype=torch.int64)
-        self.halves = _zeros(2, experts)  # every other stretch of tokens
+        self.halves = _zeros(2, experts)  # weights of the tokens, of every other stretch apart
         self.diagonals = _zeros(2, experts, d)
         self.squares = _zeros(3, experts, p)  # of the gate's and the up matrix's factors, and of down's input
         self.products = _zeros(3, experts, p, p) if full else None
@@ -65,7 +64,6 @@ class Moments:
             w = w * worth[rows].sqrt()
             phi, slope, up = self._products(expert, mine)
             self.counts[expert] += len(rows)
-            self.weight[expert] += _double(w).square().sum()
             for half, some in enumerate((~second[rows], second[rows])):
                 self.halves[half, expert] += _double(w[some]).square().sum()
                 self.diagonals[half, expert] += _double((w[some] * mine[some]).square().sum(0))
@@ -92,7 +90,8 @@ class Moments:
     def statistics(self) -> LayerStatistics:
         """The means over the tokens taken."""
         down = self.down.float().cpu().double()
-        scale = torch.where(self.weight > 0, 1 / self.weight, 0)[:, None]
+        weight = self.halves.sum(0)
+        scale = torch.where(weight > 0, 1 / weight, 0)[:, None]
         gate, up, hidden = self.squares * scale
         norms = down.square().sum(1)
         full = {}
@@ -105,7 +104,7 @@ class Moments:
         return LayerStatistics(
             moment=moment.float(),
             residual=torch.tensor(self.tokens / self.worth, dtype=torch.float32),
-            share=(self.weight / self.worth).float(),
+            share=(weight / self.worth).float(),
             counts=self.counts,
             diagonal=self._own_diagonals(moment.diagonal()).float(),
             gate_rows=(gate * norms).float(),

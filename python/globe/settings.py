@@ -77,7 +77,7 @@ class Settings:
     joint_steps : int
         Quasi-Newton steps of the joint fit, each a pass over the family or a little more.
     history : int
-        Pairs of differences that the joint fit keeps, each of two banks; fewer where `max_memory` holds fewer.
+        Pairs of differences that the joint fit keeps, each of two banks in bf16; fewer where `max_memory` holds fewer.
     mod : {"exact", "aligned", "fixed"}
         Dictionary step: the true normal equations, MOD on T_i = A_i⁺ W_i, or MOD on the proxies.
     outer_loops : int
