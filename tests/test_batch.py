@@ -22,6 +22,7 @@ from globe.compress import compress  # noqa: E402
 from globe.errors import UsageError  # noqa: E402
 from globe.runstore import RunStore  # noqa: E402
 from globe.settings import Settings  # noqa: E402
+from globe.tracking import TENSORBOARD_FOLDER  # noqa: E402
 from refusals import edit_tensor, in_process, refusal  # noqa: E402
 from test_resume import Lines, digests  # noqa: E402
 
@@ -116,6 +117,17 @@ def test_the_command(home: Path) -> None:
     assert shown.returncode == 0
     for word in ("out", "status", "touched", "experts/s", "GB/s", "found", "gate"):
         assert word in shown.stdout
+
+
+def test_every_job_is_logged(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch.utils.tensorboard", reason="tensorboard is not installed")
+    plan = write_plan(home, THREE[0], THREE[2])
+    assert in_process("batch", plan, "-q", "--log", "tensorboard").returncode == 0
+    for job in (THREE[0], THREE[2]):
+        assert len(list((home / job["out"] / TENSORBOARD_FOLDER).iterdir())) == 1
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert 'pip install "globe-moe[wandb]"' in refusal(1, "batch", plan, "--fresh", "--log", "wandb")
+    assert [outcome.status for outcome in globe.batch(plan)] == ["found", "found"]
 
 
 def test_layers_of_settings(home: Path) -> None:

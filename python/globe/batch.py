@@ -17,6 +17,7 @@ from globe.errors import GlobeError, UsageError
 from globe.plan import plan
 from globe.settings import Settings, merge_settings, read_yaml
 from globe.stages import Display, Silent
+from globe.tracking import require_tracker
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def batch(
     *,
     fresh: bool = False,
     keep_run: bool = False,
+    log: str | None = None,
     progress: Display | None = None,
 ) -> list[Outcome]:
     """Run the jobs one after another; one that fails does not keep the others from running.
@@ -132,14 +134,18 @@ def batch(
         A plan file, or the jobs themselves.
     fresh, keep_run : bool
         As for `compress`.
+    log : {"trackio", "wandb", "tensorboard"}, optional
+        As for `compress`: every job's histories; a job whose tracker fails is failed, its output finished.
     progress : Display, optional
         Shows stages and lines as they go.
 
     Raises
     ------
     UsageError
-        Before the first job begins, if any of them cannot work, or two share their output.
+        Before the first job begins, if any of them cannot work, two share their output, or the tracker is missing.
     """
+    if log is not None:
+        require_tracker(log)
     jobs = read_plan(Path(jobs)) if isinstance(jobs, str | Path) else list(jobs)
     _check(jobs)
     display = progress or Silent()
@@ -148,7 +154,7 @@ def batch(
     for number, job in enumerate(jobs, 1):
         display.log(f"job {number} of {len(jobs)}: {job.out}")
         _reset_threads(threads)  # an earlier job may have set its own
-        outcome = _run(job, fresh, keep_run, display)
+        outcome = _run(job, display, fresh=fresh, keep_run=keep_run, log=log)
         if outcome.error is not None:
             display.log(f"job {number} of {len(jobs)} failed: {outcome.error}")
         outcomes.append(outcome)
@@ -174,10 +180,10 @@ def batch_table(outcomes: list[Outcome]) -> Table:
     return table
 
 
-def _run(job: Job, fresh: bool, keep_run: bool, display: Display) -> Outcome:
+def _run(job: Job, display: Display, **options: Any) -> Outcome:
     started = time.perf_counter()
     try:
-        result = compress(job.model, job.out, job.settings, fresh=fresh, keep_run=keep_run, progress=display)
+        result = compress(job.model, job.out, job.settings, progress=display, **options)
     except Exception as error:
         told = str(error) if isinstance(error, GlobeError) else f"{type(error).__name__}: {error}"
         return Outcome(job, "failed", time.perf_counter() - started, " ".join(told.split()))

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ class Layerwise:
         transformers = import_transformers("calibration")
         stored = checkpoint.family("gate").dtype
         self.dtype = torch.float32 if device.type == "cpu" else stored
+        import_module("transformers.modeling_utils")  # before "meta": on torch 2.6 its imports make tensors
         with own_code(checkpoint), quiet(transformers), torch.device("meta"):
             config = transformers.AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
             self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()

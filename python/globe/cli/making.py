@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from globe.cli.options import PATH, Rank, Scope, choice, common, display_for, resuming
+from globe.cli.options import PATH, Rank, Scope, choice, common, display_for, resuming, tracking
 from globe.errors import GlobeError, UsageError
 from globe.settings import merge_settings, read_settings
 
@@ -122,7 +122,7 @@ def calibrate(
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--threads", type=int, help="CPU threads.  [default: all]")
 @click.option("--config", type=PATH, help="Settings as YAML; options win over it.")
-@click.option("--log", "tracker", type=click.Choice(["trackio", "wandb", "tensorboard"]), help="Log the histories too.")
+@tracking
 @click.option("--overwrite", is_flag=True, help="Replace an OUT that is not empty, whatever it holds.")
 @resuming
 @common
@@ -172,9 +172,10 @@ def compress(
 
 @click.command()
 @click.argument("plan", type=PATH, metavar="PLAN.yaml")
+@tracking
 @resuming
 @common
-def batch(plan: Path, fresh: bool, keep_run: bool, as_json: bool, quiet: bool) -> None:
+def batch(plan: Path, tracker: str | None, fresh: bool, keep_run: bool, as_json: bool, quiet: bool) -> None:
     """Compress many checkpoints, one after another, and go on past one that fails.
 
     PLAN.yaml has `jobs`, each with `model` and `out` (relative to the plan's own folder), and if wanted `config` (a
@@ -185,7 +186,7 @@ def batch(plan: Path, fresh: bool, keep_run: bool, as_json: bool, quiet: bool) -
     from globe.batch import batch as run
     from globe.batch import batch_table
 
-    outcomes = run(plan, fresh=fresh, keep_run=keep_run, progress=display_for(quiet))
+    outcomes = run(plan, fresh=fresh, keep_run=keep_run, log=tracker, progress=display_for(quiet))
     if as_json:
         click.echo(json.dumps({"jobs": [outcome.as_dict() for outcome in outcomes]}))
     elif not quiet:

@@ -67,6 +67,12 @@ def resuming(command: _Command) -> _Command:
     )
 
 
+def tracking(command: _Command) -> _Command:
+    """Add what commands have that leave histories."""
+    trackers = click.Choice(["trackio", "wandb", "tensorboard"])
+    return click.option("--log", "tracker", type=trackers, help="Log the histories too.")(command)
+
+
 def display_for(quiet: bool) -> Display:
     """Where a command shows its stages."""
     if quiet:
