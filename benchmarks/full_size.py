@@ -21,7 +21,7 @@ import torch
 from globe.checkpoint import Checkpoint, Family
 from globe.compress import compress
 from globe.display import RichDisplay
-from globe.settings import read_settings
+from globe.settings_file import read_settings
 
 
 @click.command()

@@ -82,7 +82,7 @@ def _measure(
     import torch
     import transformers
 
-    from globe.gemm import set_threads
+    from globe.devices import set_threads
     from globe.stages import peak_rss_bytes
     from globe.texts import evaluation_text
 

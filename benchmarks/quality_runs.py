@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 
 from globe.calibration import Calibration, load_calibration
 from globe.checkpoint import INDEX_NAME, Checkpoint, Family
+from globe.devices import set_threads
 from globe.errors import GlobeError
 from globe.export import export
-from globe.gemm import set_threads
 from globe.output import copy_companions
 from globe.stages import peak_rss_bytes
 from globe.tensorfile import TensorWriter, copy_chunks, read_tensor, write_text

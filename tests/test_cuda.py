@@ -9,14 +9,14 @@ import torch
 
 from checkpoints import make_tiny
 from families import WEIGHTS_ONLY
-from globe import Settings, compress, gemm
+from globe import Settings, compress, devices
 from globe.seeds import METHODS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def test_the_device_multiplies_as_the_cpu_does() -> None:
-    gemm.check_device(torch.device("cuda"))
+    devices.check_device(torch.device("cuda"))
 
 
 @pytest.mark.parametrize(

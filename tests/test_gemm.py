@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from globe import gemm, kernels
+from globe import devices, gemm, kernels
 from globe.errors import UsageError
 
 
@@ -37,13 +37,13 @@ def test_mixtures(room: int | None) -> None:
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
-    assert gemm.pick_device("cpu").type == "cpu"
+    assert devices.pick_device("cpu").type == "cpu"
     for name, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
         if there:
-            assert gemm.pick_device(name).type == name
+            assert devices.pick_device(name).type == name
         else:
             with pytest.raises(UsageError, match=f"device {name} is not available here; use --device auto or cpu"):
-                gemm.pick_device(name)
+                devices.pick_device(name)
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from families import Array
-from globe.gemm import spd_inverse
 from globe.lefts import LeftFit, fit_lefts, row_energies, squared_errors
 from globe.settings import Settings
+from globe.spd import spd_inverse
 
 EXPERTS, ROWS, RANK, WIDTH = 5, 9, 6, 14
 

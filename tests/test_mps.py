@@ -13,7 +13,7 @@ import torch
 from checkpoints import make_tiny
 from fake_mps import MPS, FakeMps, OnMps, kernels_of_mps
 from families import CPU, WEIGHTS_ONLY
-from globe import Settings, calibrate, compress, gemm
+from globe import Settings, calibrate, compress, devices
 from globe.errors import GlobeError
 from globe.seeds import METHODS
 
@@ -74,9 +74,9 @@ def test_the_joint_fit_takes_only_what_mps_has(metric: str, codes: str, mps: Fak
 
 
 def test_a_device_that_multiplies_wrongly_ends_the_run(mps: FakeMps, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = gemm.matmul
+    right = devices.matmul
     with mps:
-        gemm.check_device(MPS)
-        monkeypatch.setattr(gemm, "matmul", lambda left, other: right(left[..., :-50], other[..., :-50, :]))
+        devices.check_device(MPS)
+        monkeypatch.setattr(devices, "matmul", lambda left, other: right(left[..., :-50], other[..., :-50, :]))
         with pytest.raises(GlobeError, match="is off by .* of its norm, expected rounding"):
-            gemm.check_device(MPS)
+            devices.check_device(MPS)

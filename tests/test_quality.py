@@ -18,7 +18,7 @@ from rich.console import Console
 from checkpoints import make_tiny
 from globe.calibration import LayerStatistics, load_calibration, save_calibration
 from globe.checkpoint import FAMILIES, Checkpoint
-from globe.settings import read_settings
+from globe.settings_file import read_settings
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,7 @@ PLACES: dict[str, dict[str, Any]] = {
     "gate done": {"place": SAVE, "call": 8},
     "before the error on proxies": {"place": "globe.factor:proxy_error"},
     "up's last loop": {"place": SAVE, "call": 14},
-    "first shard half written": {"place": "globe.write:squared_errors", "call": 5},
+    "first shard half written": {"place": "globe.stored_lefts:squared_errors", "call": 5},
     "first shard written and not recorded": {"place": SAVE, "call": 17, "entered": True},
     "second shard written": {"place": SAVE, "call": 18},
     "bank written": {"place": "globe.write:_write_bank"},

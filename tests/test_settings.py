@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from globe.errors import UsageError
-from globe.settings import Settings, parse_bytes, read_settings
+from globe.settings import Settings, parse_bytes
+from globe.settings_file import read_settings
 
 DOCS = Path(__file__).parent.parent / "docs" / "settings.md"
 NAMES = [field.name for field in dataclasses.fields(Settings)]

@@ -13,7 +13,7 @@ from families import CPU, make_family, planted, silent
 from globe import variable_projection
 from globe.budget import Blocks
 from globe.checkpoint import Family
-from globe.gemm import set_threads
+from globe.devices import set_threads
 from globe.quasi_newton import Point
 from globe.settings import Settings
 from globe.variable_projection import Problem, Value

@@ -15,7 +15,8 @@ from globe import kernels
 from globe.compress import compress
 from globe.errors import GlobeError, UsageError
 from globe.plan import plan
-from globe.settings import Settings, merge_settings, read_yaml
+from globe.settings import Settings
+from globe.settings_file import merge_settings, read_yaml
 from globe.stages import Display, Silent
 from globe.tracking import require_tracker
 

@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from globe.devices import check_device, keep_memory, set_threads
 from globe.errors import GlobeError, UsageError
 from globe.factor import factor, scan_family
-from globe.gemm import check_device, keep_memory, pick_precision, set_threads, working_precision
+from globe.gemm import pick_precision, working_precision
 from globe.plan import plan
 from globe.runstore import RunStore
 from globe.seeds import METHODS

@@ -17,17 +17,12 @@ from globe.calibrate import calibration_for
 from globe.calibration_memory import require_memory
 from globe.card import SETTINGS_FILE, model_card, settings_file
 from globe.checkpoint import Family, read_json
+from globe.devices import check_device, keep_memory, set_threads
 from globe.errors import GlobeError
 from globe.factor import factor, load_fit, scan_family
 from globe.factored import INDEX_FILE, MANIFEST
-from globe.gemm import (
-    check_device,
-    keep_memory,
-    pick_precision,
-    precision_report,
-    set_threads,
-    working_precision,
-)
+from globe.gemm import pick_precision, precision_report, working_precision
+from globe.manifest import manifest
 from globe.metric import build_metric
 from globe.metrics import families_report, stored_report
 from globe.output import REPORT, copy_companions, run_directory, run_key
@@ -37,9 +32,10 @@ from globe.report import report as draw
 from globe.runstore import FOLDER
 from globe.settings import Settings
 from globe.stages import Display, Stages
+from globe.stored_lefts import Fit
 from globe.tensorfile import write_text
 from globe.tracking import require_tracker, track
-from globe.write import Fit, Written, manifest, write_weights
+from globe.write import Written, write_weights
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from globe.budget import BLOCKS, EXPERTS_AT_ONCE, Blocks
-from globe.gemm import matmul, mixtures, scatter_add, spd_inverse
+from globe.gemm import matmul, mixtures, scatter_add
+from globe.spd import spd_inverse
 from globe.stream import Workers
 
 Array = NDArray[np.float64]

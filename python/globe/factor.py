@@ -22,10 +22,10 @@ from globe.runstore import Store
 from globe.seeds import METHODS, SeedTask
 from globe.settings import Settings
 from globe.stages import Advance, Stages
+from globe.stored_lefts import Fit, rounded
 from globe.sweep import State
 from globe.training import Training, first_progress, train
 from globe.variable_projection import Problem
-from globe.write import Fit, rounded
 
 
 def scan_family(family: Family, settings: Settings, stages: Stages, store: Store) -> Scan:

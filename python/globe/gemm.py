@@ -1,9 +1,7 @@
-"""The one place that knows devices and precision: large products there, small factorisations in fp64 on the CPU."""
+"""Large products on any device, in the precision that was chosen: the one place that multiplies."""
 
 from __future__ import annotations
 
-import ctypes
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -15,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 
 from globe import kernels
-from globe.errors import GlobeError, UsageError
 
 # Apple's matmul returned wrong numbers from an inner dimension of 32,767 on (pytorch#195163).
 _MPS_INNER = 16_384
@@ -24,52 +21,6 @@ _FP32_RUN = 4096  # columns whose products are summed in fp32 before fp64 takes 
 
 Precision = Literal["fp32", "bf16x2"]
 _precision: Precision = "fp32"
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
-
-
-def pick_device(name: str) -> torch.device:
-    """The torch device of a `--device` value; auto is CUDA, then MPS, then the CPU.
-
-    Raises
-    ------
-    UsageError
-        If the device is not there.
-    """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(device for device, available in there.items() if available))
-    if not there[name]:
-        raise UsageError(f"device {name} is not available here; use --device auto or cpu")
-    return torch.device(name)
-
-
-def check_device(device: torch.device) -> None:
-    """Multiply two matrices on a device and on the CPU, with an inner dimension that took wrong turns on some Macs.
-
-    Raises
-    ------
-    GlobeError
-        If the results differ by more than rounding.
-    """
-    if device.type == "cpu":
-        return
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(shape, generator=generator) for shape in ((64, 40_000), (40_000, 48)))
-    wanted = left.double() @ right.double()
-    found = matmul(left.to(device), right.to(device)).cpu().double()
-    error = float((found - wanted).norm() / wanted.norm())
-    if not error < 1e-4:
-        raise GlobeError(
-            f"device {device}: a product of 64 × 40,000 and 40,000 × 48 matrices is off by {error:.1e} of its norm, "
-            "expected rounding (1e-6); update torch or the system, or use --device cpu"
-        )
-
-
-def set_threads(threads: int | None) -> None:
-    """Let torch and the kernels use this many CPU threads; None changes nothing."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-        kernels.set_num_threads(threads)
 
 
 def pick_precision(wanted: str, device: torch.device) -> Precision:
@@ -138,20 +89,6 @@ def working_precision(precision: Precision) -> Iterator[None]:
 def weights_operand(weights: torch.Tensor) -> torch.Tensor:
     """Expert matrices as :func:`matmul` takes them: bf16 as it is under ``bf16x2``, fp32 otherwise."""
     return weights if _precision == "bf16x2" and weights.dtype == torch.bfloat16 else weights.float()
-
-
-def keep_memory() -> None:
-    """Let the process keep freed memory for the next product, where its C library is glibc, and use pages of 2 MiB.
-
-    Otherwise every intermediate result of some MiB is fresh memory, and its page faults take as long as the product.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    for option, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 256 << 20), (_M_ARENA_MAX, 1)):
-        mallopt(option, value)
 
 
 def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -289,77 +226,3 @@ def correlations(targets: torch.Tensor, bank: torch.Tensor) -> NDArray[np.float6
         total += matmul(left, right.T).cpu().double()
     products: NDArray[np.float64] = total.numpy()
     return products
-
-
-def spd_inverse(matrices: torch.Tensor, ridge: float, rcond: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverses of symmetric positive definite matrices through fp64 Cholesky on the CPU, one after the other.
-
-    Where a factor fails, or its diagonal says that 1/cond is below `rcond`, `ridge` times the mean diagonal
-    is added first.
-
-    Parameters
-    ----------
-    matrices : torch.Tensor, shape (n, r, r)
-        Their lower triangles are read.
-    ridge, rcond : float
-
-    Returns
-    -------
-    inverses : torch.Tensor, shape (n, r, r), fp32 on the matrices' device
-    ridged : torch.Tensor of bool, shape (n,)
-        Which needed the ridge.
-    """
-    inverses: torch.Tensor = torch.empty(matrices.shape, dtype=torch.float32)
-    ridged = torch.zeros(len(matrices), dtype=torch.bool)
-    for number, matrix in enumerate(matrices):
-        factor, ridged[number] = spd_factor(matrix.cpu().double(), ridge, rcond)
-        inverses[number] = torch.cholesky_inverse(factor)
-    return inverses.to(matrices.device), ridged
-
-
-def spd_factor(matrix: torch.Tensor, ridge: float, rcond: float) -> tuple[torch.Tensor, bool]:
-    """The Cholesky factor of a matrix (r, r; fp64) as for `spd_inverse`, and whether it took the ridge."""
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    diagonal = factor.diagonal()
-    if info > 0 or not (diagonal.min() / diagonal.max()) ** 2 > rcond:
-        return ridged_factor(matrix, ridge), True
-    return factor, False
-
-
-def row_basis(matrix: torch.Tensor, ridge: float, rcond: float) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """An orthonormal basis of the rows of a matrix, by Cholesky of its Gram matrix in fp64.
-
-    A Gram matrix in fp32 squares the condition: of 4,000 it leaves noise in what is fitted to the rows.
-
-    Parameters
-    ----------
-    matrix : torch.Tensor, shape (r, d), fp32
-    ridge, rcond : float
-        As for `spd_inverse`, of X Xᵀ.
-
-    Returns
-    -------
-    inner : torch.Tensor, shape (r, r), fp32
-        C⁻¹, C Cᵀ being X Xᵀ, ridged where that is needed.
-    basis : torch.Tensor, shape (r, d), fp32
-        Q = C⁻¹ X.
-    ridged : bool
-    """
-    wide = matrix.double() if matrix.device.type != "mps" else matrix.cpu().double()
-    factor, ridged = spd_factor((wide @ wide.mT).cpu(), ridge, rcond)
-    identity = torch.eye(len(factor), dtype=torch.float64)
-    inner = torch.linalg.solve_triangular(factor, identity, upper=False).float()
-    basis = torch.linalg.solve_triangular(factor.to(wide.device), wide, upper=False).float()
-    return inner.to(matrix.device), basis.to(matrix.device), ridged
-
-
-def ridged_factor(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
-    """The Cholesky factor of a semidefinite matrix (r, r; fp64) with `ridge` times its mean diagonal added."""
-    mean = float(matrix.diagonal().mean())
-    identity = torch.eye(len(matrix), dtype=torch.float64)
-    shifted = matrix + (max(ridge, 1e-12) * mean if mean > 0 else 1.0) * identity
-    factor: torch.Tensor
-    factor, info = torch.linalg.cholesky_ex(shifted)
-    if info > 0:  # fp32 noise below the ridge: lift the spectrum by that noise
-        factor = torch.linalg.cholesky(shifted + len(matrix) * torch.finfo(torch.float32).eps * mean * identity)
-    return factor

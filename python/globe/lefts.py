@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from globe.gemm import grams, matmul, spd_inverse
+from globe.gemm import grams, matmul
 from globe.settings import Settings
+from globe.spd import spd_inverse
 
 _SMALL_ERROR = 1e-3  # of ‖W‖²: below it the difference of products in fp32 loses too many digits
 

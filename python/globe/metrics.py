@@ -17,8 +17,9 @@ from globe.proxies import Rows, proxy_blocks
 from globe.ratios import Shape
 from globe.seeds import Seeds
 from globe.stages import Advance
+from globe.stored_lefts import Fit
 from globe.training import Training
-from globe.write import Fit, Written
+from globe.write import Written
 
 Array = NDArray[np.float64]
 

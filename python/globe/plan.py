@@ -12,8 +12,9 @@ import torch
 
 from globe.budget import Blocks, plan_blocks
 from globe.checkpoint import Checkpoint, Family
+from globe.devices import pick_device
 from globe.errors import UsageError
-from globe.gemm import dictionary_dtype, pick_device
+from globe.gemm import dictionary_dtype
 from globe.pools import Size, groups, pools, sizes, units
 from globe.probe import WeightProber
 from globe.proxies import Scan

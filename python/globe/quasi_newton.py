@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from globe.gemm import matmul, spd_inverse
+from globe.gemm import matmul
+from globe.spd import spd_inverse
 from globe.variable_projection import Curvature, Value
 
 Array = NDArray[np.float64]

@@ -8,12 +8,13 @@ from numpy.typing import NDArray
 
 from globe.checkpoint import Family
 from globe.dictionary import spans
-from globe.gemm import bank_gram, grams, matmul, mixtures, spd_inverse
+from globe.gemm import bank_gram, grams, matmul, mixtures
 from globe.lefts import fit_lefts
 from globe.metric import Metric
 from globe.proxies import Rows
 from globe.settings import Settings
 from globe.sight import Sight
+from globe.spd import spd_inverse
 from globe.sweep import State
 
 Array = NDArray[np.float64]

@@ -11,21 +11,13 @@ from numpy.typing import NDArray
 from globe.budget import BLOCKS, Blocks
 from globe.checkpoint import Family
 from globe.codes import coding_step
-from globe.gemm import (
-    correlations,
-    dictionary_dtype,
-    grams,
-    matmul,
-    mixtures,
-    scatter_add,
-    spd_inverse,
-    storable,
-)
+from globe.gemm import correlations, dictionary_dtype, grams, matmul, mixtures, scatter_add, storable
 from globe.lefts import LeftFit, fit_lefts, row_energies, squared_errors
 from globe.metric import Metric
 from globe.proxies import Rows
 from globe.settings import Settings
 from globe.sight import Sight
+from globe.spd import spd_inverse
 from globe.stages import Advance
 from globe.stream import Workers, expert_batches
 

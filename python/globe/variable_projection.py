@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from globe.budget import Blocks
 from globe.checkpoint import Family
-from globe.gemm import correlations, grams, matmul, mixtures, row_basis, scatter_add
+from globe.gemm import correlations, grams, matmul, mixtures, scatter_add
 from globe.metric import Metric
 from globe.settings import Settings
+from globe.spd import row_basis
 from globe.stages import Advance
 from globe.stream import Workers, expert_batches
 

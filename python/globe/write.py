@@ -1,10 +1,10 @@
-"""Writing the factored checkpoint, shard by shard, with left factors fitted to the atoms as stored."""
+"""Writing the factored checkpoint, shard by shard."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from globe import __version__
 from globe.budget import BLOCKS, Blocks
-from globe.checkpoint import Checkpoint, Family
+from globe.checkpoint import Checkpoint
 from globe.factored import (
     BANK_FILE,
-    FORMAT_VERSION,
     INDEX_FILE,
     bank_name,
     csr_parts,
@@ -26,27 +24,13 @@ from globe.factored import (
     rest_name,
     shard_name,
 )
-from globe.gemm import matmul, mixtures, weights_operand
-from globe.lefts import fit_lefts, row_energies, squared_errors
-from globe.metric import Metric
-from globe.ratios import Shape
 from globe.runstore import Store
 from globe.settings import Settings
 from globe.stages import Advance, Stages
-from globe.stream import Workers, ahead
-from globe.sweep import State
+from globe.stored_lefts import Fit, Solved, solve_lefts
 from globe.tensorfile import DTYPE_NAMES, TensorInfo, TensorWriter, copy_chunks, file_sha256, write_text
 
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A pool with the state to be stored: atoms rounded to bf16 (on the CPU they are in bf16), codes to fp32."""
-
-    family: Family
-    state: State
-    metric: Metric | None = None
 
 
 @dataclass(frozen=True)
@@ -62,12 +46,6 @@ class Written:
     ridged: dict[str, int]
     weighted: dict[str, Array]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-
-def rounded(state: State) -> State:
-    """The state as it is stored: atoms in bf16 on the CPU, codes in fp32 (of fp64 type)."""
-    codes = state.codes.astype(np.float32).astype(np.float64)
-    return State(state.bank.bfloat16().cpu(), codes, state.temperature)
 
 
 def write_weights(
@@ -112,7 +90,7 @@ def write_weights(
                 continue
             if meta is not None:
                 stages.display.log(f"{file}: not as it was written; written again")
-            before, solutions = dict(written.ridged), _solve(fits, there, settings, blocks)
+            before, solutions = dict(written.ridged), solve_lefts(fits, there, settings, blocks)
             with TensorWriter(target / file, entries, shard.metadata) as writer:
                 for tensor, info in shard.tensors.items():
                     if tensor not in places:
@@ -204,88 +182,12 @@ def _entries(
     return entries
 
 
-@dataclass(frozen=True)
-class _Solved:
-    """A left factor as stored (p, r), and what is measured with it."""
-
-    left: torch.Tensor
-    error: float
-    energy: float
-    ridged: bool
-    weighted: tuple[float, float]
-
-
-def _solve(fits: dict[str, Fit], order: list[tuple[str, int]], settings: Settings, blocks: Blocks) -> Iterator[_Solved]:
-    """The experts' left factors in order; some are computed while the caller writes the last ones."""
-    device = next(iter(fits.values())).state.bank.device
-    groups = [order[first : first + blocks.experts] for first in range(0, len(order), blocks.experts)]
-
-    def reading(group: list[tuple[str, int]]) -> Callable[[], list[torch.Tensor]]:
-        return lambda: [fits[name].family.read(number) for name, number in group]
-
-    readings = ahead(map(reading, groups))
-    with Workers(device) as workers:
-
-        def solving(group: list[tuple[str, int]]) -> Callable[[], list[_Solved]]:
-            def solve() -> list[_Solved]:
-                weights, mixed = next(readings), _mixed(fits, group)
-                return list(
-                    workers.map(
-                        lambda k: _solve_one(
-                            weights[k][None].to(device), mixed[k], settings, fits[group[k][0]].metric, group[k][1]
-                        ),
-                        len(group),
-                    )
-                )
-
-            return solve
-
-        jobs = map(solving, groups)
-        for solved in ahead(jobs) if device.type == "cpu" else (job() for job in jobs):
-            yield from solved
-
-
-def _mixed(fits: dict[str, Fit], group: list[tuple[str, int]]) -> list[torch.Tensor]:
-    """B̃_i (1, r, d) of experts of any pools, each bank read once."""
-    mixed: dict[tuple[str, int], torch.Tensor] = {}
-    for name, fit in fits.items():
-        numbers = [number for family, number in group if family == name]
-        if numbers:
-            composed = mixtures(fit.state.codes[numbers], fit.state.bank)
-            mixed.update(zip([(name, number) for number in numbers], composed.split(1), strict=True))
-    return [mixed[place] for place in group]
-
-
-def _solve_one(
-    weights: torch.Tensor, mixed: torch.Tensor, settings: Settings, metric: Metric | None, number: int
-) -> _Solved:
-    weights = weights_operand(weights)
-    energy = row_energies(weights)
-    if metric is None:
-        fit = fit_lefts(weights, mixed, settings)
-        stored = fit.lefts.bfloat16()
-        errors = squared_errors(weights, energy, mixed, fit, stored.float())
-        found = float(errors.sum()), float(energy.sum())
-        return _Solved(stored[0].cpu(), *found, bool(fit.ridged[0]), found)
-    wanted, seen = metric.seen(number, weights[0].float()), metric.seen(number, mixed[0])
-    fit = fit_lefts(wanted[None], seen[None], settings)
-    stored = fit.lefts.bfloat16()
-    lost = weights[0].float() - matmul(stored[0].float(), mixed[0])
-    weighted = metric.weigh_rows(number, wanted - matmul(stored[0].float(), seen)), metric.weigh_rows(number, wanted)
-    both = _square(weighted[0]), _square(weighted[1])
-    return _Solved(stored[0].cpu(), _square(lost), float(energy.sum()), bool(fit.ridged[0]), both)
-
-
-def _square(matrix: torch.Tensor) -> float:
-    return float(row_energies(matrix[None]).sum())
-
-
 def _write_experts(
     writer: TensorWriter,
     tensor: str,
     fits: dict[str, Fit],
     parts: list[_Part],
-    solutions: Iterator[_Solved],
+    solutions: Iterator[Solved],
     written: Written,
     advance: Advance,
 ) -> None:
@@ -314,46 +216,3 @@ def _write_bank(fits: dict[str, Fit], path: Path, weight_map: dict[str, str]) ->
             writer.write(name, value)
     weight_map.update(dict.fromkeys(entries, path.name))
     return writer.sha256
-
-
-def manifest(
-    checkpoint: Checkpoint,
-    pools: dict[str, Family],
-    shapes: dict[str, Shape],
-    settings: Settings,
-    source: dict[str, Any],
-) -> dict[str, Any]:
-    """globe.json: all that export needs, so that the source need not exist any more."""
-    described: dict[str, dict[str, Any]] = {}
-    for name, pool in pools.items():
-        for family in pool.families:
-            empty = {"experts": 0, "p": pool.p, "d": pool.d, "rank": shapes[name].rank, "bank": 0, "tensors": {}}
-            described.setdefault(family, {**empty, "banks": {}})["bank"] += shapes[name].bank
-        for number, expert in enumerate(pool.experts):
-            entry = described[expert.family]
-            entry["experts"] += 1
-            entry["tensors"].setdefault(expert.tensor, []).append(number)
-            entry["banks"][expert.tensor] = name
-    banks = {
-        name: {"experts": len(pools[name]), "rank": shape.rank, "bank": shape.bank} for name, shape in shapes.items()
-    }
-    shards = [
-        {
-            "file": shard.path.name,
-            "metadata": shard.metadata,
-            "tensors": {key: {"dtype": info.dtype, "shape": list(info.shape)} for key, info in shard.tensors.items()},
-        }
-        for shard in checkpoint.shards
-    ]
-    index_metadata = None
-    if checkpoint.index is not None:
-        stated = checkpoint.index.get("metadata")
-        index_metadata = stated if isinstance(stated, dict) else {}
-    return {
-        "format_version": FORMAT_VERSION,
-        "globe_version": __version__,
-        "settings": settings.as_dict(),
-        "families": described,
-        "banks": banks,
-        "source": {**source, "index_metadata": index_metadata, "shards": shards},
-    }

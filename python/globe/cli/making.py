@@ -13,7 +13,7 @@ from rich.table import Table
 
 from globe.cli.options import PATH, Rank, Scope, choice, common, display_for, resuming, tracking
 from globe.errors import GlobeError, UsageError
-from globe.settings import merge_settings, read_settings
+from globe.settings_file import merge_settings, read_settings
 
 
 @click.command()
@@ -85,7 +85,7 @@ def calibrate(
     One decoder layer is in memory at a time. The default text is the half that `globe eval` does not read.
     """
     from globe.calibrate import calibrate as run
-    from globe.gemm import pick_device, set_threads
+    from globe.devices import pick_device, set_threads
 
     set_threads(threads)
     source = Path(text) if text is not None and text != "pydoc" else None
@@ -224,8 +224,6 @@ def compare(
     **options: Any,
 ) -> None:
     """Seed and train MODEL with several methods and show errors, seconds and memory; writes no weights."""
-    from globe.settings import read_settings
-
     settings = read_settings(config, {key: value for key, value in options.items() if value is not None})
     from globe.compare import compare as run
 

@@ -77,8 +77,8 @@ def evaluate(
     quiet: bool,
 ) -> None:
     """Token perplexity of DIR, dense or factored, on windows that do not overlap; or tasks of lm-eval."""
+    from globe.devices import pick_device, set_threads
     from globe.evaluate import evaluate as run
-    from globe.gemm import pick_device, set_threads
 
     if tasks is None and (lm_eval_path is not None or limit is not None):
         raise UsageError("--lm-eval-path and --limit go with --lm-eval")
