@@ -60,3 +60,18 @@ def trips(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trip]:
     from trips import traveller
 
     return traveller(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that gives the tiny checkpoint of a layout, in two shards; it is not to be changed."""
+    from checkpoints import make_tiny
+
+    made: dict[str, Path] = {}
+
+    def make(layout: str) -> Path:
+        if layout not in made:
+            made[layout] = make_tiny(layout, tmp_path_factory.mktemp(layout) / "model", shards=2)
+        return made[layout]
+
+    return make

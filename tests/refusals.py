@@ -108,3 +108,14 @@ def _places(value: Any, prefix: tuple[Any, ...], most: int) -> Iterator[tuple[An
         for key in keys if len(keys) <= most else [keys[0], keys[len(keys) // 2], keys[-1]]:
             yield (*prefix, key)
             yield from _places(value[key], (*prefix, key), most)
+
+
+def flip(path: Path, at: float) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[int(at * (len(content) - 1))] ^= 4
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 
 import globe  # noqa: E402
 from checkpoints import make_tiny  # noqa: E402
+from displays import Lines  # noqa: E402
 from families import WEIGHTS_ONLY  # noqa: E402
 from globe.batch import Job, batch_table, read_plan  # noqa: E402
 from globe.compress import compress  # noqa: E402
@@ -24,7 +25,7 @@ from globe.runstore import RunStore  # noqa: E402
 from globe.settings import Settings  # noqa: E402
 from globe.tracking import TENSORBOARD_FOLDER  # noqa: E402
 from refusals import edit_tensor, in_process, refusal  # noqa: E402
-from test_resume import Lines, digests  # noqa: E402
+from trips import digests  # noqa: E402
 
 DEFAULTS: dict[str, Any] = {
     "rank": 0.5,

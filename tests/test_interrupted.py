@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -25,6 +24,7 @@ from globe.compress import compress  # noqa: E402
 from globe.errors import GlobeError  # noqa: E402
 from globe.settings import Settings  # noqa: E402
 from refusals import SMALL, command, in_process, refusal  # noqa: E402
+from trips import digests  # noqa: E402
 
 SETTINGS = Settings(rank=0.5, bank_size=3, outer_loops=1, device="cpu", **WEIGHTS_ONLY)
 ENDLESS = "outer_loops: 100000\npatience: 100000\ntolerance: 0\nsolver: alternate\ncalibrate: none\n"
@@ -38,10 +38,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compress(source, tmp_path_factory.mktemp("finished") / "out", SETTINGS).directory
-
-
-def digests(directory: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.glob("*.safetensors*")}
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from globe.quasi_newton import Pairs, Vector
 from globe.runstore import FOLDER, MemoryStore, Store
 from globe.sweep import State
 from killed import Killer
-from test_resume import digests
+from trips import digests
 
 EXPERTS, ATOMS, RANK, P, D = 12, 6, 3, 8, 12
 

@@ -31,10 +31,10 @@ from trips import (  # noqa: E402
     SMALL_OPTIONS,
     TEXT,
     Trip,
+    digests,
     load_plain,
     read_directory,
     run_cli,
-    weight_digests,
 )
 
 
@@ -100,9 +100,9 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
     compress(source, tmp_path / "one", settings)
     compress(source, tmp_path / "two", settings)
     compress(source, tmp_path / "other", Settings(**SMALL, selector="random", seed=5))
-    first = weight_digests(tmp_path / "one")
-    assert first == weight_digests(tmp_path / "two")
-    assert first != weight_digests(tmp_path / "other")
+    first = digests(tmp_path / "one")
+    assert first == digests(tmp_path / "two")
+    assert first != digests(tmp_path / "other")
 
 
 def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
         )  # fmt: skip
         assert json.loads(done.stdout)["output"] == str(tmp_path / name)
         assert done.stderr == ""
-    assert weight_digests(tmp_path / "one") == weight_digests(tmp_path / "two")
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
 
 def test_progress_goes_to_stderr_and_json_alone_to_stdout(tmp_path: Path) -> None:
@@ -129,11 +129,11 @@ def test_progress_goes_to_stderr_and_json_alone_to_stdout(tmp_path: Path) -> Non
 def test_overwrite_replaces_a_finished_output(tmp_path: Path) -> None:
     source = make_tiny("mixtral", tmp_path / "source", shards=2)
     compress(source, tmp_path / "out", Settings(**SMALL))
-    first = weight_digests(tmp_path / "out")
+    first = digests(tmp_path / "out")
     single = make_tiny("olmoe", tmp_path / "single")
     compress(single, tmp_path / "out", Settings(**SMALL), overwrite=True)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
-    assert weight_digests(tmp_path / "out") != first
+    assert digests(tmp_path / "out") != first
     export(tmp_path / "out", tmp_path / "dense")
     load_plain(tmp_path / "dense")
 

@@ -17,13 +17,13 @@ import pytest
 from click.testing import CliRunner
 
 from checkpoints import make_tiny
+from displays import Lines
 from globe import GlobeError, Settings, UsageError, compress, report
 from globe.cli import cli
 from globe.factored import open_factored
 from globe.report.charts import Series, bars, heat_map, line
 from globe.report.data import read_run
 from globe.report.svg import duration, escape, log_ticks, number, size, ticks
-from globe.stages import Silent
 
 SMALL: dict[str, Any] = {
     "rank": 0.5,
@@ -205,19 +205,15 @@ def test_hostile_names_are_text(make: Maker, tmp_path: Path) -> None:
 
 def test_a_failing_report_loses_nothing(make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_tiny("olmoe", tmp_path / "source")
-    lines: list[str] = []
-
-    class Lines(Silent):
-        def log(self, line: str) -> None:
-            lines.append(line)
+    lines = Lines()
 
     def fail(*_: Any) -> str:
         raise ZeroDivisionError("planted")
 
     with monkeypatch.context() as patched:
         patched.setattr(sys.modules["globe.report"], "render", fail)
-        compress(source, tmp_path / "out", Settings(**SMALL), progress=Lines())
-    assert "could not be drawn (ZeroDivisionError: planted)" in lines[-1]
+        compress(source, tmp_path / "out", Settings(**SMALL), progress=lines)
+    assert "could not be drawn (ZeroDivisionError: planted)" in lines.lines[-1]
     assert (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out" / "report.html").exists()
     assert compress(source, tmp_path / "out", Settings(**SMALL)).found  # and the next call draws it
     check_page(tmp_path / "out" / "report.html")

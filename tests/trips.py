@@ -180,7 +180,7 @@ def load_plain(directory: Path) -> Any:
     return model
 
 
-def weight_digests(directory: Path) -> dict[str, str]:
+def digests(directory: Path) -> dict[str, str]:
     return {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(directory.glob("*.safetensors*"))
     }
