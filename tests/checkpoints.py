@@ -14,9 +14,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from globe import calibrate
+from globe.calibration import Calibration
+
 # More rows than the 256 byte tokens: the tokenizer class of some architectures adds a special token.
 VOCABULARY = 264
 HIDDEN = 64
+TOKENS, WINDOW = 640, 64  # of calibrate_tiny
 
 Builder = Callable[[], Any]
 
@@ -238,3 +242,8 @@ def _chunks(names: list[str], count: int) -> Iterator[list[str]]:
     edges = [len(names) * i // count for i in range(count + 1)]
     for start, stop in itertools.pairwise(edges):
         yield names[start:stop]
+
+
+def calibrate_tiny(model: Path, path: Path, **options: Any) -> Calibration:
+    """Activation statistics of a tiny checkpoint, of TOKENS tokens unless told otherwise."""
+    return calibrate(model, path, **{"tokens": TOKENS, "window": WINDOW, **options})

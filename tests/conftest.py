@@ -1,4 +1,4 @@
-"""Fixtures that need files from outside the checkout; each skips with its reason where they are absent."""
+"""Fixtures of several files; those that need files from outside the checkout skip where they are absent."""
 
 from __future__ import annotations
 

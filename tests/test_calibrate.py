@@ -1,4 +1,4 @@
-"""Activation statistics against a whole model with plain hooks; one layer in memory; refusals and reuse."""
+"""Activation statistics against a whole model with plain hooks; one layer in memory."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from click.testing import CliRunner  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import globe  # noqa: E402
+from checkpoints import TOKENS, WINDOW, calibrate_tiny  # noqa: E402
 from displays import Lines  # noqa: E402
-from globe.calibration import Calibration, load_calibration  # noqa: E402
+from globe.calibration import load_calibration  # noqa: E402
 from globe.checkpoint import Checkpoint  # noqa: E402
 from globe.cli import cli  # noqa: E402
 from globe.layerwise import Layerwise  # noqa: E402
@@ -31,11 +32,6 @@ from globe.texts import evaluation_text  # noqa: E402
 
 # per-expert tensors; a dense first layer; a dense layer between; fused as [E, 2p, d]; linear attention; post-norm
 ARCHITECTURES = ("mixtral", "olmoe", "deepseek_v3", "qwen3_moe", "qwen3_5_moe", "granitemoe", "minimax")
-TOKENS, WINDOW = 640, 64
-
-
-def _calibrate(model: Path, path: Path, **options: Any) -> Calibration:
-    return globe.calibrate(model, path, **{"tokens": TOKENS, "window": WINDOW, **options})
 
 
 def _windows(tokenizer: Any) -> Any:
@@ -121,7 +117,7 @@ def test_statistics_are_those_of_the_whole_model(layout: str, tiny: Callable[[st
         )
     with torch.no_grad():
         model(_windows(tokenizer))
-    found = _calibrate(model_dir, tmp_path / "statistics", row_moments="full")
+    found = calibrate_tiny(model_dir, tmp_path / "statistics", row_moments="full")
     assert found.layers == tuple(sorted(seen))
     for number in found.layers:
         statistics = asdict(found.layer(number))
@@ -169,29 +165,29 @@ def test_one_layer_has_weights_at_a_time(
 
     monkeypatch.setattr(Layerwise, "run", spy)
     monkeypatch.setattr("globe.layerwise.TOKENS_AT_ONCE", 256)
-    _calibrate(tiny("qwen3_moe"), tmp_path / "statistics")
+    calibrate_tiny(tiny("qwen3_moe"), tmp_path / "statistics")
     assert loaded == [(number, [number]) for number in range(3) for _ in range(3)]  # 10 windows in batches of 4
 
 
 def test_batches_change_rounding_only(
     tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = _calibrate(tiny("olmoe"), tmp_path / "whole").layer(1)
-    again = _calibrate(tiny("olmoe"), tmp_path / "again")
+    whole = calibrate_tiny(tiny("olmoe"), tmp_path / "whole").layer(1)
+    again = calibrate_tiny(tiny("olmoe"), tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
     assert again.about["warnings"] == []
     monkeypatch.setattr("globe.layerwise.TOKENS_AT_ONCE", 192)
-    parts = _calibrate(tiny("olmoe"), tmp_path / "parts").layer(1)
+    parts = calibrate_tiny(tiny("olmoe"), tmp_path / "parts").layer(1)
     for name, value in asdict(whole).items():
         torch.testing.assert_close(asdict(parts)[name], value, rtol=1e-4, atol=1e-5 * float(value.double().abs().max()))
 
 
 def test_row_moments(tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("mixtral")
-    assert _calibrate(model, tmp_path / "auto").layer(0).gate_moment is not None
-    assert _calibrate(model, tmp_path / "diagonal", row_moments="diagonal").layer(0).gate_moment is None
+    assert calibrate_tiny(model, tmp_path / "auto").layer(0).gate_moment is not None
+    assert calibrate_tiny(model, tmp_path / "diagonal", row_moments="diagonal").layer(0).gate_moment is None
     monkeypatch.setattr(sys.modules["globe.calibrate"], "_AUTO_BYTES", 3 * 4 * 2 * 4 * 48 * 48)
-    assert _calibrate(model, tmp_path / "auto").layer(0).gate_moment is None
+    assert calibrate_tiny(model, tmp_path / "auto").layer(0).gate_moment is None
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
@@ -253,7 +249,7 @@ def test_the_text_is_not_the_one_evaluated(tiny: Callable[[str], Path], tmp_path
 
     halves = [evaluation_text(half) for half in ("calibration", "evaluation")]
     assert "".join(halves) == "\n\n".join(topics[key] for key in sorted(topics))
-    about = _calibrate(tiny("mixtral"), tmp_path / "statistics").about
+    about = calibrate_tiny(tiny("mixtral"), tmp_path / "statistics").about
     assert about["sha256"] == hashlib.sha256(halves[0].encode()).hexdigest()
     assert "calibration half" in about["text"]
     assert about["fingerprint"] == Checkpoint(tiny("mixtral")).fingerprint()
@@ -273,7 +269,9 @@ def test_command(tiny: Callable[[str], Path], tmp_path: Path) -> None:
 
 def test_few_tokens_and_unused_experts_are_told(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     lines = Lines()
-    found = _calibrate(tiny("deepseek_v3"), tmp_path / "statistics", text="x" * 8, tokens=8, window=4, progress=lines)
+    found = calibrate_tiny(
+        tiny("deepseek_v3"), tmp_path / "statistics", text="x" * 8, tokens=8, window=4, progress=lines
+    )
     assert found.about["warnings"] == lines.lines
     assert "8 tokens are few for moments of 64 inputs; at least 256" in lines.lines[0]
     assert "of 16 experts were sent no token, first expert" in lines.lines[1]

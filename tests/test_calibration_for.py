@@ -15,20 +15,12 @@ transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-import globe  # noqa: E402
-from checkpoints import make_tiny  # noqa: E402
+from checkpoints import calibrate_tiny, make_tiny  # noqa: E402
 from displays import Lines  # noqa: E402
 from globe.calibrate import FILE, calibration_for  # noqa: E402
-from globe.calibration import Calibration  # noqa: E402
 from globe.checkpoint import Checkpoint  # noqa: E402
 from globe.errors import GlobeError, UsageError  # noqa: E402
 from globe.stages import Stages  # noqa: E402
-
-TOKENS, WINDOW = 640, 64
-
-
-def _calibrate(model: Path, path: Path, **options: Any) -> Calibration:
-    return globe.calibrate(model, path, **{"tokens": TOKENS, "window": WINDOW, **options})
 
 
 def _drop(name: str) -> Callable[[Path], None]:
@@ -74,7 +66,7 @@ def test_refusals(
             (model / file).unlink()
         change(model)
     with pytest.raises(GlobeError, match=told):
-        _calibrate(model, tmp_path / "statistics", **options)
+        calibrate_tiny(model, tmp_path / "statistics", **options)
     assert not (tmp_path / "statistics").exists()
 
 
@@ -83,7 +75,7 @@ def test_experts_of_another_form(tiny: Callable[[str], Path], tmp_path: Path, mo
     forward = experts.forward
     monkeypatch.setattr(experts, "forward", lambda *arguments: forward(*arguments).clamp(max=0.01))
     with pytest.raises(GlobeError, match=r"MixtralExperts is not down \(φ\(gate x\) · up x\)"):
-        _calibrate(tiny("mixtral"), tmp_path / "statistics")
+        calibrate_tiny(tiny("mixtral"), tmp_path / "statistics")
 
 
 def test_architecture_that_transformers_lacks(
@@ -94,7 +86,7 @@ def test_architecture_that_transformers_lacks(
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", refuse)
     with pytest.raises(GlobeError, match="transformers cannot run it: Unrecognized configuration class$"):
-        _calibrate(tiny("mixtral"), tmp_path / "statistics")
+        calibrate_tiny(tiny("mixtral"), tmp_path / "statistics")
 
 
 def test_an_error_of_the_models_own_code(
@@ -103,7 +95,7 @@ def test_an_error_of_the_models_own_code(
     attention = transformers.models.mixtral.modeling_mixtral.MixtralAttention
     monkeypatch.setattr(attention, "forward", lambda *_, **__: torch.ones(2) @ torch.ones(3))
     with pytest.raises(GlobeError, match="transformers cannot run it: .*size"):
-        _calibrate(tiny("mixtral"), tmp_path / "statistics")
+        calibrate_tiny(tiny("mixtral"), tmp_path / "statistics")
 
 
 def test_choices_of_a_compression(tiny: Callable[[str], Path], tmp_path: Path) -> None:
@@ -147,9 +139,9 @@ def test_auto_goes_on_without_what_it_needs(
 
 def test_place_of_the_file(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such directory"):
-        _calibrate(tiny("mixtral"), tmp_path / "nowhere" / "statistics")
+        calibrate_tiny(tiny("mixtral"), tmp_path / "nowhere" / "statistics")
     with pytest.raises(UsageError, match="is a directory"):
-        _calibrate(tiny("mixtral"), tmp_path)
+        calibrate_tiny(tiny("mixtral"), tmp_path)
 
 
 @pytest.mark.parametrize("place", ["forward", "tokenizer", "buffers"])

@@ -10,6 +10,7 @@ import click
 
 from globe.settings import Settings
 from globe.stages import Display, Silent
+from globe.tracking import TRACKERS
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
@@ -69,8 +70,7 @@ def resuming(command: _Command) -> _Command:
 
 def tracking(command: _Command) -> _Command:
     """Add what commands have that leave histories."""
-    trackers = click.Choice(["trackio", "wandb", "tensorboard"])
-    return click.option("--log", "tracker", type=trackers, help="Log the histories too.")(command)
+    return click.option("--log", "tracker", type=click.Choice(list(TRACKERS)), help="Log the histories too.")(command)
 
 
 def display_for(quiet: bool) -> Display:
