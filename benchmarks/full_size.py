@@ -1,7 +1,8 @@
 """A whole compression at full size: seconds and peak memory of every stage, beside per-expert SVD.
 
-python -m benchmarks.synthetic MODEL --like qwen1.5-moe-a2.7b
+python -m benchmarks.synthetic MODEL --like qwen1.5-moe-a2.7b [--layers 6 --statistics FILE]
 python benchmarks/full_size.py MODEL OUT [--families gate,up] [--outer-loops 0] [--mod aligned] [--max-memory 6GiB]
+                                         [--solver joint --joint-steps 6 --calibrate FILE]
 
 The SVD of the same experts (torch.linalg.svd, full_matrices=False, fp32, all cores) is timed on ten of them in the same
 process, and so is a product of 1,408 × 2,048 and 2,048 × 704 matrices: the floor under the time of the left factors.
@@ -34,6 +35,7 @@ from globe.settings_file import read_settings
 @click.option("--outer-loops", default=0, show_default=True)
 @click.option("--mod", default="aligned", show_default=True)
 @click.option("--solver", default="alternate", show_default=True)
+@click.option("--joint-steps", default=6, show_default=True)
 @click.option("--calibrate", default="none", show_default=True)
 @click.option("--max-memory", default="6GiB", show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures here.")

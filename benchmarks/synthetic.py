@@ -1,9 +1,10 @@
 """A checkpoint with the names and shapes of a known model and random weights that have something to find.
 
-python -m benchmarks.synthetic DIR --like qwen1.5-moe-a2.7b [--layers K]
+python -m benchmarks.synthetic DIR --like qwen1.5-moe-a2.7b [--layers K] [--statistics FILE]
 
 An expert matrix is a random left factor times a sparse mixture of a few shared atoms, with its rows in any order,
-plus noise that holds a tenth of the energy: a fit of the right kind can reach a relative error of 0.1.
+plus noise that holds a tenth of the energy: a fit of the right kind can reach a relative error of 0.1. Statistics are
+of inputs whose energy falls along random directions as 1/k, and of rows that count by up to ten times differently.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 import click
 import torch
 
+from globe.calibration import LayerStatistics, save_calibration
+from globe.checkpoint import Checkpoint
 from globe.tensorfile import TensorWriter, write_text
 
 NOISE = 0.1  # share of the energy
@@ -68,6 +71,29 @@ def write_synthetic(directory: Path, shape: Shape, seed: int = 0) -> None:
     described = {"metadata": {"total_size": total}, "weight_map": index}
     write_text(directory / "model.safetensors.index.json", json.dumps(described, indent=1))
     write_text(directory / "config.json", json.dumps(_config(shape), indent=1))
+
+
+def write_statistics(directory: Path, file: Path, shape: Shape, seed: int = 0) -> None:
+    """Write activation statistics for the synthetic checkpoint in a directory, without moments of the rows."""
+    random = torch.Generator().manual_seed(seed)
+    energy = 1 / torch.arange(1, shape.d + 1)
+    layers = {}
+    for layer in range(shape.layers):
+        directions = torch.linalg.qr(torch.randn(shape.d, shape.d, generator=random))[0]
+        moment = (directions * (energy / energy.mean())) @ directions.T
+        gate, up, hidden = (10 ** torch.rand(shape.experts, shape.p, generator=random) for _ in range(3))
+        layers[layer] = LayerStatistics(
+            moment=(moment + moment.T) / 2,
+            residual=torch.tensor(1.0),
+            share=torch.full((shape.experts,), 1 / shape.experts),
+            counts=torch.full((shape.experts,), 1024),
+            diagonal=moment.diagonal().repeat(shape.experts, 1),
+            gate_rows=gate,
+            up_rows=up,
+            hidden=hidden,
+        )
+    about = {"fingerprint": Checkpoint(directory).fingerprint(), "text": "none: synthetic", "tokens": 0, "window": 0}
+    save_calibration(file, layers, about)
 
 
 class _Weights:
@@ -142,12 +168,15 @@ def _config(shape: Shape) -> dict[str, object]:
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--like", type=click.Choice(sorted(LIKE)), default="qwen1.5-moe-a2.7b", show_default=True)
 @click.option("--layers", type=int, help="Fewer layers than the model has.")
+@click.option("--statistics", type=click.Path(path_type=Path), help="Write activation statistics here too.")
 @click.option("--seed", type=int, default=0, show_default=True)
-def main(directory: Path, like: str, layers: int | None, seed: int) -> None:
+def main(directory: Path, like: str, layers: int | None, statistics: Path | None, seed: int) -> None:
     shape = LIKE[like]
     if layers is not None:
         shape = Shape(**{**shape.__dict__, "layers": layers})
     write_synthetic(directory, shape, seed)
+    if statistics is not None:
+        write_statistics(directory, statistics, shape, seed)
 
 
 if __name__ == "__main__":
