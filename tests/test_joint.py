@@ -121,6 +121,19 @@ def test_nnls_codes_keep_their_support(family: Family) -> None:
     assert codes.min() >= 0 and (codes[:, ::2] == 0).all()
 
 
+def one_atom_each() -> State:
+    start = random_state(1, experts=EXPERTS, atoms=ATOMS, rank=RANK, d=D)
+    return State(start.bank, np.eye(ATOMS)[np.arange(EXPERTS) % ATOMS], start.temperature)
+
+
+@pytest.mark.parametrize("codes", ["entmax", "nnls", "simplex"])
+def test_experts_of_one_atom_get_others(codes: str, family: Family) -> None:
+    alone = fit(family, start=one_atom_each(), codes=codes, support=1)
+    mixed = fit(family, start=one_atom_each(), codes=codes, support=3)
+    assert (supports(alone.state.codes) == 1).all() and supports(mixed.state.codes).max() == 3
+    assert errors(mixed)[-1] < 0.5 * errors(mixed)[0] and not mixed.steps.lost
+
+
 @pytest.mark.parametrize("codes", ["signed", "nnls"])
 @pytest.mark.parametrize("kind", ["none", "scaled"])
 def test_a_planted_model_is_recovered(kind: str, codes: str, tmp_path: Path) -> None:
@@ -296,6 +309,17 @@ def test_the_files_hold_what_metrics_say(calibrate: str, layout: str, tmp_path: 
             assert told[name]["weighted_error"] == pytest.approx(seen_error(family, stored, metric), rel=1e-3)
             assert told[name]["weighted_error"] == pytest.approx(history[-1], rel=5e-2)
         assert told[name]["support_median"] <= 2
+
+
+def test_a_fit_too_short_keeps_its_start(tmp_path: Path) -> None:
+    changed = {"method": "grouped-subspace", "joint_steps": 1, "bank_size": 4, "support": 4, "families": ("gate",)}
+    source = make_tiny("olmoe", tmp_path / "source")
+    found = compress(source, tmp_path / "out", Settings(**{**SMALL, **changed, "calibrate": "none"})).metrics[
+        "families"
+    ]["gate"]
+    first, last = (found["joint"]["history"][place] for place in (0, -1))
+    assert first["support_median"] == 1 and last["error"] > first["error"]
+    assert found["support_median"] == 1 and found["relative_error"] == pytest.approx(first["error"], rel=2e-2)
 
 
 def test_a_killed_run_ends_with_the_same_files(tmp_path: Path) -> None:

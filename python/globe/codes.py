@@ -40,19 +40,20 @@ def initial_codes(gram: Array, correlations: Array, kind: str) -> Array:
     return codes / codes.sum(1, keepdims=True) if kind == "simplex" else codes
 
 
-def spread(codes: Array, settings: Settings) -> Array:
-    """Codes to start loops from where every expert has but one atom: half of `support` other atoms more, by chance.
+def spread(codes: Array, others: int, seed: int) -> Array:
+    """Codes to start a fit from where every expert has but one atom: some `others` more, and their weights, by chance.
 
-    From one atom each the loops make no headway: the targets A_i⁺W_i of a group of experts with the same mixture are
-    that mixture, and the rest, which their dictionary step would need, is what no other atom explains.
+    From one atom each a fit makes no headway. In the loops the targets A_i⁺W_i of a group of experts with the same
+    mixture are that mixture, and the rest, which their dictionary step would need, is what no other atom explains; the
+    joint fit keeps to the atoms that an expert has.
     """
     experts, atoms = codes.shape
-    random = np.random.default_rng(settings.seed)
+    random = np.random.default_rng(seed)
     strangers = random.random(codes.shape)
     strangers[codes > 0] = np.inf
-    others = np.argsort(strangers, axis=1)[:, : min(atoms - 1, settings.support // 2)]
+    chosen = np.argsort(strangers, axis=1)[:, : min(atoms - 1, others)]
     mixed = codes.copy()
-    mixed[np.arange(experts)[:, None], others] = random.random(others.shape) * codes.max(1, keepdims=True)
+    mixed[np.arange(experts)[:, None], chosen] = random.random(chosen.shape) * codes.max(1, keepdims=True)
     return mixed
 
 

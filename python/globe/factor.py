@@ -155,6 +155,10 @@ def _fit_jointly(
     with stages.stage(f"{name}: joint", passes * len(family), joint_before(store, name)) as advance:
         rest = (settings, blocks.pairs, store, name, stages.so_far, advance, stages.display.log)
         state, steps = fit_joint(problem, _warm_start(store, name, warm["temperature"], device), *rest)
+        if steps.lost:
+            stages.display.log(f"{name}: the joint fit was too short for codes that were spread: its start is kept")
+            del state
+            state = _warm_start(store, name, warm["temperature"], device)
         report = {**warm["report"], "joint": steps.report(), "temperature": state.temperature}
         meta = _save_fit(family, state, report, [*warm["stages"], stages.so_far()], store)
     for key in ("joint", "warm"):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from globe.codes import entmax_alpha, prune, supports
+from globe.codes import entmax_alpha, prune, spread, supports
 from globe.dictionary import unit_atoms
 from globe.gemm import matmul
 from globe.quasi_newton import Pairs, Point, Preconditioner, Vector, move_atoms
@@ -61,6 +61,12 @@ class Steps:
         """The median support before the first step."""
         return self.history[0].support_median
 
+    @property
+    def lost(self) -> bool:
+        """Whether codes that started with one atom, and were spread, have not come back to the error of the start."""
+        first, last = self.history[0], self.history[-1]
+        return first.support_median == 1 and last.error > first.error
+
     def report(self) -> dict[str, Any]:
         """What metrics.json says."""
         return {
@@ -89,7 +95,7 @@ def fit_joint(
     B̃'B̃'ᵀ is the identity and codes sum to one (f does not change: A_i absorbs both), and the state is saved.
     Non-negative codes are squares of the variables on their support, which is the form of entmax-1.5 above its
     threshold; for entmax and sparsemax the supports shrink to the target by temperature over the first part of the
-    steps.
+    steps. Where every expert starts from one atom, others up to the target support come in by chance first.
 
     Parameters
     ----------
@@ -143,7 +149,12 @@ def fit_joint(
         if _plateau(now, settings) and met:
             now = replace(now, stopped="plateau")
             break
-        if wanted is not None and median > wanted:
+        if now.step == 0 and not signed and supports(codes).max() == 1 and len(bank) > 1:
+            codes = spread(codes, settings.support - 1, settings.seed)
+            del value, curvature
+            value, curvature = problem.curvature(bank, codes, settings.seed, advance)
+            now = replace(now, evaluations=now.evaluations + 1)
+        elif wanted is not None and median > wanted:
             model = (curvature.codes, codes, value.codes)
             codes, temperature = shrink_support(*model, newton_codes(*model), wanted, entmax_alpha(settings))
             memory.clear()
