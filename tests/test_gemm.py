@@ -105,11 +105,14 @@ def test_scattering_is_the_adjoint_of_mixing(room: int, dtype: torch.dtype) -> N
     np.testing.assert_allclose(total, 1 + np.einsum("ij,ird->jrd", codes, summands.double()), atol=1e-5)
 
 
+@pytest.mark.parametrize("largest", [1.0, 1e2, 1e4])
 @pytest.mark.parametrize("condition", [1.0, 1e3, 1e6])
-def test_matrices_stay_positive_definite_in_bf16(condition: float) -> None:
+def test_matrices_stay_positive_definite_in_bf16(condition: float, largest: float) -> None:
     rng = np.random.default_rng(6)
     basis = np.linalg.qr(rng.standard_normal((90, 90)))[0]
-    matrix = torch.from_numpy((basis * np.geomspace(1, 1 / condition, 90)) @ basis.T).float()[None]
+    values = np.geomspace(1, 1 / condition, 90)
+    values[0] = largest
+    matrix = torch.from_numpy((basis * values) @ basis.T).float()[None]
     stored = gemm.storable(matrix.clone(), torch.bfloat16)
     assert float(torch.linalg.eigvalsh(stored[0].double()).min()) > 0
     assert float((stored.float() - matrix).norm() / matrix.norm()) < 2.0**-5

@@ -182,8 +182,9 @@ def test_loops_lower_the_error_of_one_hot_codes(tmp_path: Path) -> None:
 
 def test_spread_codes() -> None:
     codes = 3.0 * np.eye(10)[np.arange(40) % 10]
-    mixed = spread(codes, 4, seed=0)
+    mixed = spread(codes, 4, 1.0, seed=0)
     assert (supports(mixed) == 5).all() and (mixed[codes > 0] == 3).all() and mixed.max() == 3
-    assert np.array_equal(mixed, spread(codes, 4, seed=0))
-    assert not np.array_equal(mixed, spread(codes, 4, seed=1))
-    assert (supports(spread(np.eye(3), 50, seed=0)) == 3).all()
+    assert np.array_equal(mixed, spread(codes, 4, 1.0, seed=0))
+    assert not np.array_equal(mixed, spread(codes, 4, 1.0, seed=1))
+    np.testing.assert_allclose(spread(codes, 4, 0.5, seed=0)[codes == 0], mixed[codes == 0] / 2)
+    assert (supports(spread(np.eye(3), 50, 1.0, seed=0)) == 3).all()

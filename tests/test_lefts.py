@@ -134,3 +134,16 @@ def test_the_threshold_of_ill_conditioning(smallest: float, ridged: bool) -> Non
     assert flags.tolist() == [ridged]
     shift = 0.01 * (1 + smallest) / 2 if ridged else 0.0
     np.testing.assert_allclose(inverse[0].diagonal(), [1 / (1 + shift), 1 / (smallest + shift)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("noise", [1e-6, 1e-3, 0.1])
+def test_a_matrix_that_noise_makes_indefinite_is_lifted(noise: float) -> None:
+    rng = np.random.default_rng(8)
+    basis = np.linalg.qr(rng.standard_normal((40, 40)))[0]
+    values = np.geomspace(1, 1e-2, 40)
+    values[-1] = -noise
+    matrix = (basis * values) @ basis.T
+    inverse, flags = spd_inverse(torch.from_numpy(matrix[None]), ridge=1e-9, rcond=1e-12)
+    assert bool(flags[0])
+    found = np.linalg.eigvalsh(inverse[0].double().numpy())
+    assert found.min() > 0 and found.max() < 1.1 / noise

@@ -40,8 +40,10 @@ def initial_codes(gram: Array, correlations: Array, kind: str) -> Array:
     return codes / codes.sum(1, keepdims=True) if kind == "simplex" else codes
 
 
-def spread(codes: Array, others: int, seed: int) -> Array:
+def spread(codes: Array, others: int, size: float, seed: int) -> Array:
     """Codes to start a fit from where every expert has but one atom: some `others` more, and their weights, by chance.
+
+    Weights are up to `size` times that of the expert's own atom.
 
     From one atom each a fit makes no headway. In the loops the targets A_i⁺W_i of a group of experts with the same
     mixture are that mixture, and the rest, which their dictionary step would need, is what no other atom explains; the
@@ -53,7 +55,7 @@ def spread(codes: Array, others: int, seed: int) -> Array:
     strangers[codes > 0] = np.inf
     chosen = np.argsort(strangers, axis=1)[:, : min(atoms - 1, others)]
     mixed = codes.copy()
-    mixed[np.arange(experts)[:, None], chosen] = random.random(chosen.shape) * codes.max(1, keepdims=True)
+    mixed[np.arange(experts)[:, None], chosen] = size * random.random(chosen.shape) * codes.max(1, keepdims=True)
     return mixed
 
 

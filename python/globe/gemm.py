@@ -44,12 +44,12 @@ def dictionary_dtype(wanted: str, device: torch.device) -> torch.dtype:
 def storable(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Positive definite matrices (n, r, r) in a dtype in which they stay so.
 
-    Rounding to bf16 moves eigenvalues by up to about 2⁻⁷ of the mean diagonal, so that much of it is added.
+    Rounding to bf16 moves eigenvalues by up to about 2⁻⁷ of their root mean square, so that much of it is added.
     The matrices are overwritten.
     """
     if dtype == torch.bfloat16:
-        diagonal = matrices.diagonal(dim1=1, dim2=2)
-        diagonal += _BF16_SHIFT * diagonal.mean(1, keepdim=True)
+        spread = torch.linalg.vector_norm(matrices.flatten(1), dim=1) / matrices.shape[1] ** 0.5
+        matrices.diagonal(dim1=1, dim2=2).add_(spread[:, None], alpha=_BF16_SHIFT)
     return matrices.to(dtype)
 
 

@@ -150,7 +150,8 @@ def fit_joint(
             now = replace(now, stopped="plateau")
             break
         if now.step == 0 and not signed and supports(codes).max() == 1 and len(bank) > 1:
-            codes = spread(codes, settings.support - 1, settings.seed)
+            others = min(settings.support, len(bank)) - 1
+            codes = spread(codes, others, 2 / max(others, 1), settings.seed)  # together about as much as their own
             del value, curvature
             value, curvature = problem.curvature(bank, codes, settings.seed, advance)
             now = replace(now, evaluations=now.evaluations + 1)

@@ -74,6 +74,9 @@ def ridged_factor(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
     shifted = matrix + (max(ridge, 1e-12) * mean if mean > 0 else 1.0) * identity
     factor: torch.Tensor
     factor, info = torch.linalg.cholesky_ex(shifted)
-    if info > 0:  # fp32 noise below the ridge: lift the spectrum by that noise
-        factor = torch.linalg.cholesky(shifted + len(matrix) * torch.finfo(torch.float32).eps * mean * identity)
+    if info > 0:  # noise below the ridge: lift the spectrum by it, and by that of fp32
+        noise = max(0.0, -2 * float(torch.linalg.eigvalsh(shifted)[0]))
+        factor = torch.linalg.cholesky(
+            shifted + (noise + len(matrix) * torch.finfo(torch.float32).eps * abs(mean)) * identity
+        )
     return factor

@@ -86,7 +86,7 @@ def train(
             log(f"{family.name}: loop {now.loop}: the error rose{end}")
         now = judged
         if now.loop == -1:
-            state = replace(state, codes=spread(state.codes, settings.support // 2, settings.seed))
+            state = replace(state, codes=spread(state.codes, settings.support // 2, 1.0, settings.seed))
             now = replace(now, loop=0, seconds=0.0)
             states.save(state, now)
             continue
