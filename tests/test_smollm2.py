@@ -82,7 +82,8 @@ def test_codes_are_not_negative_and_no_expert_is_empty(bank: dict[str, np.ndarra
 def test_peak_memory(made: Made) -> None:
     print("peak RSS:", made.peak_bytes / 2**30, "GiB;", made.metrics["stages"])
     assert made.peak_bytes <= 3 << 30
-    assert made.metrics["stages"][-1]["peak_rss_bytes"] == pytest.approx(made.peak_bytes, rel=0.05)
+    told = made.metrics["stages"][-1]["peak_rss_bytes"]
+    assert made.peak_bytes / 2 <= told <= made.peak_bytes  # which begins with this process's at the fork
 
 
 def test_the_ratio_is_that_of_the_prototype(made: Made) -> None:
