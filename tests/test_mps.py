@@ -50,7 +50,7 @@ def test_a_run_takes_only_what_mps_has(method: str, mod: str, mps: FakeMps, tmp_
     with mps:
         found = compress(source, tmp_path / "mps", Settings(device="mps", **small))  # type: ignore[arg-type]
     assert {"mm", "_to_copy"} <= mps.seen
-    here = compress(source, tmp_path / "cpu", Settings(device="cpu", **small))  # type: ignore[arg-type]
+    here = compress(source, tmp_path / "cpu", Settings(device="cpu", precision="fp32", **small))  # type: ignore[arg-type]
     for name, family in here.metrics["families"].items():
         there = found.metrics["families"][name]
         assert there["relative_error"] == pytest.approx(family["relative_error"], rel=0.02)
