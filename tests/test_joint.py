@@ -314,9 +314,8 @@ def test_the_files_hold_what_metrics_say(calibrate: str, layout: str, tmp_path: 
 def test_a_fit_too_short_keeps_its_start(tmp_path: Path) -> None:
     changed = {"method": "grouped-subspace", "joint_steps": 1, "bank_size": 4, "support": 4, "families": ("gate",)}
     source = make_tiny("olmoe", tmp_path / "source")
-    found = compress(source, tmp_path / "out", Settings(**{**SMALL, **changed, "calibrate": "none"})).metrics[
-        "families"
-    ]["gate"]
+    result = compress(source, tmp_path / "out", Settings(**{**SMALL, **changed, "calibrate": "none"}))
+    found = result.metrics["families"]["gate"]
     first, last = (found["joint"]["history"][place] for place in (0, -1))
     assert first["support_median"] == 1 and last["error"] > first["error"]
     assert found["support_median"] == 1 and found["relative_error"] == pytest.approx(first["error"], rel=2e-2)

@@ -40,6 +40,11 @@ def initial_codes(gram: Array, correlations: Array, kind: str) -> Array:
     return codes / codes.sum(1, keepdims=True) if kind == "simplex" else codes
 
 
+def one_atom_each(codes: Array) -> bool:
+    """Whether no expert has two of several atoms, so that codes are `spread` before a fit."""
+    return codes.shape[1] > 1 and bool(supports(codes).max() == 1)
+
+
 def spread(codes: Array, others: int, size: float, seed: int) -> Array:
     """Codes to start a fit from where every expert has but one atom: some `others` more, and their weights, by chance.
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from globe.codes import entmax_alpha, prune, spread, supports
+from globe.codes import entmax_alpha, one_atom_each, prune, spread, supports
 from globe.dictionary import unit_atoms
 from globe.gemm import matmul
 from globe.quasi_newton import Pairs, Point, Preconditioner, Vector, move_atoms
@@ -149,9 +149,9 @@ def fit_joint(
         if _plateau(now, settings) and met:
             now = replace(now, stopped="plateau")
             break
-        if now.step == 0 and not signed and supports(codes).max() == 1 and len(bank) > 1:
+        if now.step == 0 and not signed and settings.support > 1 and one_atom_each(codes):
             others = min(settings.support, len(bank)) - 1
-            codes = spread(codes, others, 2 / max(others, 1), settings.seed)  # together about as much as their own
+            codes = spread(codes, others, 2 / others, settings.seed)  # together about as much as their own
             del value, curvature
             value, curvature = problem.curvature(bank, codes, settings.seed, advance)
             now = replace(now, evaluations=now.evaluations + 1)

@@ -75,8 +75,7 @@ def ridged_factor(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
     factor: torch.Tensor
     factor, info = torch.linalg.cholesky_ex(shifted)
     if info > 0:  # noise below the ridge: lift the spectrum by it, and by that of fp32
-        noise = max(0.0, -2 * float(torch.linalg.eigvalsh(shifted)[0]))
-        factor = torch.linalg.cholesky(
-            shifted + (noise + len(matrix) * torch.finfo(torch.float32).eps * abs(mean)) * identity
-        )
+        lowest = float(torch.linalg.eigvalsh(shifted)[0])
+        lift = max(0.0, -2 * lowest) + len(matrix) * torch.finfo(torch.float32).eps * mean
+        factor = torch.linalg.cholesky(shifted + lift * identity)
     return factor

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from globe.budget import BLOCKS, Blocks
 from globe.checkpoint import Family
-from globe.codes import spread, supports, update_temperature
+from globe.codes import one_atom_each, spread, supports, update_temperature
 from globe.dictionary import mod, mod_exact, unit_atoms
 from globe.dictionary_metric import mod_metric
 from globe.metric import Metric
@@ -121,7 +121,7 @@ def train(
 
 def first_progress(codes: NDArray[np.float64], settings: Settings) -> Progress:
     """Where training from these codes begins: at loop 0, or at -1 if they are to be spread first."""
-    first = -1 if settings.outer_loops > 0 and codes.shape[1] > 1 and supports(codes).max() == 1 else 0
+    first = -1 if settings.outer_loops > 0 and one_atom_each(codes) else 0
     return Progress(settings.over_relaxation, loop=first, best=first, first=first)
 
 
