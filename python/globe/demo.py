@@ -14,7 +14,7 @@ from globe.evaluate import evaluate_models, evaluation_text
 from globe.export import export
 from globe.models import generate_sentence, load_model
 from globe.settings import Settings
-from globe.stages import Display, Stage, Stages
+from globe.stages import Display, Stages
 
 PROMPT = "The capital of France is"
 
@@ -53,7 +53,6 @@ def demo(
             home.mkdir(parents=True, exist_ok=True)
             build_smollm2_mixture(wheel, model)
     result = compress(model, out, Settings(outer_loops=outer_loops), overwrite=True, progress=progress)
-    stages.records += [Stage(**record) for record in result.metrics["stages"]]
     with stages.stage("export", 1):
         export(out, dense, overwrite=True)
     with stages.stage("evaluate", 1):
@@ -66,7 +65,7 @@ def demo(
             "after": generate_sentence(after, tokenizer, PROMPT),
         }
     shutil.rmtree(dense)
-    metrics = result.metrics
+    metrics, (built, *judging) = result.metrics, stages.as_list()
     return {
         "model": str(model),
         "output": str(out),
@@ -78,7 +77,7 @@ def demo(
         "top1_agreement": judged.top1_agreement,
         "tokens": judged.tokens,
         "sentences": sentences,
-        "stages": stages.as_list(),
+        "stages": [built, *metrics["stages"], *judging],
     }
 
 
