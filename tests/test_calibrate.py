@@ -44,9 +44,9 @@ def _weights(checkpoint: Checkpoint, layer: int) -> list[tuple[Any, Any, Any]]:
     tensors = {name: value for shard in checkpoint.shards for name, value in load_file(shard.path).items()}
     down: dict[int, Any] = {}
     for name, value in tensors.items():
-        match = layout.matcher("down").fullmatch(name)
-        if match is not None and int(match["layer"]) == layer:
-            down.update(enumerate(value) if layout.fused else {int(match["expert"]): value}.items())
+        place = layout.place("down", name)
+        if place is not None and place[0] == layer:
+            down.update(enumerate(value) if place[1] is None else {place[1]: value}.items())
     places = [place for place, expert in enumerate(gates.experts) if expert.layer == layer]
     return [
         (gates.read(place).double(), ups.read(place).double(), down[expert].double())

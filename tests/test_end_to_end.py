@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from checkpoints import LAYOUTS, make_tiny  # noqa: E402
 from families import WEIGHTS_ONLY_OPTIONS  # noqa: E402
 from globe import evaluate  # noqa: E402
-from globe.checkpoint import FAMILIES, read_layouts  # noqa: E402
+from globe.checkpoint import FAMILIES  # noqa: E402
+from globe.layouts import read_layouts  # noqa: E402
 from trips import (  # noqa: E402
     ALL,
     SMALL_OPTIONS,

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from globe.checkpoint import read_layouts
 from globe.errors import GlobeError
+from globe.layouts import read_layouts
 
 METHOD = "globe"
 LOADER_FILE = "modeling_globe.py"
@@ -66,11 +66,11 @@ def _places(manifest: dict[str, Any]) -> dict[str, dict[str, list[Any]]]:
     for family, described in manifest["families"].items():
         found: dict[int, dict[int, tuple[str, int]]] = {}
         for tensor, numbers in described["tensors"].items():
-            match = layout.matcher(family).fullmatch(tensor)
-            if match is None:
+            place = layout.place(family, tensor)
+            if place is None:
                 raise GlobeError(f"tensor {tensor} does not belong to family {family} of layout {layout.name}")
-            bank, first = described.get("banks", {}).get(tensor, family), int(match.groupdict().get("expert", 0))
-            layer = found.setdefault(int(match["layer"]), {})
+            bank, first = described.get("banks", {}).get(tensor, family), place[1] or 0
+            layer = found.setdefault(place[0], {})
             layer.update({first + e: (bank, number) for e, number in enumerate(numbers)})
         places[family] = {str(layer): _evenly(family, layer, experts) for layer, experts in sorted(found.items())}
     return places

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,32 +16,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from globe.companions import companions
+from globe.completeness import Source, require_complete
 from globe.errors import GlobeError
+from globe.foreign import missing_directory, missing_weights, unknown_layout
+from globe.layouts import Layout, read_layouts
 from globe.tensorfile import TORCH_DTYPES, FileHeader, TensorInfo, read_header, read_tensor
 
 FAMILIES = ("gate", "up", "down")
 INDEX_NAME = "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One entry of layouts.json: how a family of architectures names its routed experts."""
-
-    name: str
-    model_types: tuple[str, ...]
-    experts_keys: tuple[str, ...]
-    width_keys: tuple[str, ...]
-    templates: dict[str, str]
-    fused: str | None
-    fused_down: str | None
-
-    def matcher(self, family: str) -> re.Pattern[str]:
-        """A pattern for a family's tensor names (gate, up, down), with groups `layer` and (unless fused) `expert`."""
-        fused = self.fused_down if family == "down" else self.fused
-        template = re.escape(fused or self.templates[family])
-        for field in ("layer", "expert"):
-            template = template.replace(re.escape("{" + field + "}"), rf"(?P<{field}>\d+)")
-        return re.compile(template)
+SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -57,6 +39,14 @@ class Expert:
     index: int | None
     first_row: int
     family: str = "gate"
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """p and d: the expert's width and the model's."""
+        rows, columns = self.info.shape[-2:]
+        if self.transposed:
+            return columns, rows
+        return (rows if self.index is None else rows // 2), columns
 
     @property
     def transposed(self) -> bool:
@@ -148,19 +138,40 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         if not self.directory.is_dir():
-            raise GlobeError(f"{directory}: no such directory; expected a checkpoint directory with config.json")
-        self.config = read_json(self.directory / "config.json")
+            raise missing_directory(self.directory)
         if (self.directory / "globe.json").exists():
             raise GlobeError(f"{directory}: this is a factored checkpoint already; pass the dense source instead")
+        if not any((self.directory / name).exists() for name in (INDEX_NAME, SINGLE)):
+            told = missing_weights(self.directory)
+            if told is not None:
+                raise told
+        self.config = read_json(self.directory / "config.json")
         self.index, names = self._shard_names()
-        self.shards: list[FileHeader] = [read_header(self.directory / name) for name in names]
-        self.tensors: dict[str, TensorInfo] = {}
-        for shard in self.shards:
-            for name, info in shard.tensors.items():
-                if name in self.tensors:
-                    raise GlobeError(f"tensor {name} is in both {self.tensors[name].file.name} and {shard.path.name}")
-                self.tensors[name] = info
+        self._noted: list[str] = []
+        self.shards, self.tensors = self._open(names)
         self._check_index()
+
+    def _open(self, names: list[str]) -> tuple[list[FileHeader], dict[str, TensorInfo]]:
+        """The headers of the shards, each tensor in the one that the index names, and all tensors."""
+        named: dict[str, str] = self.index["weight_map"] if self.index is not None else {}
+        shards: list[FileHeader] = []
+        tensors: dict[str, TensorInfo] = {}
+        for header in (read_header(self.directory / name) for name in names):
+            kept = {}
+            for name, info in header.tensors.items():
+                if named.get(name, header.path.name) == header.path.name:
+                    kept[name] = info
+                if name in kept and name in tensors:
+                    raise GlobeError(f"tensor {name} is in both {tensors[name].file.name} and {header.path.name}")
+            tensors |= kept
+            shards.append(replace(header, tensors=kept))
+            for name in sorted(header.tensors.keys() - kept.keys())[:1]:
+                more = len(header.tensors) - len(kept) - 1
+                self._noted.append(
+                    f"{header.path.name}: tensor {name}{f' and {more} more are' if more else ' is'} left out, for "
+                    f"{INDEX_NAME} names {'other files' if more else named[name]}"
+                )
+        return shards, tensors
 
     def _shard_names(self) -> tuple[dict[str, Any] | None, list[str]]:
         index_path = self.directory / INDEX_NAME
@@ -178,10 +189,15 @@ class Checkpoint:
                     raise GlobeError(f"{index_path}: shard {name!r} lies outside the directory; expected a file name")
                 if not (self.directory / name).exists():
                     raise GlobeError(f"{self.directory}: shard {name} named by {INDEX_NAME} is missing; fetch it")
+            if SINGLE not in names and (self.directory / SINGLE).exists():
+                raise GlobeError(
+                    f"{self.directory}: {SINGLE} is not named by {INDEX_NAME}, and transformers reads it instead of the "
+                    "files that are; remove the one or the other"
+                )
             return index, names
-        if (self.directory / "model.safetensors").exists():
-            return None, ["model.safetensors"]
-        raise GlobeError(f"{self.directory}: neither model.safetensors nor {INDEX_NAME} found")
+        if (self.directory / SINGLE).exists():
+            return None, [SINGLE]
+        raise GlobeError(f"{self.directory}: neither {SINGLE} nor {INDEX_NAME} found")
 
     def _check_index(self) -> None:
         if self.index is None:
@@ -192,18 +208,14 @@ class Checkpoint:
 
     @cached_property
     def layout(self) -> Layout:
-        """The layout whose names the tensors bear, confirmed by config.json."""
+        """The layout of config.json's model type, confirmed by the names of the tensors."""
         model_type = self.config.get("model_type")
-        found = [layout for layout in read_layouts() if any(map(layout.matcher(FAMILIES[0]).fullmatch, self.tensors))]
-        for layout in found:
-            if model_type in layout.model_types:
+        for layout in read_layouts():
+            if model_type in layout.model_types and any(
+                layout.place(family, name) is not None for name in self.tensors for family in FAMILIES
+            ):
                 return layout
-        known = sorted({name for layout in read_layouts() for name in layout.model_types})
-        what = "has tensors of routed experts, but" if found else "has no tensors of routed experts that are known, and"
-        raise GlobeError(
-            f"{self.directory}: unknown architecture: the checkpoint {what} config.json says model_type "
-            f"{model_type!r}; supported are {', '.join(known)}"
-        )
+        raise unknown_layout(self.directory, self.config, self.tensors)
 
     @property
     def layers(self) -> int | None:
@@ -213,47 +225,62 @@ class Checkpoint:
             raise GlobeError(f"{self.directory}: config.json: num_hidden_layers is {layers!r}; expected an integer")
         return layers
 
+    @property
+    def notes(self) -> list[str]:
+        """What is worth a word before the work: files and tensors that are left behind, layers that are not used."""
+        beside = companions(self.directory, frozenset(shard.path.name for shard in self.shards)).left
+        told = [f"left behind: {', '.join(beside)}"] if beside else []
+        return [*self._noted, *self._experts[1], *told]
+
+    @cached_property
+    def _experts(self) -> tuple[dict[str, list[Expert]], list[str]]:
+        """All families' experts in order of layer and number, complete; and what is noteworthy."""
+        found: dict[str, list[Expert]] = {family: [] for family in FAMILIES}
+        held: dict[str, dict[tuple[int, int], str]] = {family: {} for family in FAMILIES}
+        layers = self.layers
+        for tensor, info in self.tensors.items():
+            for family in FAMILIES:
+                place = self.layout.place(family, tensor)
+                if place is None or (layers is not None and place[0] >= layers):
+                    continue  # a layer past num_hidden_layers predicts further tokens and is left alone
+                for expert in _experts_of(tensor, info, family, *place):
+                    known = held[family].setdefault((expert.layer, expert.expert), tensor)
+                    if known != tensor:
+                        raise GlobeError(
+                            f"{self.directory}: expert {expert.expert} of layer {expert.layer} is in {known} and in "
+                            f"{tensor}; expected one of them"
+                        )
+                    found[family].append(expert)
+        for experts in found.values():
+            experts.sort(key=lambda expert: (expert.layer, expert.expert))
+        return found, require_complete(Source(self.directory, self.config, self.layout, layers, self.tensors), held)
+
     def family(self, name: str) -> Family:
         """Collect one family's experts and check their shapes against each other and config.json."""
-        layout, matcher = self.layout, self.layout.matcher(name)
-        layers = self.layers
-        experts: list[Expert] = []
-        for tensor, info in self.tensors.items():
-            match = matcher.fullmatch(tensor)
-            if match is None or (layers is not None and int(match["layer"]) >= layers):
-                continue  # a layer past num_hidden_layers predicts further tokens and is left alone
-            if info.dtype not in ("BF16", "F16", "F32"):
-                raise GlobeError(f"tensor {tensor} has dtype {info.dtype}; expected BF16, F16 or F32: dequantise first")
-            rank, halves = (3, 1 if name == "down" else 2) if layout.fused else (2, 1)
-            if len(info.shape) != rank or info.shape[-2] % halves:
-                raise GlobeError(f"tensor {tensor} has shape {list(info.shape)}; expected {rank} axes")
-            layer = int(match["layer"])
-            if layout.fused:
-                first = info.shape[1] // 2 if name == "up" else 0
-                experts += [Expert(layer, e, tensor, info, e, first, name) for e in range(info.shape[0])]
-            else:
-                experts.append(Expert(layer, int(match["expert"]), tensor, info, None, 0, name))
+        experts = self._experts[0][name]
+        for expert in experts:
+            if expert.info.dtype not in ("BF16", "F16", "F32"):
+                raise GlobeError(
+                    f"tensor {expert.tensor} has dtype {expert.info.dtype}; expected BF16, F16 or F32: dequantise first"
+                )
         if not experts:
             raise GlobeError(f"{self.directory}: no routed experts of family {name} found")
-        experts.sort(key=lambda expert: (expert.layer, expert.expert))
         return self._checked(name, experts)
 
     def _checked(self, name: str, experts: list[Expert]) -> Family:
         layout = self.layout
-        shapes = Counter(expert.info.shape for expert in experts)
-        expected = shapes.most_common(1)[0][0]
-        odd = next((expert for expert in experts if expert.info.shape != expected), None)
+        expected = Counter(expert.matrix for expert in experts).most_common(1)[0][0]
+        odd = next((expert for expert in experts if expert.matrix != expected), None)
         if odd is not None:
+            usual = next(expert for expert in experts if expert.matrix == expected)
             raise GlobeError(
                 f"tensor {odd.tensor} has shape {list(odd.info.shape)}, the other experts of family {name} have "
-                f"{list(expected)}; one bank needs equal shapes"
+                f"{list(usual.info.shape)}; one bank needs equal shapes"
             )
         if 0 in expected:
-            raise GlobeError(f"tensor {experts[0].tensor} has shape {list(expected)}; expected a matrix with weights")
-        if name == "down":
-            d, p = expected[-2:]
-        else:
-            p, d = (expected[1] // 2, expected[2]) if layout.fused else expected
+            shape = list(experts[0].info.shape)
+            raise GlobeError(f"tensor {experts[0].tensor} has shape {shape}; expected a matrix with weights")
+        p, d = expected
         per_layer = Counter(expert.layer for expert in experts)
         counts = {
             "experts per layer": (layout.experts_keys, set(per_layer.values())),
@@ -275,15 +302,7 @@ class Checkpoint:
 
     def expert_elements(self) -> int:
         """The number of weights in all routed experts: gate, up and down."""
-        matchers = {self.layout.matcher(family) for family in FAMILIES}
-        layers = self.layers
-        total = 0
-        for name, info in self.tensors.items():
-            for matcher in matchers:
-                match = matcher.fullmatch(name)
-                if match is not None and (layers is None or int(match["layer"]) < layers):
-                    total += math.prod(info.shape)
-        return total
+        return sum(math.prod(expert.matrix) for experts in self._experts[0].values() for expert in experts)
 
     def fingerprint(self) -> str:
         """SHA-256 over config.json, every header, and 16 samples of 64 KiB of every shard's data."""
@@ -298,26 +317,22 @@ class Checkpoint:
         return digest.hexdigest()
 
 
+def _experts_of(tensor: str, info: TensorInfo, family: str, layer: int, number: int | None) -> Iterator[Expert]:
+    """The experts of a family that a tensor holds: one, or where it has no number all of a layer."""
+    axes, halves = (2, 1) if number is not None else (3, 1 if family == "down" else 2)
+    if len(info.shape) != axes or info.shape[-2] % halves:
+        raise GlobeError(f"tensor {tensor} has shape {list(info.shape)}; expected {axes} axes")
+    if number is not None:
+        yield Expert(layer, number, tensor, info, None, 0, family)
+        return
+    first = info.shape[1] // 2 if family == "up" else 0
+    for index in range(info.shape[0]):
+        yield Expert(layer, index, tensor, info, index, first, family)
+
+
 def _bits(tensor: torch.Tensor) -> NDArray[Any]:
     """The same memory as integers: NumPy has no bf16."""
     return tensor.view(torch.int16 if tensor.itemsize == 2 else torch.int32).numpy()
-
-
-def read_layouts() -> list[Layout]:
-    """The registry of tensor-name templates, layouts.json."""
-    text = importlib.resources.files("globe").joinpath("layouts.json").read_text(encoding="utf-8")
-    return [
-        Layout(
-            entry["name"],
-            tuple(entry["model_types"]),
-            tuple(entry["experts_keys"]),
-            tuple(entry["width_keys"]),
-            entry.get("templates", {}),
-            entry.get("fused"),
-            entry.get("fused_down"),
-        )
-        for entry in json.loads(text)
-    ]
 
 
 def read_json(path: Path) -> dict[str, Any]:

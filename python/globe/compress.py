@@ -118,6 +118,8 @@ def _compress(
     stages = Stages(progress)
     with stages.stage("index", 1):
         planned = plan(source, settings)
+        for line in planned.checkpoint.notes:
+            stages.display.log(line)
         set_threads(settings.threads)
         keep_memory()
         check_device(planned.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from globe.errors import GlobeError
 from globe.factored import Bank, Factored, left_name, open_factored, rest_name, shard_name
 from globe.output import copy_companions, output_directory
 from globe.stages import Display, Stages
-from globe.tensorfile import TORCH_DTYPES, TensorWriter, copy_chunks, read_tensor, write_text
+from globe.tensorfile import TORCH_DTYPES, TensorWriter, copy_chunks, read_tensor, tensor_bytes, write_text
 
 
 def export(
@@ -49,12 +48,11 @@ def export(
     factored = open_factored(source)
     config = read_json(source / "config.json")
     record = factored.manifest["source"]
-    sizes = [entry["shape"] for shard in record["shards"] for entry in shard["tensors"].values()]
-    dtypes = [entry["dtype"] for shard in record["shards"] for entry in shard["tensors"].values()]
-    total = sum(math.prod(shape) * TORCH_DTYPES[dtype].itemsize for shape, dtype in zip(sizes, dtypes, strict=True))
+    entries = [entry for shard in record["shards"] for entry in shard["tensors"].values()]
+    total = sum(tensor_bytes(entry["dtype"], entry["shape"]) for entry in entries)
     stages = Stages(progress)
     with output_directory(target, source, overwrite=overwrite, needed_bytes=total) as directory:
-        with stages.stage("export", len(sizes)) as advance:
+        with stages.stage("export", len(entries)) as advance:
             banks = {name: factored.bank(name) for name in factored.manifest["banks"]}
             for shard in record["shards"]:
                 _export_shard(factored, banks, shard, directory, advance)
@@ -64,7 +62,7 @@ def export(
             index = {"metadata": record["index_metadata"], "weight_map": dict(sorted(weight_map.items()))}
             write_text(directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
         write_text(directory / "config.json", json.dumps(source_config(config), indent=2) + "\n")
-    return {"output": str(target), "tensors": len(sizes), "bytes": total, "stages": stages.as_list()}
+    return {"output": str(target), "tensors": len(entries), "bytes": total, "stages": stages.as_list()}
 
 
 def _export_shard(

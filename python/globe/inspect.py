@@ -32,11 +32,12 @@ def inspect(directory: Path | str, settings: Settings | None = None) -> dict[str
         `architecture`, `layout`, `families` (N, layers, p, d, dtype, bytes, floor r/d at the default rank),
         `bytes` on three axes, `chosen` families, and `choices`: rank, bank size and the ratio on three axes with these.
         With `settings.ratio`, the choices are those of a family that store so much of it.
+        `notes` tell what of the directory no output will have.
 
     Raises
     ------
     GlobeError
-        If the directory is not a checkpoint of a known layout.
+        If the directory is not a checkpoint of a known layout, or experts are missing.
     """
     settings = settings or Settings()
     checkpoint = Checkpoint(Path(directory))
@@ -48,11 +49,7 @@ def inspect(directory: Path | str, settings: Settings | None = None) -> dict[str
         shape = Shape(rank, bank, min(bank, settings.support) * len(first))
         saved = ratios(checkpoint, families, dict.fromkeys(families, shape))
         choices.append({"rank": rank, "bank": bank, "floor": rank / first.d, "ratio": asdict(saved)})
-    expert_bytes = sum(
-        info.nbytes
-        for name, info in checkpoint.tensors.items()
-        if any(checkpoint.layout.matcher(kind).fullmatch(name) for kind in FAMILIES)
-    )
+    expert_bytes = sum(len(family) * family.p * family.d * family.bytes_per_weight for family in everything.values())
     described = {
         name: {
             "experts": len(family),
@@ -81,6 +78,7 @@ def inspect(directory: Path | str, settings: Settings | None = None) -> dict[str
         },
         "chosen": list(families),
         "choices": choices,
+        "notes": checkpoint.notes,
     }
 
 

@@ -11,6 +11,7 @@ import torch
 
 from globe.checkpoint import INDEX_NAME, Checkpoint
 from globe.errors import GlobeError, UsageError
+from globe.foreign import missing_directory
 
 FACTORED_MARK = "globe.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -40,7 +41,7 @@ def load_model(directory: str | Path, device: str = "cpu", dtype: torch.dtype | 
     place = find_device(device)
     transformers = import_transformers("evaluation")
     if not directory.is_dir():
-        raise GlobeError(f"{directory}: no such directory")
+        raise missing_directory(directory)
     if not (directory / "config.json").is_file():
         raise GlobeError(f"{directory}: no config.json; give a checkpoint directory as saved by transformers")
     with quiet(transformers):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from globe.budget import Blocks, plan_blocks
-from globe.checkpoint import Checkpoint, Family
+from globe.checkpoint import FAMILIES, Checkpoint, Family
 from globe.devices import pick_device
 from globe.errors import UsageError
 from globe.gemm import dictionary_dtype
@@ -52,7 +52,8 @@ def plan(model_dir: Path, settings: Settings) -> Plan:
         If the checkpoint cannot be used.
     """
     checkpoint = Checkpoint(model_dir)
-    families = {name: checkpoint.family(name) for name in settings.families}
+    everything = {name: checkpoint.family(name) for name in FAMILIES}
+    families = {name: everything[name] for name in settings.families}
     whole = units(families, settings)
     device = pick_device(settings.device)
     if settings.ratio is not None:

@@ -44,6 +44,16 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+# Bits of an element of every dtype of the format; those that torch does not name here are copied and never computed with.
+DTYPE_BITS = {name: 8 * dtype.itemsize for name, dtype in TORCH_DTYPES.items()} | {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "C64": 64,
+}
 _MAX_HEADER = 100_000_000
 
 
@@ -100,9 +110,9 @@ def read_header(path: Path) -> FileHeader:
         if info.start != end:
             raise GlobeError(f"{path}: tensor {name} starts at byte {info.start}, expected {end}; fetch the file again")
         end += info.nbytes
-        if info.dtype not in TORCH_DTYPES:
-            raise GlobeError(f"{path}: tensor {name} has dtype {info.dtype}; expected one of {', '.join(TORCH_DTYPES)}")
-        if info.nbytes != math.prod(info.shape) * TORCH_DTYPES[info.dtype].itemsize:
+        if info.dtype not in DTYPE_BITS:
+            raise GlobeError(f"{path}: tensor {name} has dtype {info.dtype}; expected one of {', '.join(DTYPE_BITS)}")
+        if 8 * info.nbytes != math.prod(info.shape) * DTYPE_BITS[info.dtype]:
             raise GlobeError(
                 f"{path}: tensor {name} has {info.nbytes} bytes, not what {info.dtype} {list(info.shape)} takes"
             )
@@ -162,7 +172,16 @@ def read_tensor(
     -------
     torch.Tensor
         In the file's own dtype, on the CPU; `out`, contiguous and of that shape and dtype, where it is given.
+
+    Raises
+    ------
+    GlobeError
+        If the dtype is one that torch does not have, or the file ended early.
     """
+    if info.dtype not in TORCH_DTYPES:
+        raise GlobeError(
+            f"{info.file}: a tensor of dtype {info.dtype} can be copied, not computed with: dequantise first"
+        )
     dtype = TORCH_DTYPES[info.dtype]
     shape, offset = info.shape, 0
     if index is not None:
@@ -204,7 +223,7 @@ class TensorWriter:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.path = path
-        self._pending = [(name, _nbytes(*entry)) for name, entry in entries.items()]
+        self._pending = [(name, tensor_bytes(*entry)) for name, entry in entries.items()]
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         offset = 0
         for (name, nbytes), (dtype, shape) in zip(self._pending, entries.values(), strict=True):
@@ -258,8 +277,9 @@ class TensorWriter:
             self._temporary.unlink(missing_ok=True)
 
 
-def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes that a tensor takes in a file."""
+    return math.prod(shape) * DTYPE_BITS[dtype] // 8
 
 
 def copy_chunks(info: TensorInfo, size: int = 1 << 24) -> Iterable[bytearray]:

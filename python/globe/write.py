@@ -80,7 +80,7 @@ def write_weights(
             file, result = shard_name(shard.path.name), f"shard-{count}"
             entries: dict[str, tuple[str, tuple[int, ...]]] = {}
             for tensor, info in shard.tensors.items():
-                entries.update(_entries(checkpoint, fits, info, tensor, places.get(tensor, [])))
+                entries.update(_entries(fits, info, tensor, places.get(tensor, [])))
             weight_map.update(dict.fromkeys(entries, file))
             there = [place for tensor in shard.tensors for place in places.get(tensor, ())]
             meta = store.check(result)
@@ -98,7 +98,7 @@ def write_weights(
                         continue
                     parts = _parts(fits, places[tensor])
                     _write_experts(writer, tensor, fits, parts, solutions, written, advance)
-                    for family in _kept_halves(checkpoint, parts):
+                    for family in _kept_halves(len(info.shape) == 3, parts):
                         kept = checkpoint.family(family)
                         numbers = [i for i, expert in enumerate(kept.experts) if expert.tensor == tensor]
                         writer.write(rest_name(tensor, family), torch.stack([kept.read(i) for i in numbers]))
@@ -158,26 +158,26 @@ def _parts(fits: dict[str, Fit], there: list[tuple[str, int]]) -> list[_Part]:
     return [_Part(family, pool, [number for _, number in run]) for (family, pool), run in runs]
 
 
-def _kept_halves(checkpoint: Checkpoint, parts: list[_Part]) -> list[str]:
+def _kept_halves(fused: bool, parts: list[_Part]) -> list[str]:
     """The families of a fused tensor that stay as they are."""
     held = {part.family for part in parts}
-    if checkpoint.layout.fused is None or "down" in held:
+    if "down" in held or not fused:
         return []
     return [name for name in ("gate", "up") if name not in held]
 
 
 def _entries(
-    checkpoint: Checkpoint, fits: dict[str, Fit], info: TensorInfo, tensor: str, there: list[tuple[str, int]]
+    fits: dict[str, Fit], info: TensorInfo, tensor: str, there: list[tuple[str, int]]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     if not there:
         return {tensor: (info.dtype, info.shape)}
-    fused = checkpoint.layout.fused is not None
+    fused = len(info.shape) == 3
     entries: dict[str, tuple[str, tuple[int, ...]]] = {}
     parts = _parts(fits, there)
     for part in parts:
         shape = (fits[part.pool].family.p, fits[part.pool].state.bank.shape[1])
         entries[left_name(tensor, part.family)] = ("BF16", (info.shape[0], *shape) if fused else shape)
-    for name in _kept_halves(checkpoint, parts):
+    for name in _kept_halves(fused, parts):
         entries[rest_name(tensor, name)] = (info.dtype, (info.shape[0], info.shape[1] // 2, info.shape[2]))
     return entries
 
@@ -200,7 +200,7 @@ def _write_experts(
             written.ridged[name] += solved.ridged
             lefts.append(solved.left)
             advance(1)
-        fused = fits[name].family.experts[0].index is not None
+        fused = fits[name].family.experts[part.numbers[0]].index is not None
         writer.write(left_name(tensor, part.family), torch.stack(lefts) if fused else lefts[0])
 
 

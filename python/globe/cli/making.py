@@ -52,6 +52,8 @@ def inspect(model: Path, families: str | None, ratio: float | None, as_json: boo
         shown = (f"{row['ratio'][axis]:.3f}" for axis in ("touched", "experts", "checkpoint"))
         choices.add_row(str(row["rank"]), str(row["bank"]), f"{row['floor']:.3f}", *shown)
     console.print(choices)
+    for line in found["notes"]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @click.command()
