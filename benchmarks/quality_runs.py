@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 
 from globe.calibration import Calibration, load_calibration
 from globe.checkpoint import INDEX_NAME, Checkpoint, Family
+from globe.companions import copy_companions
 from globe.devices import set_threads
 from globe.errors import GlobeError
 from globe.export import export
-from globe.output import copy_companions
 from globe.stages import peak_rss_bytes
 from globe.tensorfile import TensorWriter, copy_chunks, read_tensor, write_text
 

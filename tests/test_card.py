@@ -12,7 +12,8 @@ hub = pytest.importorskip("huggingface_hub")
 
 from checkpoints import make_tiny  # noqa: E402
 from globe import Settings, compress, export  # noqa: E402
-from globe.card import SETTINGS_FILE, base_model  # noqa: E402
+from globe.card import base_model  # noqa: E402
+from globe.companions import SETTINGS_FILE  # noqa: E402
 from globe.output import finished_key  # noqa: E402
 from globe.settings_file import read_settings  # noqa: E402
 from refusals import in_process  # noqa: E402

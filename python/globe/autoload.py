@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from globe.companions import LOADER_FILE
 from globe.errors import GlobeError
 from globe.layouts import read_layouts
 
 METHOD = "globe"
-LOADER_FILE = "modeling_globe.py"
 REMEDY = "this checkpoint is factored by GloBE: pip install 'globe-moe[hf]', then import globe.hf first"
 LOADER = '''"""Loads this checkpoint, which GloBE factored, with from_pretrained(..., trust_remote_code=True)."""
 

@@ -118,14 +118,8 @@ def calibration_for(
     """
     if choice == "none":
         return None
-    if choice not in ("auto", "pydoc"):
-        found = load_calibration(Path(choice))
-        if found.about.get("fingerprint") != checkpoint.fingerprint():
-            raise GlobeError(
-                f"calibration {choice}: made of another checkpoint than {checkpoint.directory}; run globe calibrate on "
-                "this one"
-            )
-        return found
+    if is_file(choice):
+        return named_calibration(checkpoint, choice)
     try:
         longest = checkpoint.config.get("max_position_embeddings")
         window = min(WINDOW, longest if isinstance(longest, int) else WINDOW, tokens // 2)
@@ -141,6 +135,30 @@ def calibration_for(
         stages.display.log(f"weights only, without activation statistics: {error}")
         return None
     stages.display.log(f"calibrated on {found.about['tokens']:,} tokens of {reading.label}")
+    return found
+
+
+def is_file(choice: str) -> bool:
+    """Whether a choice of calibration names a file."""
+    return choice not in ("none", "auto", "pydoc")
+
+
+def named_calibration(checkpoint: Checkpoint, choice: str) -> Calibration | None:
+    """The calibration file that a choice names, if it does.
+
+    Raises
+    ------
+    GlobeError
+        If it is not one, or of another checkpoint.
+    """
+    if not is_file(choice):
+        return None
+    found = load_calibration(Path(choice))
+    if found.about.get("fingerprint") != checkpoint.fingerprint():
+        raise GlobeError(
+            f"calibration {choice}: made of another checkpoint than {checkpoint.directory}; run globe calibrate on "
+            "this one"
+        )
     return found
 
 

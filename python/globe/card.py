@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-SETTINGS_FILE = "globe-settings.yaml"
+from globe.companions import SETTINGS_FILE
+
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _OF_THE_SOURCE = ("license", "license_name", "license_link", "language", "pipeline_tag")
 

@@ -191,8 +191,8 @@ class Checkpoint:
                     raise GlobeError(f"{self.directory}: shard {name} named by {INDEX_NAME} is missing; fetch it")
             if SINGLE not in names and (self.directory / SINGLE).exists():
                 raise GlobeError(
-                    f"{self.directory}: {SINGLE} is not named by {INDEX_NAME}, and transformers reads it instead of the "
-                    "files that are; remove the one or the other"
+                    f"{self.directory}: {SINGLE} is not named by {INDEX_NAME}, and transformers reads it instead of "
+                    "the files that are; remove the one or the other"
                 )
             return index, names
         if (self.directory / SINGLE).exists():

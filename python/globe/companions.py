@@ -7,9 +7,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from globe.autoload import LOADER_FILE
-from globe.card import SETTINGS_FILE
-
+LOADER_FILE = "modeling_globe.py"
+SETTINGS_FILE = "globe-settings.yaml"
 REPORT = "report.html"
 # Written by GloBE, whatever the source has under these names.
 OWN = ("config.json", "globe.json", "metrics.json", "README.md", LOADER_FILE, SETTINGS_FILE, REPORT)

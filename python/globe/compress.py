@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from globe import __version__
-from globe.autoload import LOADER, LOADER_FILE, loading_config
-from globe.calibrate import calibration_for
+from globe.autoload import LOADER, loading_config
+from globe.calibrate import calibration_for, is_file, named_calibration
 from globe.calibration_memory import require_memory
-from globe.card import SETTINGS_FILE, model_card, settings_file
+from globe.card import model_card, settings_file
 from globe.checkpoint import Family, read_json
+from globe.companions import LOADER_FILE, REPORT, SETTINGS_FILE, companions, copy_companions
 from globe.devices import check_device, keep_memory, set_threads
 from globe.errors import GlobeError
 from globe.factor import factor, load_fit, scan_family
@@ -25,7 +26,8 @@ from globe.gemm import pick_precision, precision_report, working_precision
 from globe.manifest import manifest
 from globe.metric import build_metric
 from globe.metrics import families_report, stored_report
-from globe.output import REPORT, copy_companions, run_directory, run_key
+from globe.output import finished_key, run_directory, run_key
+from globe.owned import Claim, factored_names
 from globe.plan import Plan, plan, plan_sizes
 from globe.ratios import Ratios, Shape, ratios, stored_elements
 from globe.report import report as draw
@@ -76,7 +78,8 @@ def compress(
     settings : Settings, optional
         Defaults of the specification, section M.
     overwrite : bool
-        Replace an output that is not empty, whatever it holds.
+        Replace the files of an output that is not empty: those of the names that are written now, and those that
+        GloBE's records there name. Others stay.
     fresh : bool
         Start over where an earlier compression left an unfinished run or its output.
     keep_run : bool
@@ -132,15 +135,18 @@ def _compress(
             "blocks": asdict(planned.blocks),
             "precision": precision_report(settings.precision, planned.device),
         }
+    key = run_key(__version__, fingerprint, settings.as_dict())
+    if overwrite or fresh or finished_key(target) != key:
+        named_calibration(planned.checkpoint, settings.calibrate)  # before anything is removed or made
     opened = run_directory(
         target,
         source,
-        run_key(__version__, fingerprint, settings.as_dict()),
+        _claim(planned, settings),
+        key,
         environment,
         fresh=fresh,
         overwrite=overwrite,
         keep_run=keep_run,
-        needed_bytes=_needed_bytes(planned),
         log=stages.display.log,
     )
     with working_precision(pick_precision(settings.precision, planned.device)), opened as store:
@@ -229,6 +235,14 @@ def _finished(target: Path) -> Result:
                 "is otherwise finished; use --fresh to make it again"
             )
     return Result(target, metrics, Ratios(**metrics["ratio"]), found=True)
+
+
+def _claim(planned: Plan, settings: Settings) -> Claim:
+    """What the run writes into its output directory, the bytes that this takes, and the calibration that it reads."""
+    checkpoint = planned.checkpoint
+    shards = [shard.path.name for shard in checkpoint.shards]
+    reads = (Path(settings.calibrate),) if is_file(settings.calibrate) else ()
+    return Claim(factored_names(shards, companions(checkpoint.directory).carried), _needed_bytes(planned), reads)
 
 
 def _needed_bytes(planned: Plan) -> int:

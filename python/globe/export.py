@@ -11,9 +11,11 @@ import torch
 
 from globe.autoload import source_config
 from globe.checkpoint import FAMILIES, INDEX_NAME, read_json
+from globe.companions import companions, copy_companions
 from globe.errors import GlobeError
 from globe.factored import Bank, Factored, left_name, open_factored, rest_name, shard_name
-from globe.output import copy_companions, output_directory
+from globe.output import output_directory
+from globe.owned import Claim, recorded
 from globe.stages import Display, Stages
 from globe.tensorfile import TORCH_DTYPES, TensorWriter, copy_chunks, read_tensor, tensor_bytes, write_text
 
@@ -30,7 +32,8 @@ def export(
     target : Path or str
         The dense directory; made here.
     overwrite : bool
-        Replace a target that is not empty.
+        Replace the files of a target that is not empty: those of the names that are written now, and those that its
+        own index or GloBE's records there name. Others stay.
     progress : Display, optional
         Shows the stage.
 
@@ -51,7 +54,12 @@ def export(
     entries = [entry for shard in record["shards"] for entry in shard["tensors"].values()]
     total = sum(tensor_bytes(entry["dtype"], entry["shape"]) for entry in entries)
     stages = Stages(progress)
-    with output_directory(target, source, overwrite=overwrite, needed_bytes=total) as directory:
+    shards = [shard["file"] for shard in record["shards"]]
+    claim = Claim(("config.json", INDEX_NAME, *shards, *companions(source).carried), total)
+    left = companions(source, frozenset(recorded(source))).left
+    if left:
+        stages.display.log(f"left behind: {', '.join(left)}")
+    with output_directory(target, source, claim, overwrite=overwrite, log=stages.display.log) as directory:
         with stages.stage("export", len(entries)) as advance:
             banks = {name: factored.bank(name) for name in factored.manifest["banks"]}
             for shard in record["shards"]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from globe import __version__
 from globe.checkpoint import Checkpoint, Family
+from globe.companions import companions
 from globe.factored import FORMAT_VERSION
 from globe.ratios import Shape
 from globe.settings import Settings
@@ -50,5 +51,6 @@ def manifest(
         "settings": settings.as_dict(),
         "families": described,
         "banks": banks,
+        "companions": list(companions(checkpoint.directory).carried),
         "source": {**source, "index_metadata": index_metadata, "shards": shards},
     }

@@ -12,54 +12,76 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeGuard
 
-from globe.autoload import LOADER_FILE
-from globe.card import SETTINGS_FILE
+from globe.checkpoint import INDEX_NAME, SINGLE
 from globe.errors import GlobeError, UsageError
+from globe.factored import MANIFEST
+from globe.owned import (
+    EXPORT_RECORD,
+    LOCK,
+    Claim,
+    clear,
+    empty_run,
+    outlook,
+    present,
+    record_export,
+    record_run,
+    recorded,
+    refuse_directories,
+    some,
+    staying,
+)
 from globe.runstore import FOLDER, Log, RunStore, differences, stored_key
-
-_LOCK = ".globe-lock"
-REPORT = "report.html"
-_SMALL = ("config.json", "globe.json", "metrics.json", "README.md", LOADER_FILE, SETTINGS_FILE, REPORT)
-_WRITTEN = (*_SMALL, "*.safetensors", "*.safetensors.index.json")
 
 
 @contextmanager
-def output_directory(path: Path, source: Path, *, overwrite: bool, needed_bytes: int) -> Iterator[Path]:
-    """Make and lock `path`; on an error, take away what was written.
+def output_directory(path: Path, source: Path, claim: Claim, *, overwrite: bool, log: Log) -> Iterator[Path]:
+    """Make and lock `path` for an export; on an error, take away what was written.
 
     Raises
     ------
     UsageError
-        If `path` is the source, a file, or not empty and `overwrite` is not set.
+        If `path` is the source, a file, or not empty and `overwrite` is not set; or a file of others would stay that
+        is loaded instead of what is written.
     GlobeError
-        If another run writes to it, or it cannot be written, or has less than `needed_bytes` free.
+        If another run writes to it, or it cannot be written, or has less space free than is needed.
     """
     with _locked(path, source):
+        going = recorded(path, dense=True) | set(claim.names)
         if not overwrite:
-            _refuse_other_files(path)
-        _require_space(path, needed_bytes)
-        _clear(path)
+            _refuse_other_files(path, going)
+        _refuse_rivals(path, claim, going)
+        _require_space(path, claim.needed_bytes, going)
+        refuse_directories(path, going)
+        _tell_staying(path, going, log)
+        try:
+            record_export(path, going)
+        except OSError as error:
+            clear(path, {EXPORT_RECORD})
+            raise _unwritable(path, error) from None
+        clear(path, going)
+        shutil.rmtree(path / FOLDER, ignore_errors=True)
         try:
             yield path
         except BaseException as error:
             with suppress(OSError):
-                _clear(path)
+                clear(path, {*claim.names, EXPORT_RECORD})
             if _is_full(error):
                 raise _unwritable(path, error) from None
             raise
+        clear(path, {EXPORT_RECORD})
 
 
 @contextmanager
 def run_directory(
     path: Path,
     source: Path,
+    claim: Claim,
     key: Mapping[str, Any],
     environment: Mapping[str, Any],
     *,
     fresh: bool,
     overwrite: bool,
     keep_run: bool,
-    needed_bytes: int,
     log: Log,
 ) -> Iterator[RunStore | None]:
     """Make and lock `path` for a run that an earlier one may have begun.
@@ -76,12 +98,14 @@ def run_directory(
     ------
     UsageError
         If `path` is the source or a file; or holds a run or an output of another key and neither `fresh` nor
-        `overwrite` is set; or holds other files and `overwrite` is not set.
+        `overwrite` is set; or holds other files and `overwrite` is not set; or a file that the run reads is one of
+        those that go.
     GlobeError
-        If another run writes to it, or it cannot be written, or has less than `needed_bytes` free.
+        If another run writes to it, or it cannot be written, or has less space free than is needed.
     """
     folder = path / FOLDER
     with _locked(path, source):
+        going = {*recorded(path), *claim.names, EXPORT_RECORD}
         begun = stored_key(folder) if folder.is_dir() else None
         finished = finished_key(path)
         if overwrite or (fresh and (folder.is_dir() or finished is not None)):
@@ -90,40 +114,44 @@ def run_directory(
         else:
             renewed = False
             if finished is not None:
-                _refuse_other_key(path, "a finished output", finished, key)
+                _refuse_other_key(path, "a finished output", finished, key, going)
                 if not keep_run:
                     shutil.rmtree(folder, ignore_errors=True)
                 yield None
                 return
             if begun is not None:
-                _refuse_other_key(path, "an unfinished run", begun, key)
+                _refuse_other_key(path, "an unfinished run", begun, key, going)
             elif not folder.is_dir():
-                _refuse_other_files(path)
-        _require_space(path, needed_bytes)
+                _refuse_other_files(path, going)
+        _refuse_reads(path, claim, going)
+        _require_space(path, claim.needed_bytes, going)
+        refuse_directories(path, going)
         if renewed:
-            _refuse_directories(path)
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()  # first: a process that ends while it clears leaves a directory that says what it is
-            _clear(path)
-        for left in path.glob(".*.partial"):
-            left.unlink()
+            _tell_staying(path, going, log)
+            empty_run(path, going)  # first: a process that ends while it clears leaves a directory that says what it is
+        if begun is None:
+            clear(path, going)
+        for left in present(path, going):
+            if left.name.endswith(".partial"):
+                left.unlink()
         try:
             store = RunStore(folder, key, environment, log)
+            record_run(path, claim.names)
             if begun is not None:
                 log(f"{path}: going on with an unfinished run, which has {', '.join(store.names()) or 'no result yet'}")
             yield store
         except BaseException as error:
-            written = _used(path)
+            written = _used(path, going)
             kept = [file.stem for file in folder.glob("*.json") if file.stem != "key"]
             with suppress(OSError):
                 if not kept or (isinstance(error, GlobeError) and all(name.endswith(".scan") for name in kept)):
-                    _clear(path)
+                    clear(path, claim.names)
                     shutil.rmtree(folder, ignore_errors=True)
                     kept = []
             if kept:
                 log(f"{path}: unfinished; {FOLDER} keeps what is done, and the same command goes on from there")
             if _is_full(error):
-                raise _unwritable(path, error, max(needed_bytes - written, 1 << 20) if kept else None) from None
+                raise _unwritable(path, error, max(claim.needed_bytes - written, 1 << 20) if kept else None) from None
             raise
         if not keep_run:
             shutil.rmtree(folder, ignore_errors=True)
@@ -156,7 +184,7 @@ def _locked(path: Path, source: Path) -> Iterator[None]:
     created = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / _LOCK).open("w")
+        lock = (path / LOCK).open("w")
     except OSError as error:
         raise _unwritable(path, error) from None
     try:
@@ -166,14 +194,14 @@ def _locked(path: Path, source: Path) -> Iterator[None]:
             raise _taken(path) from None
         except OSError as error:
             raise _unwritable(path, error) from None
-        if not _same_file(lock, path / _LOCK):  # its owner ended and removed it while it was opened here
+        if not _same_file(lock, path / LOCK):  # its owner ended and removed it while it was opened here
             raise _taken(path)
         try:
             yield
-            (path / _LOCK).unlink(missing_ok=True)
+            (path / LOCK).unlink(missing_ok=True)
         except BaseException:
             with suppress(OSError):
-                (path / _LOCK).unlink(missing_ok=True)
+                (path / LOCK).unlink(missing_ok=True)
                 if created and not any(path.iterdir()):
                     path.rmdir()
             raise
@@ -181,64 +209,74 @@ def _locked(path: Path, source: Path) -> Iterator[None]:
         lock.close()
 
 
-def _refuse_other_files(path: Path) -> None:
-    present = sorted(entry.name for entry in path.iterdir() if entry.name != _LOCK)
-    if present:
-        what = "a finished checkpoint" if "config.json" in present else "an unfinished run or other files"
-        raise UsageError(f"output {path} is not empty ({what}: {present[0]}, …); use --overwrite to replace it")
-
-
-def _refuse_other_key(path: Path, what: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    different = differences(found, wanted)
-    if different:
-        shown = ", ".join(different[:6]) + (f", and {len(different) - 6} more" if len(different) > 6 else "")
+def _refuse_other_files(path: Path, going: set[str]) -> None:
+    if any(entry.name != LOCK for entry in path.iterdir()):
+        finished = (path / "config.json").exists()
+        what = "a finished checkpoint" if finished else "an unfinished run or other files"
         raise UsageError(
-            f"output {path} holds {what} of another source or other settings: {shown}; use --fresh to start over, "
+            f"output {path} is not empty ({what}; {outlook(path, going)}); use --overwrite to replace what would go, "
             "or name another directory"
         )
 
 
-def _require_space(path: Path, needed: int) -> None:
-    free = shutil.disk_usage(path).free + _used(path)
+def _refuse_other_key(
+    path: Path, what: str, found: Mapping[str, Any], wanted: Mapping[str, Any], going: set[str]
+) -> None:
+    different = differences(found, wanted)
+    if different:
+        shown = ", ".join(different[:6]) + (f", and {len(different) - 6} more" if len(different) > 6 else "")
+        raise UsageError(
+            f"output {path} holds {what} of another source or other settings: {shown}; use --fresh to start over "
+            f"({outlook(path, going)}), or name another directory"
+        )
+
+
+def _refuse_rivals(path: Path, claim: Claim, going: set[str]) -> None:
+    """Refuse a directory where a file that stays would be loaded instead of what is written, or before it."""
+    weights = [name for name in claim.names if name.endswith(".safetensors")]
+    rivals = {MANIFEST: "marks a factored checkpoint"}
+    if weights != [SINGLE]:
+        rivals[SINGLE] = f"is read by transformers instead of the files that {INDEX_NAME} names"
+    for name in staying(path, going):
+        if name in rivals:
+            raise UsageError(
+                f"output {path}: {name} is not GloBE's as far as its records tell, would stay, and {rivals[name]}; "
+                "move it away or name another directory"
+            )
+
+
+def _refuse_reads(path: Path, claim: Claim, going: set[str]) -> None:
+    """Refuse to read what this run is about to remove."""
+    for file in claim.reads:
+        place = file.resolve()
+        doomed = {(path / name).resolve() for name in going}
+        if place in doomed or (path / FOLDER).resolve() in place.parents:
+            raise UsageError(
+                f"calibrate is {str(file)!r}, which is among the files of output {path} that are removed; move it "
+                "elsewhere first, or name another directory"
+            )
+
+
+def _tell_staying(path: Path, going: set[str], log: Log) -> None:
+    stays = staying(path, going)
+    if stays:
+        log(f"{path}: left as they are: {some(stays)}")
+
+
+def _require_space(path: Path, needed: int, going: set[str]) -> None:
+    free = shutil.disk_usage(path).free + _used(path, going)
     if free < needed:
         raise GlobeError(f"output {path}: {free:,} bytes free, about {needed:,} needed; free some or name another disk")
 
 
-def _used(path: Path) -> int:
+def _used(path: Path, names: set[str]) -> int:
     """Bytes of what GloBE wrote."""
-    return sum(file.stat().st_size for file in [*_written(path), *(path / FOLDER).rglob("*")] if file.is_file())
+    files = [*present(path, names), *(path / FOLDER).rglob("*")]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _is_full(error: BaseException) -> TypeGuard[OSError]:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy the tokenizer and other small files: all but weights, config.json and what GloBE writes itself."""
-    left_alone = {*_SMALL, "globe.safetensors.index.json"}
-    weights = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"}
-    for entry in sorted(source.iterdir()):
-        hidden = entry.name.startswith(".") or entry.name.endswith(".index.json")
-        if entry.is_file() and not hidden and entry.suffix not in weights and entry.name not in left_alone:
-            temporary = target / f".{entry.name}.partial"
-            shutil.copyfile(entry, temporary)
-            temporary.replace(target / entry.name)
-
-
-def _written(path: Path) -> list[Path]:
-    return [file for pattern in (*_WRITTEN, ".*.partial") for file in path.glob(pattern)]
-
-
-def _refuse_directories(path: Path) -> None:
-    for file in _written(path):
-        if file.is_dir():
-            raise GlobeError(f"output {path}: {file.name} is a directory; expected a file: remove it or name another")
-
-
-def _clear(path: Path) -> None:
-    _refuse_directories(path)
-    for file in _written(path):
-        file.unlink()
 
 
 def _same_file(lock: IO[str], path: Path) -> bool:

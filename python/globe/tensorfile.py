@@ -44,7 +44,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-# Bits of an element of every dtype of the format; those that torch does not name here are copied and never computed with.
+# Bits of an element of every dtype of the format; those beyond torch's are copied and never computed with.
 DTYPE_BITS = {name: 8 * dtype.itemsize for name, dtype in TORCH_DTYPES.items()} | {
     "F4": 4,
     "F6_E2M3": 6,

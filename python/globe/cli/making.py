@@ -125,7 +125,7 @@ def calibrate(
 @click.option("--threads", type=int, help="CPU threads.  [default: all]")
 @click.option("--config", type=PATH, help="Settings as YAML; options win over it.")
 @tracking
-@click.option("--overwrite", is_flag=True, help="Replace an OUT that is not empty, whatever it holds.")
+@click.option("--overwrite", is_flag=True, help="Replace what GloBE wrote in an OUT that is not empty; the rest stays.")
 @resuming
 @common
 def compress(

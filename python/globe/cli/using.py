@@ -37,7 +37,7 @@ def report(out: Path, other: Path | None, output: Path | None, as_json: bool, qu
 @click.command()
 @click.argument("out", type=PATH)
 @click.argument("dense", type=PATH)
-@click.option("--overwrite", is_flag=True, help="Replace a DENSE that is not empty.")
+@click.option("--overwrite", is_flag=True, help="Replace the checkpoint in a DENSE that is not empty; the rest stays.")
 @common
 def export(out: Path, dense: Path, overwrite: bool, as_json: bool, quiet: bool) -> None:
     """Write the dense checkpoint that OUT stands for, with the source's names, dtype and shards."""

@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from globe.autoload import LOADER, LOADER_FILE, marked
+from globe.autoload import LOADER, marked
 from globe.checkpoint import INDEX_NAME, read_json
+from globe.companions import LOADER_FILE
 from globe.errors import UsageError
 from globe.factored import INDEX_FILE, MANIFEST, shard_name
 from globe.tensorfile import write_text

@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+from globe.companions import REPORT
 from globe.errors import GlobeError, UsageError
-from globe.output import REPORT
 from globe.report.data import read_run
 from globe.report.page import render
 from globe.tensorfile import write_text
