@@ -139,13 +139,14 @@ class Checkpoint:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise missing_directory(self.directory)
-        if (self.directory / "globe.json").exists():
-            raise GlobeError(f"{directory}: this is a factored checkpoint already; pass the dense source instead")
-        if not any((self.directory / name).exists() for name in (INDEX_NAME, SINGLE)):
+        factored = (self.directory / "globe.json").exists()
+        if not factored and not any((self.directory / name).exists() for name in (INDEX_NAME, SINGLE)):
             told = missing_weights(self.directory)
             if told is not None:
                 raise told
         self.config = read_json(self.directory / "config.json")
+        if factored:
+            raise GlobeError(f"{directory}: this is a factored checkpoint already; pass the dense source instead")
         self.index, names = self._shard_names()
         self._noted: list[str] = []
         self.shards, self.tensors = self._open(names)

@@ -48,7 +48,7 @@ def missing_weights(directory: Path) -> GlobeError | None:
         command = f'python -c "{_MERGE}({where!r}).merge_and_unload().save_pretrained({merged!r})"'
         return GlobeError(f"{where}: an adapter, not a model; merge it into its model with `{command}` and give that")
     shards = [name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]
-    if shards:
+    if shards and "config.json" in names:
         index = "model.safetensors.index.json"
         return GlobeError(f"{where}: shards such as {shards[0]} but no {index}, which names their tensors; fetch it")
     if suffixes & {".bin", ".pt", ".pth"}:
