@@ -1,4 +1,4 @@
-"""Nothing of a checkpoint is left out without a word: both forms of experts, missing ones, foreign names, companions."""
+"""Nothing of a checkpoint is left out without a word: both forms of experts, missing ones, foreign names, the rest."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ BROKEN: dict[str, tuple[Callable[[Tensors], object], tuple[str, ...]]] = {
     "MLX": (mlx, ("as MLX stores them", "switch_mlp", "start from")),
     "other names": (
         renamed(".experts.", ".specialists."),
-        ("named as routed experts", "model.layers.{layer}.mlp", "found"),
+        ("named as routed experts", "model.layers.{layer}", "found"),
     ),
 }
 

@@ -31,7 +31,7 @@ def missing_directory(directory: Path) -> GlobeError:
     if directory.suffix == ".gguf":
         return GlobeError(f"{text}: GGUF is not read; start from the safetensors checkpoint that it was made of")
     if directory.exists():
-        return GlobeError(f"{text}: a file; expected a checkpoint directory with config.json")
+        return GlobeError(f"{text}: no such directory but a file; expected a checkpoint directory with config.json")
     remedy = "expected a checkpoint directory with config.json"
     if _HUB_NAME.fullmatch(text):
         name = directory.name
