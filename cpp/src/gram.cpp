@@ -32,24 +32,6 @@ std::vector<float> roots_of(const float* weights, std::int64_t count) {
     return roots;
 }
 
-// Rows [first, last) of bfloat16 have an entry below the normal numbers, which instructions for bfloat16 take
-// as zero.
-bool any_subnormal(const ConstMatrixView& vectors, std::int64_t first, std::int64_t last, std::int64_t offset,
-                   std::int64_t depth) {
-    const auto* data = static_cast<const unsigned char*>(vectors.data);
-    for (std::int64_t row = first; row < last; ++row) {
-        const auto* entries =
-            reinterpret_cast<const std::uint16_t*>(data + row * row_bytes(vectors)) + offset;
-        std::uint16_t found = 0;
-        for (std::int64_t t = 0; t < depth; ++t) {
-            const auto below = static_cast<std::uint16_t>((entries[t] & 0x7FFFU) - 1U);
-            found |= static_cast<std::uint16_t>(below < 0x7FU);
-        }
-        if (found != 0) return true;
-    }
-    return false;
-}
-
 // The part of the lower triangle in rows [begin, end), panel by panel.
 class LowerTriangle {
   public:
@@ -88,37 +70,40 @@ class LowerTriangle {
     // False, and nothing added, where the columns hold subnormal numbers in any row, so that the bits do not
     // depend on the range of rows.
     bool add_pairs(std::int64_t offset, std::int64_t depth) {
-        std::atomic<bool> subnormal{any_subnormal(vectors_, end_, vectors_.rows, offset, depth)};
-        parallel_for(right_ + separate_, threads_, [&](std::int64_t p) {
-            const std::int64_t first = first_row(p);
-            if (p < right_ && any_subnormal(vectors_, first, std::min(first + panel_, end_), offset, depth)) {
-                subnormal = true;
+        std::atomic<bool> subnormal{false};
+        for (std::int64_t row = end_; row < vectors_.rows; ++row) {  // which are not packed
+            const auto* entries = reinterpret_cast<const std::uint16_t*>(place(row, offset));
+            for (std::int64_t t = 0; t < depth; ++t) {
+                const unsigned magnitude = entries[t] & 0x7FFFU;
+                if (magnitude != 0 && magnitude < 0x80U) subnormal = true;
             }
-            pack(kernels_.pack_pairs, p, offset, depth);
+        }
+        parallel_for(right_ + separate_, threads_, [&](std::int64_t p) {
+            if (kernels_.pack_pairs(source(p, offset, depth), panel(p))) subnormal = true;
         });
         if (!subnormal) multiply(kernels_.multiply_pairs, (depth + 1) / 2);
         return !subnormal;
     }
 
     void add_float32(std::int64_t offset, std::int64_t depth) {
-        const auto pack_words = kernels_.pack[detail::index_of(vectors_.dtype)];
+        const auto pack = kernels_.pack[detail::index_of(vectors_.dtype)];
         parallel_for(right_ + separate_, threads_,
-                     [&](std::int64_t p) { pack(pack_words, p, offset, depth); });
+                     [&](std::int64_t p) { pack(source(p, offset, depth), panel(p)); });
         multiply(kernels_.multiply, depth);
     }
 
-    std::int64_t first_row(std::int64_t p) const {
-        return p < right_ ? p * panel_ : begin_ + (p - right_) * panel_;
+    const unsigned char* place(std::int64_t row, std::int64_t col) const {
+        return static_cast<const unsigned char*>(vectors_.data) + row * row_bytes(vectors_) +
+               col * static_cast<std::int64_t>(size_of(vectors_.dtype));
     }
 
-    void pack(detail::Pack pack_panel, std::int64_t p, std::int64_t offset, std::int64_t depth) {
-        const std::int64_t first = first_row(p), row = row_bytes(vectors_);
-        const auto* from = static_cast<const unsigned char*>(vectors_.data) + first * row +
-                           offset * static_cast<std::int64_t>(size_of(vectors_.dtype));
-        const float* roots = roots_.empty() ? nullptr : roots_.data() + offset;
-        pack_panel({from, row, std::min(panel_, end_ - first), depth, roots},
-                   packed_.data() + p * panel_words_);
+    detail::PanelSource source(std::int64_t p, std::int64_t offset, std::int64_t depth) const {
+        const std::int64_t first = p < right_ ? p * panel_ : begin_ + (p - right_) * panel_;
+        return {place(first, offset), row_bytes(vectors_), std::min(panel_, end_ - first), depth,
+                roots_.empty() ? nullptr : roots_.data() + offset};
     }
+
+    std::uint32_t* panel(std::int64_t p) { return packed_.data() + p * panel_words_; }
 
     void multiply(detail::Multiply multiply_panels, std::int64_t steps) {
         const std::int64_t n = vectors_.rows;

@@ -83,10 +83,10 @@ def test_memory_maps_are_read(backend, tmp_path):
 def test_subnormal_numbers_count(backend, dtype, k):
     x = np.random.default_rng(0).standard_normal((70, k)).astype(dtype)
     x[0], x[1] = 1e-39, 1e16
-    x[:, 2048:] = 1.0  # blocks with and without
+    x[:2, 2048:] = 0.0  # blocks with and without
     exact = x.astype(np.float64)
     found = gram(x, backend=backend, threads=1)
-    np.testing.assert_allclose(found[0], exact[0] @ exact.T, rtol=1e-6, atol=1e-38)
+    np.testing.assert_allclose(found[0], exact[0] @ exact.T, rtol=1e-5, atol=1e-38)
     assert found.tobytes() == gram(x, backend=backend, threads=5).tobytes()
 
 
