@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "globe/interrupt.hpp"
 #include "globe/parallel.hpp"
 #include "variant.hpp"
 
@@ -22,6 +23,9 @@ constexpr std::int64_t shortest_tile = 512, longest_tile = 8192;
 // Outputs of this size and more do not fit in the caches anyway and are written past them.
 constexpr std::int64_t streamed_bytes = 8 << 20;
 
+// Terms of a tile between two looks for an interruption: some hundredths of a second.
+constexpr std::int64_t terms_a_look = 1 << 17;
+
 // A fixed number of column ranges, so that sums over ranges do not depend on the number of threads.
 constexpr std::int64_t column_ranges = 64;
 
@@ -33,18 +37,32 @@ std::string shape_of(std::int64_t rows, std::int64_t cols) {
     return "(" + std::to_string(rows) + ", " + std::to_string(cols) + ")";
 }
 
-void validate(const CsrView& codes, const ConstMatrixView& bank) {
+// Rows [begin, end) of the codes, which are then safe to read. `codes` is not read before its sizes are.
+void validate(const CsrView& codes, const ConstMatrixView& bank, std::int64_t begin, std::int64_t end) {
+    require(codes.rows >= 0 && codes.cols >= 0 && codes.nnz >= 0,
+            "codes: found a negative number of rows, columns or stored entries");
+    require(
+        codes.indptr != nullptr && (codes.nnz == 0 || (codes.indices != nullptr && codes.values != nullptr)),
+        "codes: found a null pointer; expected rows + 1 offsets, and as many indices as values");
     require(bank.rows == codes.cols, "bank: found " + std::to_string(bank.rows) + " atoms; expected " +
                                          std::to_string(codes.cols) + ", one per column of codes");
+    require(0 <= begin && begin <= end && end <= codes.rows,
+            "begin, end: found " + shape_of(begin, end) + "; expected a range of the " +
+                std::to_string(codes.rows) + " rows of codes");
     require(codes.indptr[0] == 0 && codes.indptr[codes.rows] == codes.nnz,
             "codes: indptr must start at 0 and end at the number of stored entries");
-    for (std::int64_t i = 0; i < codes.rows; ++i) {
-        require(codes.indptr[i] <= codes.indptr[i + 1], "codes: indptr falls at row " + std::to_string(i));
+    require(codes.indptr[begin] >= 0, "codes: indptr is negative at row " + std::to_string(begin));
+    for (std::int64_t i = begin; i < end; ++i) {
+        if (codes.indptr[i] > codes.indptr[i + 1]) {
+            throw std::invalid_argument("codes: indptr falls at row " + std::to_string(i));
+        }
     }
-    for (std::int64_t k = 0; k < codes.nnz; ++k) {
-        require(codes.indices[k] >= 0 && codes.indices[k] < codes.cols,
-                "codes: found column " + std::to_string(codes.indices[k]) + "; expected 0 to " +
-                    std::to_string(codes.cols - 1));
+    require(codes.indptr[end] <= codes.nnz, "codes: indptr falls after row " + std::to_string(end));
+    for (std::int64_t k = codes.indptr[begin]; k < codes.indptr[end]; ++k) {
+        if (codes.indices[k] < 0 || codes.indices[k] >= codes.cols) {
+            throw std::invalid_argument("codes: found column " + std::to_string(codes.indices[k]) +
+                                        "; expected 0 to " + std::to_string(codes.cols - 1));
+        }
     }
 }
 
@@ -54,6 +72,12 @@ unsigned char* scratch(std::int64_t bytes) {
     if (static_cast<std::int64_t>(kept.size()) < bytes + 64)
         kept.resize(static_cast<std::size_t>(bytes + 64));
     return kept.data() + (64 - reinterpret_cast<std::uintptr_t>(kept.data()) % 64) % 64;
+}
+
+// The last row, exclusive, with which rows from `row` on have at most so many terms; at least one row.
+std::int64_t rows_until(const std::vector<std::int64_t>& starts, std::int64_t row, std::int64_t terms) {
+    const auto past = std::upper_bound(starts.begin() + row + 1, starts.end(), starts[row] + terms);
+    return std::max<std::int64_t>(row + 1, past - starts.begin() - 1);
 }
 
 std::int64_t tile_width(const ConstMatrixView& bank) {
@@ -67,9 +91,7 @@ std::int64_t tile_width(const ConstMatrixView& bank) {
 
 void compose_rows(const CsrView& codes, const ConstMatrixView& bank, const MatrixView& out,
                   std::int64_t begin, std::int64_t end, float epsilon) {
-    require(0 <= begin && begin <= end && end <= codes.rows,
-            "begin, end: found " + shape_of(begin, end) + "; expected a range of the " +
-                std::to_string(codes.rows) + " rows of codes");
+    validate(codes, bank, begin, end);
     const std::int64_t rows = end - begin;
     std::vector<std::int64_t> offsets(codes.indptr + begin, codes.indptr + end + 1);
     const std::int64_t first = offsets.front();
@@ -83,7 +105,7 @@ void compose_rows(const CsrView& codes, const ConstMatrixView& bank, const Matri
 void compose(const CsrView& codes, const ConstMatrixView& bank, const MatrixView& out, float epsilon,
              int threads) {
     require(epsilon >= 0.0F, "epsilon: found a negative number or NaN; expected epsilon >= 0");
-    validate(codes, bank);
+    validate(codes, bank, 0, codes.rows);
     require(
         out.rows == codes.rows && out.cols == bank.cols,
         "out: found shape " + shape_of(out.rows, out.cols) + "; expected " + shape_of(codes.rows, bank.cols));
@@ -141,15 +163,20 @@ void compose(const CsrView& codes, const ConstMatrixView& bank, const MatrixView
             detail::Ahead ahead{atoms + next * in_bytes, used.data(),
                                 next_bytes > 0 ? static_cast<std::int64_t>(used.size()) : 0, next_bytes + 63,
                                 lines_a_step};
-            compose_tile({packed, terms.data(), starts.data(), codes.rows, width},
-                         target + offset * out_bytes, row_bytes(out), stream, ahead);
+            for (std::int64_t row = 0, end; row < codes.rows; row = end) {
+                check_interrupt();
+                end = rows_until(starts, row, terms_a_look);
+                compose_tile({packed, terms.data(), starts.data() + row, end - row, width},
+                             target + row * row_bytes(out) + offset * out_bytes, row_bytes(out), stream,
+                             ahead);
+            }
         }
     });
 }
 
 void compose_code_gradient(const CsrView& codes, const ConstMatrixView& gradient, const ConstMatrixView& bank,
                            double* products, int threads) {
-    validate(codes, bank);
+    validate(codes, bank, 0, codes.rows);
     require(gradient.rows == codes.rows && gradient.cols == bank.cols,
             "gradient: found shape " + shape_of(gradient.rows, gradient.cols) + "; expected " +
                 shape_of(codes.rows, bank.cols));
@@ -169,6 +196,7 @@ void compose_code_gradient(const CsrView& codes, const ConstMatrixView& gradient
             const std::int64_t offset = tile * wide;
             const std::int64_t width = std::min(wide, bank.cols - offset);
             for (std::int64_t i = 0; i < codes.rows; ++i) {
+                check_interrupt();
                 const auto* row = rows + i * row_bytes(gradient) + offset * row_entry;
                 for (std::int64_t k = codes.indptr[i]; k < codes.indptr[i + 1]; ++k) {
                     sums[k] +=

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "globe/interrupt.hpp"
 #include "globe/parallel.hpp"
 #include "nnls_solver.hpp"
 
@@ -52,7 +53,10 @@ void nnls_rows(const NnlsProblem& problem, const NnlsOptions& options, const Nnl
                 "; expected a range of the " + std::to_string(problem.n) + " rows");
     if (begin == end) return;
     detail::NnlsSolver solver(problem, options);
-    for (std::int64_t row = begin; row < end; ++row) solver.solve(row, result);
+    for (std::int64_t row = begin; row < end; ++row) {
+        check_interrupt();
+        solver.solve(row, result);
+    }
 }
 
 }  // namespace globe

@@ -10,8 +10,14 @@
 #include <thread>
 #include <vector>
 
+#include "globe/interrupt.hpp"
+#include "interruption.hpp"
+
 #if !defined(_WIN32)
 #include <unistd.h>
+#endif
+#if defined(__linux__)
+#include <sched.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -27,6 +33,15 @@ long process_id() {
 #else
     return static_cast<long>(getpid());
 #endif
+}
+
+// The processors that the calling thread, and so any that it starts, may run on.
+int processors() {
+#if defined(__linux__)
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return std::max(1, CPU_COUNT(&allowed));
+#endif
+    return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
 // Threads look for this long before they sleep: waking one takes the system 20 to 40 microseconds, and
@@ -58,6 +73,7 @@ struct Job {
     std::int64_t count;
     void (*call)(const void*, std::int64_t);
     const void* task;
+    detail::Interruption* interruption = detail::interruptible().interruption;  // of the caller
     std::atomic<std::int64_t> next{0};
     std::exception_ptr error;
     std::mutex error_mutex;
@@ -65,8 +81,12 @@ struct Job {
     Job(std::int64_t n, void (*f)(const void*, std::int64_t), const void* t) : count(n), call(f), task(t) {}
 
     void work() {
+        const detail::Working working(interruption);
         try {
-            for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) call(task, i);
+            for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+                check_interrupt();
+                call(task, i);
+            }
         } catch (...) {
             next.store(count, std::memory_order_relaxed);
             const std::lock_guard<std::mutex> lock(error_mutex);
@@ -92,7 +112,7 @@ class Pool {
         notify(asleep_, wake_);
         job.work();
         running_ -= wanted_.exchange(0);  // those that have not begun need not
-        await([this] { return running_ == 0; }, waiting_, done_);
+        await([this] { return running_ == 0; }, waiting_, done_, job.interruption != nullptr);
         busy_.store(false, std::memory_order_release);
         return true;
     }
@@ -108,7 +128,7 @@ class Pool {
 
     void serve() {
         for (;;) {
-            await([this] { return wanted_ > 0; }, asleep_, wake_);
+            await([this] { return wanted_ > 0; }, asleep_, wake_, false);
             if (!join()) continue;
             job_->work();
             if (--running_ == 0) notify(waiting_, done_);
@@ -127,11 +147,17 @@ class Pool {
     // A sleeper counts itself before it looks once more, and a notifier changes what is looked at before it
     // counts sleepers, all in one order: no wake-up is lost.
     template <class Condition>
-    void await(const Condition& condition, std::atomic<int>& sleepers, std::condition_variable& signal) {
+    void await(const Condition& condition, std::atomic<int>& sleepers, std::condition_variable& signal,
+               bool interruptible) {
         if (spin_until(condition)) return;
         std::unique_lock<std::mutex> lock(mutex_);
         ++sleepers;
-        signal.wait(lock, condition);
+        if (!interruptible) signal.wait(lock, condition);
+        while (!signal.wait_for(lock, detail::interrupt_interval, condition)) {
+            lock.unlock();  // whoever is asked may need a thread that notifies us
+            detail::interrupt_wanted();
+            lock.lock();
+        }
         --sleepers;
     }
 
@@ -171,13 +197,15 @@ Pool& pool() {
 }  // namespace
 
 int resolve_threads(int threads) {
-    if (threads > 0) return threads;
-    return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+    if (threads == 1) return 1;
+    return threads > 0 ? std::min(threads, processors()) : processors();
 }
 
 void detail::run_tasks(std::int64_t count, int threads, void (*call)(const void*, std::int64_t),
                        const void* task) {
-    const auto workers = static_cast<int>(std::min<std::int64_t>(resolve_threads(threads), count));
+    check_interrupt();
+    const auto workers =
+        count <= 1 ? 1 : static_cast<int>(std::min<std::int64_t>(resolve_threads(threads), count));
     Job job(count, call, task);
     if (workers <= 1 || !pool().try_run(job, workers - 1)) job.work();
     if (job.error) std::rethrow_exception(job.error);

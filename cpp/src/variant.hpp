@@ -79,7 +79,9 @@ struct GramKernels {
     int panel;     // rows of a panel
     Pack pack[3];  // by dtype, as float32
     Multiply multiply;
-    Pack pack_pairs;  // bfloat16 as it is; null where the machine does not multiply it
+    // bfloat16 as it is; null where the machine does not multiply it. Whether an entry is subnormal, which
+    // multiply_pairs takes as zero.
+    bool (*pack_pairs)(const PanelSource& source, std::uint32_t* panel);
     Multiply multiply_pairs;
 };
 

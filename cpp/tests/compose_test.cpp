@@ -104,6 +104,17 @@ void rejects(const std::string& argument, const Codes& codes, std::int64_t bank_
     });
 }
 
+// Rows on their own are no less careful.
+void rejects_rows(const Codes& codes) {
+    std::vector<float> bank(6), out(6);
+    globe::tests::check_refused("codes", [&] {
+        for (const std::int64_t row : {0, 1}) {
+            globe::compose_rows(codes.view(), {bank.data(), 2, 3, globe::DType::float32},
+                                {out.data(), 2, 3, globe::DType::float32}, row, row + 1);
+        }
+    });
+}
+
 }  // namespace
 
 int main() {
@@ -125,5 +136,18 @@ int main() {
     codes.indices = {0};
     codes.indptr = {0, 2, 1};
     rejects("codes", codes, 2, 0.0F);
+    for (const std::vector<std::int64_t>& indptr : {std::vector<std::int64_t>{0, 0, 0},
+                                                    {0, 1, 1 << 30},
+                                                    {1, 1, 1},
+                                                    {0, -(1 << 30), 1},
+                                                    {0, 1 << 30, 1}}) {
+        codes.indptr = indptr;
+        rejects("codes", codes, 2, 0.0F);
+        rejects_rows(codes);
+    }
+    codes.indptr = {0, 1, 1};
+    codes.indices = {-1};
+    rejects("codes", codes, 2, 0.0F);
+    rejects_rows(codes);
     return globe::tests::result();
 }

@@ -1,6 +1,7 @@
 // Compares gram with the definition, on every instruction set that runs here.
 #include "globe/gram.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -86,6 +87,24 @@ void matches_the_definition(std::int64_t n, std::int64_t k, bool as_half, bool w
     check(std::sqrt(difference / norm) <= 1e-6, what);
 }
 
+// In one row of one block, for which the instructions for bfloat16 do not serve.
+void keeps_subnormal_numbers(std::int64_t place) {
+    Vectors vectors(70, 1061);
+    std::fill(vectors.half.begin(), vectors.half.end(), to_bfloat16(0x1p20F));
+    vectors.half[69 * vectors.stride + place] = 1;  // 2^-133
+    for (std::int64_t t = 0; t < vectors.k; ++t) {
+        if (t != place) vectors.half[69 * vectors.stride + t] = 0;
+    }
+    std::vector<double> one(70 * 70), rows(70 * 70);
+    globe::gram_add(vectors.view(true), one.data(), nullptr, 2);
+    globe::gram_add_rows(vectors.view(true), rows.data(), 0, 40);
+    globe::gram_add_rows(vectors.view(true), rows.data(), 40, 70);
+    for (auto* matrix : {&one, &rows}) globe::gram_mirror(matrix->data(), 70);
+    const std::string what = globe::active_isa() + ", subnormal at column " + std::to_string(place);
+    check(one[69 * 70 + 3] == 0x1p-113, what);
+    check(one == rows, "row ranges change nothing: " + what);
+}
+
 void rejects(const std::string& argument, const float* weights, std::int64_t begin, std::int64_t end) {
     const Vectors vectors(4, 5);
     std::vector<double> gram(16);
@@ -102,6 +121,7 @@ void rejects(const std::string& argument, const float* weights, std::int64_t beg
 int main() {
     for (const auto& isa : globe::runnable_isas()) {
         globe::use_isa(isa);
+        for (const std::int64_t place : {5, 1023, 1060}) keeps_subnormal_numbers(place);
         for (const bool as_half : {false, true}) {
             for (const bool weighted : {false, true}) {
                 matches_the_definition(1, 1, as_half, weighted);

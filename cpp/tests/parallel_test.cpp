@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -120,6 +121,8 @@ int main() {
     wakes_up();
     serves_concurrent_callers();
     works_in_a_forked_child();
-    check(globe::resolve_threads(3) == 3 && globe::resolve_threads(0) >= 1, "resolve_threads");
+    const int processors = globe::resolve_threads(0);
+    check(processors >= 1 && globe::resolve_threads(1) == 1, "resolve_threads");
+    check(globe::resolve_threads(std::numeric_limits<int>::max()) == processors, "no more than processors");
     return globe::tests::result();
 }

@@ -1,5 +1,6 @@
 #include "arrays.hpp"
 #include "globe/compose.hpp"
+#include "without_gil.hpp"
 
 namespace globe::bindings {
 
@@ -12,8 +13,7 @@ void bind_compose(py::module_& module) {
             const auto bank_view = const_matrix("bank", bank, parse_dtype("bank", bank_dtype));
             const auto out_view = matrix("out", out, parse_dtype("out", out_dtype));
             const auto codes = csr(indptr, indices, values, bank_view.rows);
-            const py::gil_scoped_release release;
-            compose(codes, bank_view, out_view, epsilon, threads);
+            without_gil([&] { compose(codes, bank_view, out_view, epsilon, threads); });
         },
         py::arg("indptr").noconvert(), py::arg("indices").noconvert(), py::arg("values").noconvert(),
         py::arg("bank"), py::arg("bank_dtype"), py::arg("out"), py::arg("out_dtype"), py::arg("epsilon"),
@@ -29,10 +29,7 @@ void bind_compose(py::module_& module) {
             const auto codes = csr(indptr, indices, values, bank_view.rows);
             Vector<double> products(codes.nnz);
             double* target = products.mutable_data();
-            {
-                const py::gil_scoped_release release;
-                compose_code_gradient(codes, gradient_view, bank_view, target, threads);
-            }
+            without_gil([&] { compose_code_gradient(codes, gradient_view, bank_view, target, threads); });
             return products;
         },
         py::arg("indptr").noconvert(), py::arg("indices").noconvert(), py::arg("values").noconvert(),

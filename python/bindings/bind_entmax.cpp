@@ -1,5 +1,6 @@
 #include "arrays.hpp"
 #include "globe/entmax.hpp"
+#include "without_gil.hpp"
 
 namespace globe::bindings {
 namespace {
@@ -12,8 +13,7 @@ void bind_type(py::module_& module) {
            int threads) {
             const auto from = const_rows("logits", logits);
             const auto to = rows("out", out);
-            const py::gil_scoped_release release;
-            entmax(from, to, {alpha, temperature, epsilon}, threads);
+            without_gil([&] { entmax(from, to, {alpha, temperature, epsilon}, threads); });
         },
         py::arg("logits").noconvert(), py::arg("out").noconvert(), py::arg("alpha"), py::arg("temperature"),
         py::arg("epsilon"), py::arg("threads"), "Sparse probabilities, row by row.");
@@ -24,8 +24,7 @@ void bind_type(py::module_& module) {
             const auto from = const_rows("probabilities", probabilities);
             const auto pull = const_rows("gradient", gradient);
             const auto to = rows("out", out);
-            const py::gil_scoped_release release;
-            entmax_backward(from, pull, to, {alpha, temperature, 0.0}, threads);
+            without_gil([&] { entmax_backward(from, pull, to, {alpha, temperature, 0.0}, threads); });
         },
         py::arg("probabilities").noconvert(), py::arg("gradient").noconvert(), py::arg("out").noconvert(),
         py::arg("alpha"), py::arg("temperature"), py::arg("threads"),

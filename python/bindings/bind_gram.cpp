@@ -4,6 +4,7 @@
 
 #include "arrays.hpp"
 #include "globe/gram.hpp"
+#include "without_gil.hpp"
 
 namespace globe::bindings {
 
@@ -18,8 +19,7 @@ void bind_gram(py::module_& module) {
                 throw std::invalid_argument("weights: expected one weight per column of vectors");
             }
             const float* factors = weights ? weights->data() : nullptr;
-            const py::gil_scoped_release release;
-            gram_add(view, target, factors, threads);
+            without_gil([&] { gram_add(view, target, factors, threads); });
         },
         py::arg("vectors"), py::arg("dtype"), py::arg("gram").noconvert(), py::arg("weights").noconvert(),
         py::arg("threads"), "Add the lower triangle of X diag(w) X^T; 16-bit dtypes as uint16 bits.");
@@ -28,8 +28,7 @@ void bind_gram(py::module_& module) {
         [](py::array_t<double>& gram) {
             double* target = square("gram", gram, gram.ndim() == 2 ? gram.shape(0) : -1);
             const std::int64_t n = gram.shape(0);
-            const py::gil_scoped_release release;
-            gram_mirror(target, n);
+            without_gil([&] { gram_mirror(target, n); });
         },
         py::arg("gram").noconvert(), "Copy the lower triangle to the upper.");
 }

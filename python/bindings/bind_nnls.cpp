@@ -5,6 +5,7 @@
 
 #include "arrays.hpp"
 #include "globe/nnls.hpp"
+#include "without_gil.hpp"
 
 namespace globe::bindings {
 namespace {
@@ -43,8 +44,7 @@ void bind_nnls(py::module_& module) {
             const NnlsResult result{
                 target("codes", codes, n * m), reinterpret_cast<NnlsStatus*>(target("status", status, n)),
                 target("iterations", iterations, n), target("kkt_residual", kkt_residual, n)};
-            const py::gil_scoped_release release;
-            nnls(problem, options, result, threads);
+            without_gil([&] { nnls(problem, options, result, threads); });
         },
         py::arg("gram").noconvert(), py::arg("correlations").noconvert(), py::arg("l1"), py::arg("simplex"),
         py::arg("tolerance"), py::arg("max_iterations"), py::arg("max_support"),

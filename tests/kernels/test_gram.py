@@ -78,6 +78,29 @@ def test_memory_maps_are_read(backend, tmp_path):
     assert np.array_equal(gram(mapped, backend=backend), gram(x, backend=backend))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("k", [9, 3000])
+def test_subnormal_numbers_count(backend, dtype, k):
+    x = np.random.default_rng(0).standard_normal((70, k)).astype(dtype)
+    x[0], x[1] = 1e-39, 1e16
+    x[:2, 2048:] = 0.0  # blocks with and without
+    exact = x.astype(np.float64)
+    found = gram(x, backend=backend, threads=1)
+    np.testing.assert_allclose(found[0], exact[0] @ exact.T, rtol=1e-5, atol=1e-38)
+    assert found.tobytes() == gram(x, backend=backend, threads=5).tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_weights_are_numbers_of_float32(backend, dtype):
+    x = np.ones((2, 3), dtype)
+    for weight in (1e39, 3.4028236e38):
+        with pytest.raises(ValueError, match="^weights: found .*range of float32"):
+            gram(x, weights=[1, 2, weight], backend=backend)
+    assert np.array_equal(gram(x * 0, weights=[1, 2, 3.4028234e38], backend=backend), np.zeros((2, 2)))
+    assert np.array_equal(gram(x, weights=[1e-50, 0, 0], backend=backend), np.zeros((2, 2)))
+    assert gram(x.astype(np.float64), weights=[1, 2, 1e39], backend=backend)[0, 1] == pytest.approx(1e39)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
 def test_infinity_shows(backend):
     x = np.ones((3, 50), ml_dtypes.bfloat16)
@@ -101,6 +124,30 @@ def test_infinity_shows(backend):
 def test_errors_name_the_argument(arguments, name):
     with pytest.raises(ValueError, match=f"^{name}: found"):
         gram(**arguments)
+
+
+def test_an_accumulator_with_part_of_a_block_is_refused(backend, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    accumulator, block = GramAccumulator(2), np.ones((2, 3), np.float32)
+    with monkeypatch.context() as patched:
+        name = backend.partition("-")[0]
+        if name == "native":
+            patched.setattr("globe._native.gram_add", interrupt)
+        else:
+            patched.setattr(f"globe.kernels.{name}.gram.add", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            accumulator.add(block, backend=backend)
+    for use in (
+        lambda: accumulator.add(block, backend=backend),
+        lambda: accumulator.matrix,
+        accumulator.to_bytes,
+        lambda: accumulator.merge(GramAccumulator(2)),
+        lambda: GramAccumulator(2).merge(accumulator),
+    ):
+        with pytest.raises(RuntimeError, match="interrupted"):
+            use()
 
 
 def test_accumulators_refuse_what_does_not_fit():

@@ -4,6 +4,7 @@
 #include "globe/compose.hpp"
 #include "globe/entmax.hpp"
 #include "globe/gram.hpp"
+#include "globe/interrupt.hpp"
 #include "globe/isa.hpp"
 #include "globe/nnls.hpp"
 #include "globe/parallel.hpp"

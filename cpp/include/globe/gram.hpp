@@ -14,9 +14,10 @@ namespace globe {
 //
 // Only the lower triangle is computed. Products are summed in float32 over runs of at most 1024 columns and
 // in float64 across them. On machines with bfloat16 dot products, bfloat16 vectors without weights are
-// multiplied as they are; all others as float32, times the roots of the weights. The result does not depend
-// on the number of threads. Blocks may come in any order and sizes. Throws std::invalid_argument, naming the
-// argument, where a shape or a weight does not fit.
+// multiplied as they are, but for blocks of columns that hold subnormal numbers, which those instructions
+// take as zero (as they do sums below 2^-126); all others as float32, times the roots of the weights. The
+// result does not depend on the number of threads. Blocks may come in any order and sizes. Throws
+// std::invalid_argument, naming the argument, where a shape or a weight does not fit.
 void gram_add(const ConstMatrixView& vectors, double* gram, const float* weights = nullptr, int threads = 0);
 
 // Rows [begin, end) of gram_add, on the calling thread alone.

@@ -5,7 +5,8 @@
 
 namespace globe {
 
-// threads <= 0 means one per hardware thread.
+// The number of threads to use: as given, but at most one for every processor that the calling thread may run
+// on; threads <= 0 means that many.
 int resolve_threads(int threads);
 
 namespace detail {
@@ -13,10 +14,11 @@ void run_tasks(std::int64_t count, int threads, void (*call)(const void*, std::i
 }
 
 // Calls task(i) once for every i in [0, count), on the calling thread and up to threads - 1 of the pool's,
-// which are started at first use and then wait for work. Which thread runs a task is left to chance, so tasks
-// must write to disjoint places; the result then does not depend on the number of threads. A call made while
-// the pool is busy (from a task, or from another thread) runs its tasks on the calling thread alone. The
-// first exception thrown by a task is thrown again here, after all tasks have stopped.
+// which are started at first use and then wait for work; see resolve_threads. Which thread runs a task is
+// left to chance, so tasks must write to disjoint places; the result then does not depend on the number of
+// threads. A call made while the pool is busy (from a task, or from another thread) runs its tasks on the
+// calling thread alone. The first exception thrown by a task is thrown again here, after all tasks have
+// stopped. Ends early where an InterruptScope says so, see interrupt.hpp.
 template <class Task>
 void parallel_for(std::int64_t count, int threads, const Task& task) {
     detail::run_tasks(

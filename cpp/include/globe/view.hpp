@@ -47,9 +47,11 @@ struct RowsView {
     constexpr std::int64_t pitch() const { return stride != 0 ? stride : cols; }
 };
 
-// Compressed sparse rows: row i holds entries indptr[i] .. indptr[i + 1].
+// Compressed sparse rows: row i holds entries indptr[i] .. indptr[i + 1]. Functions that take one check all
+// that is said here before they follow an index; that the arrays are as long as said is for the caller to see
+// to.
 struct CsrView {
-    const std::int64_t* indptr;   // rows + 1 offsets, indptr[0] = 0
+    const std::int64_t* indptr;   // rows + 1 offsets that do not fall, from 0 to nnz
     const std::int32_t* indices;  // nnz column numbers in [0, cols)
     const float* values;          // nnz values
     std::int64_t rows;

@@ -109,13 +109,31 @@ struct MultiplyBFloat16 {
 #endif
 
 #if defined(GLOBE_BFLOAT16_DOT)
-void pack_bfloat16(const PanelSource& source, std::uint32_t* to) {
+using Halves = std::uint16_t __attribute__((vector_size(4 * lanes)));
+
+// As they are. Whether one is below the normal numbers, which the instructions take as zero.
+bool pack_bfloat16(const PanelSource& source, std::uint32_t* to) {
+    constexpr std::uint16_t magnitude = 0x7FFF, one = 1, normal = 0x80;
+    Halves least = ~Halves{};  // of magnitudes less one: zero comes last
+    std::uint16_t least_single = magnitude;
+    const auto look = [&least_single](std::uint32_t entry) {
+        const auto below = static_cast<std::uint16_t>((entry & magnitude) - 1U);
+        least_single = below < least_single ? below : least_single;
+        return entry;
+    };
     pack_words<std::uint16_t, 2>(
-        source, to, [](const std::uint16_t* from, std::int64_t) { return load<F32>(from); },
-        [](const std::uint16_t* from, std::int64_t, std::int64_t left) {
-            return static_cast<std::uint32_t>(from[0]) |
-                   (left > 1 ? static_cast<std::uint32_t>(from[1]) << 16 : 0U);
+        source, to,
+        [&least](const std::uint16_t* from, std::int64_t) {
+            const F32 words = load<F32>(from);
+            const Halves below = (bits_of<Halves>(words) & magnitude) - one;
+            least = below < least ? below : least;
+            return words;
+        },
+        [&look](const std::uint16_t* from, std::int64_t, std::int64_t left) {
+            return look(from[0]) | (left > 1 ? look(from[1]) << 16 : 0U);
         });
+    for (int i = 0; i < 2 * lanes; ++i) least_single = least[i] < least_single ? least[i] : least_single;
+    return least_single < normal - one;
 }
 #endif
 

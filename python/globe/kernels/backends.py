@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from globe import _native
+from globe.kernels.arguments import whole
 
 Backend = Literal["auto", "native", "numba", "reference"]
 BACKENDS = ("native", "numba", "reference")
@@ -53,42 +56,81 @@ def choose(backend: str) -> str:
 
 
 _default_threads: int | None = None
+_MOST_THREADS = 2**31 - 1
+_LONG = 0.05  # seconds after which a range is not made longer
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def set_num_threads(threads: int | None) -> None:
-    """Set how many threads a kernel uses that is not told; None is one per hardware thread.
+    """Set how many threads a kernel uses that is not told; None is one per processor.
+
+    Never more run than there are processors that this process may use.
 
     Raises
     ------
     ValueError
-        If the number is below 1.
+        If it is no integer or below 1.
     """
     global _default_threads
     if threads is not None:
-        check_threads(threads)
+        threads = whole("threads", threads, _MOST_THREADS, ", or None for the default")
     _default_threads = threads
 
 
 def check_threads(threads: int | None) -> int:
-    """The number of threads to use; None is the default, see :func:`set_num_threads`."""
+    """The number of threads to use, at most one per processor; None is the default, see :func:`set_num_threads`."""
     if threads is None:
-        return _default_threads or os.cpu_count() or 1
-    if threads < 1:
-        raise ValueError(f"threads: found {threads}; expected at least 1, or None for the default")
-    return int(threads)
+        return min(_default_threads or _MOST_THREADS, processors())
+    return min(whole("threads", threads, _MOST_THREADS, ", or None for the default"), processors())
 
 
 def run_ranges(task: Callable[[int, int], None], count: int, threads: int, grain: int = 1) -> None:
     """Call ``task(begin, end)`` on ranges that cover ``range(count)``, on several threads.
 
     For tasks that release the interpreter's lock and whose result for an index does not depend on the range
-    it comes in. ``grain`` is the smallest range worth a thread.
+    it comes in. ``grain`` is the smallest range worth a thread. Ranges grow until one takes long enough to be
+    worth its call, so that Ctrl-C, which Python handles between calls on the main thread, is soon heard.
     """
     parts = max(1, min(threads, count // max(grain, 1)))
+    ranges = _Ranges(task, count, max(grain, 1), max(grain, count // (4 * parts)))
     if parts == 1:
-        task(0, count)
+        ranges.work()
         return
-    bounds = [count * part // parts for part in range(parts + 1)]
     with ThreadPoolExecutor(parts) as pool:
-        for _ in pool.map(task, bounds[:-1], bounds[1:]):
-            pass
+        try:
+            for done in [pool.submit(ranges.work) for _ in range(parts)]:
+                done.result()
+        finally:
+            ranges.stop()
+
+
+class _Ranges:
+    """Ranges of indices that are not done yet."""
+
+    def __init__(self, task: Callable[[int, int], None], count: int, shortest: int, longest: int) -> None:
+        self.task, self.count, self.shortest, self.longest = task, count, shortest, longest
+        self.begin = 0
+        self.lock = threading.Lock()
+
+    def work(self) -> None:
+        size = self.shortest
+        while True:
+            with self.lock:
+                begin = self.begin
+                self.begin = end = min(begin + size, self.count)
+            if begin == end:
+                return
+            start = time.perf_counter()
+            self.task(begin, end)
+            if time.perf_counter() - start < _LONG:
+                size = min(2 * size, self.longest)
+
+    def stop(self) -> None:
+        with self.lock:
+            self.begin = self.count

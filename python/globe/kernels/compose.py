@@ -12,7 +12,9 @@ import scipy.sparse
 from numpy.typing import DTypeLike, NDArray
 
 from globe import _native
+from globe.kernels.arguments import number, plain, writeable
 from globe.kernels.backends import check_threads, choose
+from globe.kernels.csr import checked_codes
 
 _NAMES = {
     np.dtype(np.float32): "float32",
@@ -36,7 +38,8 @@ def compose(
     Parameters
     ----------
     codes : scipy.sparse.csr_array, scipy.sparse.csr_matrix or ndarray, shape (n, m)
-        Mixing weights, used in float32. Entries with ``|value| < epsilon`` count as zero.
+        Mixing weights, used in float32, in which they must be finite. Entries with ``|value| < epsilon`` count
+        as zero.
     bank : ndarray, shape (m, ...)
         Atoms in float32, float16 or ``ml_dtypes.bfloat16``, C-contiguous.
     epsilon : float
@@ -70,22 +73,18 @@ def compose(
     array([[11. , 14. ],
            [ 1.5,  2. ]], dtype=float32)
     """
-    matrix = _codes(codes)
+    matrix = checked_codes(codes)
     flat = _wide("bank", bank, matrix.shape[1], "one per column of codes")
-    shape = (matrix.shape[0], *bank.shape[1:])
-    kind = np.dtype(dtype) if dtype is not None else bank.dtype if out is None else out.dtype
-    if kind not in _NAMES:
-        raise ValueError(f"dtype: found {kind}; expected float32, float16 or ml_dtypes.bfloat16")
+    shape = (matrix.shape[0], *np.shape(bank)[1:])
+    kind = _kind(dtype, flat.dtype if out is None else getattr(out, "dtype", flat.dtype))
     if out is None:
         out = np.empty(shape, dtype=kind)
-    elif out.shape != shape or out.dtype != kind or not out.flags.c_contiguous or not out.flags.writeable:
-        raise ValueError(f"out: found {out.dtype} of shape {out.shape}; expected writeable, contiguous {kind} {shape}")
-    elif np.may_share_memory(out, bank):
+    target = writeable("out", out, shape, kind).reshape(shape[0], flat.shape[1])
+    if np.may_share_memory(target, flat):
         raise ValueError("out: found memory shared with the bank; expected separate memory; pass a new array")
-    epsilon = float(epsilon)
+    epsilon = number("epsilon", epsilon)
     if not 0.0 <= epsilon < np.inf:
         raise ValueError(f"epsilon: found {epsilon}; expected a finite number of at least 0")
-    target = out.reshape(shape[0], flat.shape[1])
     count = check_threads(threads)
     chosen = choose(backend)
     if chosen == "native":
@@ -124,10 +123,11 @@ def compose_bank_gradient(
     ValueError
         If an argument has a wrong shape, dtype or value, with the argument named.
     """
-    matrix = _codes(codes)
-    _wide("gradient", gradient, matrix.shape[0], "one per row of codes")
+    matrix = checked_codes(codes)
+    rows = plain("gradient", gradient)
+    _wide("gradient", rows, matrix.shape[0], "one per row of codes")
     transposed = matrix.T.tocsr()
-    return compose(transposed, gradient, epsilon=epsilon, dtype=dtype, backend=backend, threads=threads)
+    return compose(transposed, rows, epsilon=epsilon, dtype=dtype, backend=backend, threads=threads)
 
 
 def compose_code_gradient(
@@ -148,8 +148,8 @@ def compose_code_gradient(
     Returns
     -------
     scipy.sparse.csr_array of float64, shape (n, m)
-        With the places of codes. Summed in float32 over short runs and in float64 across them; the bits do
-        not depend on the number of threads.
+        With the places of codes, in memory of its own. Summed in float32 over short runs and in float64 across
+        them; the bits do not depend on the number of threads.
 
     Raises
     ------
@@ -165,12 +165,12 @@ def compose_code_gradient(
     array([[1., 0.],
            [2., 4.]])
     """
-    matrix = _codes(codes)
+    matrix = checked_codes(codes, values=False)
     atoms = _wide("bank", bank, matrix.shape[1], "one per column of codes")
     rows = _wide("gradient", gradient, matrix.shape[0], "one per row of codes")
-    if gradient.shape[1:] != bank.shape[1:]:
+    if np.shape(gradient)[1:] != np.shape(bank)[1:]:
         raise ValueError(
-            f"gradient: found rows of shape {gradient.shape[1:]}; expected {bank.shape[1:]}, as the bank's"
+            f"gradient: found rows of shape {np.shape(gradient)[1:]}; expected {np.shape(bank)[1:]}, as the bank's"
         )
     count = check_threads(threads)
     chosen = choose(backend)
@@ -181,22 +181,21 @@ def compose_code_gradient(
         )
     else:
         products = _implementation(chosen).code_gradient(matrix, rows, atoms, count)
-    return scipy.sparse.csr_array((products, matrix.indices, matrix.indptr), shape=matrix.shape)
+    return scipy.sparse.csr_array((products, matrix.indices.copy(), matrix.indptr.copy()), shape=matrix.shape)
 
 
 def _implementation(backend: str) -> ModuleType:
     return importlib.import_module(f"globe.kernels.{backend}.compose")
 
 
-def _codes(codes: Any) -> scipy.sparse.csr_array:
-    if scipy.sparse.issparse(codes):
-        if codes.format != "csr":
-            raise ValueError(f"codes: found sparse format {codes.format!r}; expected 'csr'; pass codes.tocsr()")
-        return scipy.sparse.csr_array((codes.data.astype(np.float32), codes.indices, codes.indptr), shape=codes.shape)
-    dense = np.asarray(codes)
-    if dense.ndim != 2:
-        raise ValueError(f"codes: found shape {dense.shape}; expected (n, m); pass one row per mixture")
-    return scipy.sparse.csr_array(dense.astype(np.float32, copy=False))
+def _kind(dtype: DTypeLike | None, default: Any) -> np.dtype[Any]:
+    try:
+        kind = np.dtype(default if dtype is None else dtype)
+    except TypeError as error:
+        raise ValueError(f"dtype: found {dtype!r}; expected a dtype ({error})") from None
+    if kind not in _NAMES:
+        raise ValueError(f"dtype: found {kind}; expected float32, float16 or ml_dtypes.bfloat16")
+    return kind
 
 
 def _prune(codes: scipy.sparse.csr_array, epsilon: float) -> scipy.sparse.csr_array:
@@ -210,7 +209,7 @@ def _prune(codes: scipy.sparse.csr_array, epsilon: float) -> scipy.sparse.csr_ar
 
 def _wide(argument: str, array: NDArray[Any], rows: int, of_what: str) -> NDArray[Any]:
     """The array as a matrix with one long row for each of `rows`."""
-    array = np.asarray(array)
+    array = plain(argument, array)
     if array.dtype not in _NAMES:
         raise ValueError(
             f"{argument}: found {array.dtype}; expected float32, float16 or ml_dtypes.bfloat16; convert first"

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from globe import _native
+from globe.kernels.arguments import number, plain, writeable
 from globe.kernels.backends import check_threads, choose
 
 
@@ -72,7 +73,8 @@ def entmax(
     >>> entmax(np.array([2.0, 1.0, 0.0]), temperature=2.0).round(3)  # warmer: a larger support
     array([0.624, 0.292, 0.084])
     """
-    _check(alpha, temperature)
+    alpha, temperature = _options(alpha, temperature)
+    epsilon = number("epsilon", epsilon)
     if not 0.0 <= epsilon < 1.0:
         raise ValueError(f"epsilon: found {epsilon}; expected a number in [0, 1)")
     shape, z = _rows("logits", logits)
@@ -84,7 +86,7 @@ def entmax(
         _native.entmax(z, target, alpha, temperature, epsilon, count)
     else:
         implementation = importlib.import_module(f"globe.kernels.{chosen}.entmax")
-        row = implementation.entmax(z, target, float(alpha), float(temperature), float(epsilon), count)
+        row = implementation.entmax(z, target, alpha, temperature, epsilon, count)
         if row < len(z):
             raise ValueError(
                 f"logits: found NaN, +inf or nothing but -inf in row {row}; "
@@ -128,18 +130,18 @@ def entmax_backward(
     ValueError
         If shapes differ or an argument is out of range.
     """
-    _check(alpha, temperature)
+    alpha, temperature = _options(alpha, temperature)
     shape, y = _rows("probabilities", probabilities)
-    if np.shape(gradient) != shape:
-        raise ValueError(f"gradient: found shape {np.shape(gradient)}; expected {shape}, the shape of probabilities")
-    _, dy = _rows("gradient", gradient, y.dtype)
+    dy_shape, dy = _rows("gradient", gradient, y.dtype)
+    if dy_shape != shape:
+        raise ValueError(f"gradient: found shape {dy_shape}; expected {shape}, the shape of probabilities")
     result, target = _output(out, shape, y, dy)
     chosen, count = choose(backend), check_threads(threads)
     if chosen == "native":
         _native.entmax_backward(y, dy, target, alpha, temperature, count)
     else:
         implementation = importlib.import_module(f"globe.kernels.{chosen}.entmax")
-        implementation.entmax_backward(y, dy, target, float(alpha), float(temperature), count)
+        implementation.entmax_backward(y, dy, target, alpha, temperature, count)
     return result
 
 
@@ -174,8 +176,8 @@ def entmax_inverse(probabilities: NDArray[Any], alpha: float = 1.5, *, temperatu
     >>> entmax(entmax_inverse(codes)).round(6)
     array([0.75, 0.25, 0.  ])
     """
-    _check(alpha, temperature)
-    p = np.asarray(probabilities)
+    alpha, temperature = _options(alpha, temperature)
+    p = plain("probabilities", probabilities)
     dtype = _working(p.dtype)
     p64 = p.astype(np.float64)
     if p64.ndim == 0 or not np.all(p64 >= 0.0) or not np.allclose(p64.sum(axis=-1), 1.0, rtol=0.0, atol=1e-3):
@@ -184,11 +186,13 @@ def entmax_inverse(probabilities: NDArray[Any], alpha: float = 1.5, *, temperatu
     return z
 
 
-def _check(alpha: float, temperature: float) -> None:
+def _options(alpha: float, temperature: float) -> tuple[float, float]:
+    alpha, temperature = number("alpha", alpha), number("temperature", temperature)
     if not 1.0 < alpha <= 2.0:
         raise ValueError(f"alpha: found {alpha}; expected a number in (1, 2]; 1.5 is the usual choice")
     if not 0.0 < temperature < math.inf:
         raise ValueError(f"temperature: found {temperature}; expected a finite number above 0")
+    return alpha, temperature
 
 
 def _working(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -199,8 +203,8 @@ def _rows(
     argument: str, array: NDArray[Any], dtype: np.dtype[Any] | None = None
 ) -> tuple[tuple[int, ...], NDArray[Any]]:
     """The shape, and the rows along the last axis as a contiguous matrix; not copied where it is one already."""
-    found = np.asarray(array)
-    if found.ndim == 0 or np.iscomplexobj(found):
+    found = plain(argument, array)
+    if found.ndim == 0:
         raise ValueError(f"{argument}: found shape {found.shape} of {found.dtype}; expected real numbers, (..., d)")
     matrix = np.require(found, dtype or _working(found.dtype), ["C", "A"])
     return found.shape, matrix.reshape(math.prod(found.shape[:-1]), found.shape[-1])
@@ -211,14 +215,8 @@ def _output(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """The result to return, and its rows to be filled."""
     like = inputs[0]
-    if out is None:
-        result = np.empty(shape, like.dtype)
-    elif out.shape != shape or out.dtype != like.dtype:
-        raise ValueError(f"out: found shape {out.shape} of {out.dtype}; expected {shape} of {like.dtype}")
-    elif not (out.flags.carray and out.flags.writeable):
-        raise ValueError("out: found a strided or read-only array; expected a writeable one in C order")
-    elif any(np.may_share_memory(out, array) for array in inputs):
+    result = np.empty(shape, like.dtype) if out is None else out
+    target = writeable("out", result, shape, like.dtype).reshape(like.shape)
+    if any(np.may_share_memory(target, array) for array in inputs):
         raise ValueError("out: found memory of another argument; expected memory of its own")
-    else:
-        result = out
-    return result, result.reshape(like.shape)
+    return result, target

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from globe import _native
+from globe.kernels.arguments import plain
 from globe.kernels.backends import check_threads, choose
 
 _NAMES = {
@@ -36,7 +37,7 @@ def gram(
         X in float32, float16, ``ml_dtypes.bfloat16`` or float64, one vector per row. Read in blocks of columns,
         so it may be a memory map, and a slice of the columns of a larger array is not copied.
     weights : array_like, shape (k,), optional
-        Non-negative weight of each column; all 1 by default.
+        Non-negative weight of each column, used in float32 with vectors other than float64; all 1 by default.
     backend : {"auto", "native", "numba", "reference"}
         Implementation; see :func:`globe.kernels.available`. float64 vectors always take the reference.
     threads : int, optional
@@ -47,7 +48,8 @@ def gram(
     -------
     ndarray of float64, shape (n, n)
         Exactly symmetric. Products are summed in float32 (float64 for float64 vectors) inside a block of columns
-        and in float64 across blocks. The bits of the native result do not depend on the number of threads.
+        and in float64 across blocks; what is below 1.2e-38 there may count as zero. The bits of the native result
+        do not depend on the number of threads.
 
     Raises
     ------
@@ -66,7 +68,7 @@ def gram(
     array([[5., 2.],
            [2., 1.]])
     """
-    vectors = np.asanyarray(vectors)  # a memory map stays one
+    vectors = plain("vectors", vectors)
     if vectors.ndim != 2:
         raise ValueError(f"vectors: found shape {vectors.shape}; expected (n, k); flatten each vector into a row")
     accumulator = GramAccumulator(vectors.shape[0])
@@ -111,6 +113,7 @@ class GramAccumulator:
             raise ValueError(f"n: found {n}; expected a number of vectors")
         self._lower = np.zeros((n, n))
         self._columns = 0
+        self._torn = False  # by an interruption, with part of a block added
 
     @property
     def columns(self) -> int:
@@ -120,6 +123,7 @@ class GramAccumulator:
     @property
     def matrix(self) -> NDArray[np.float64]:
         """The Gram matrix of all blocks so far, shape (n, n), exactly symmetric; a copy."""
+        self._check_whole()
         full = self._lower.copy()
         _native.gram_mirror(full)
         return full
@@ -138,8 +142,11 @@ class GramAccumulator:
         ------
         ValueError
             If an argument has a wrong shape, dtype or value, with the argument named.
+        RuntimeError
+            If the addition of an earlier block was interrupted (Ctrl-C), as for all other uses.
         """
-        block = np.asanyarray(block)
+        self._check_whole()
+        block = plain("vectors", block)
         n = len(self._lower)
         if block.ndim != 2 or block.shape[0] != n:
             raise ValueError(f"vectors: found shape {block.shape}; expected ({n}, k), one row per vector")
@@ -147,10 +154,11 @@ class GramAccumulator:
             raise ValueError(
                 f"vectors: found {block.dtype}; expected float32, float16, bfloat16 or float64; convert with astype"
             )
-        factors = None if weights is None else _weights(weights, block.shape[1])
+        factors = None if weights is None else _weights(weights, block)
         chosen, count = choose(backend), check_threads(threads)
         if block.dtype == np.float64:
             chosen = "reference"
+        self._torn = True
         if chosen == "native":
             step = block.strides[0]
             if block.strides[1] != block.itemsize or step % block.itemsize or step < block.shape[1] * block.itemsize:
@@ -161,6 +169,11 @@ class GramAccumulator:
         else:
             importlib.import_module(f"globe.kernels.{chosen}.gram").add(block, self._lower, factors, count)
         self._columns += block.shape[1]
+        self._torn = False
+
+    def _check_whole(self) -> None:
+        if self._torn:
+            raise RuntimeError("the addition of a block was interrupted: part of it is in the sum; start a new one")
 
     def merge(self, other: GramAccumulator) -> None:
         """Add all that another accumulator of the same vectors has seen.
@@ -170,6 +183,8 @@ class GramAccumulator:
         ValueError
             If the other is for another number of vectors.
         """
+        self._check_whole()
+        other._check_whole()
         if other._lower.shape != self._lower.shape:
             raise ValueError(f"other: found {len(other._lower)} vectors; expected {len(self._lower)}, as here")
         self._lower += other._lower
@@ -177,6 +192,7 @@ class GramAccumulator:
 
     def to_bytes(self) -> bytes:
         """The state, for :meth:`from_bytes`, in NumPy's npz format."""
+        self._check_whole()
         buffer = io.BytesIO()
         np.savez(buffer, lower=self._lower, columns=np.int64(self._columns))
         return buffer.getvalue()
@@ -203,10 +219,21 @@ class GramAccumulator:
         return accumulator
 
 
-def _weights(weights: ArrayLike, k: int) -> NDArray[np.float64]:
-    array = np.asarray(weights, dtype=np.float64)
+def _weights(weights: ArrayLike, vectors: NDArray[Any]) -> NDArray[np.float64]:
+    """The weights, rounded to float32 where the products are in float32."""
+    array = plain("weights", weights).astype(np.float64)
+    k = vectors.shape[1]
     if array.shape != (k,):
         raise ValueError(f"weights: found shape {array.shape}; expected ({k},), one weight per column of vectors")
     if not np.all(np.isfinite(array)) or np.any(array < 0):
         raise ValueError("weights: found a negative or non-finite weight; expected finite weights of at least 0")
-    return array
+    if vectors.dtype == np.float64:
+        return array
+    with np.errstate(over="ignore"):
+        single = array.astype(np.float32)
+    if not np.isfinite(single).all():
+        raise ValueError(
+            f"weights: found {array.max():.4g}; expected at most 3.4e38, the range of float32, with vectors of "
+            f"{vectors.dtype}; scale the weights, or pass float64 vectors"
+        )
+    return single.astype(np.float64)

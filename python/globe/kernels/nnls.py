@@ -12,7 +12,6 @@ them.
 from __future__ import annotations
 
 import importlib
-import operator
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from globe import _native
+from globe.kernels.arguments import number, plain, whole
 from globe.kernels.backends import check_threads, choose
 
 Floats = NDArray[np.float64]
@@ -143,6 +143,7 @@ def nnls(
     """
     matrix, targets = _validate(gram, correlations)
     n, m = targets.shape
+    l1, tolerance = number("l1", l1), number("tolerance", tolerance)
     _check_options(l1, simplex, tolerance)
     bound = _count("max_support", max_support, m)
     problem = NnlsProblem(
@@ -211,27 +212,11 @@ def _is_symmetric(matrix: Floats) -> bool:
 
 
 def _floats(argument: str, numbers: ArrayLike) -> Floats:
-    try:
-        array = np.asarray(numbers)
-        if array.dtype.kind not in "cOUS":
-            return np.ascontiguousarray(array, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{argument}: found {type(numbers).__name__}; expected a matrix of numbers ({error})"
-        ) from None
-    raise ValueError(f"{argument}: found {array.dtype}; expected a matrix of real numbers")
+    return np.ascontiguousarray(plain(argument, numbers), dtype=np.float64)
 
 
 def _count(argument: str, value: int | None, default: int) -> int:
-    if value is None:
-        return default
-    try:
-        count = operator.index(value)
-    except TypeError:
-        count = 0
-    if count < 1:
-        raise ValueError(f"{argument}: found {value!r}; expected an integer of at least 1, or None")
-    return count
+    return default if value is None else whole(argument, value, 2**63 - 1, ", or None")
 
 
 def _check_options(l1: float, simplex: bool, tolerance: float) -> None:
@@ -244,7 +229,7 @@ def _check_options(l1: float, simplex: bool, tolerance: float) -> None:
 
 
 def _supports(warm_start: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    supports = np.asarray(warm_start)
+    supports = plain("warm_start", warm_start)
     if supports.dtype != np.bool_:
         raise ValueError(f"warm_start: found {supports.dtype}; expected bool; pass codes > 0")
     if supports.shape != shape:

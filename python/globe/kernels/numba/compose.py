@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from globe.kernels.numba.floats import BFLOAT16, FLOAT32, bits, narrow_bfloat16,
 _TILE = 1024
 _HALF = 1024  # 32-bit words of a row's tile where two bfloat16 lie in each
 _TILE_BYTES = 512 * 1024  # of atoms: they stay in a core's second-level cache
+_LONG = 1 << 30  # products in one call of a compiled function: some tenths of a second
 _RANGES = 64  # fixed, so that sums over ranges of columns do not depend on the number of threads
 
 
@@ -31,14 +33,16 @@ def compose(codes: Any, bank: NDArray[Any], out: NDArray[Any], threads: int) -> 
     width, longest = (2, 2 * _HALF) if pairs else (4, _TILE)
     tile = int(np.clip(_TILE_BYTES // (width * max(1, len(used))) // 64 * 64, 64, longest))
 
-    def tiles(begin: int, end: int) -> None:
-        problem = (codes.indptr, codes.indices, codes.data, used, slots, atoms)
-        if pairs:
-            _compose_pairs(*problem, target, tile, begin * tile, end * tile)
-        else:
-            _compose(*problem, kind, target, out_kind, tile, begin * tile, end * tile)
+    for first, last in _row_blocks(codes.indptr, _LONG // tile):
 
-    run_ranges(tiles, -(-bank.shape[1] // tile), threads)
+        def tiles(begin: int, end: int, first: int = first, last: int = last) -> None:
+            problem = (codes.indptr[first : last + 1], codes.indices, codes.data, used, slots, atoms)
+            if pairs:
+                _compose_pairs(*problem, target[first:last], tile, begin * tile, end * tile)
+            else:
+                _compose(*problem, kind, target[first:last], out_kind, tile, begin * tile, end * tile)
+
+        run_ranges(tiles, -(-bank.shape[1] // tile), threads)
     if sums is not out:
         out[...] = sums
 
@@ -51,15 +55,31 @@ def code_gradient(codes: Any, gradient: NDArray[Any], bank: NDArray[Any], thread
     ranges = max(1, min(_RANGES, tiles))
     partial = np.zeros((ranges, codes.nnz))
 
-    def some(begin: int, end: int) -> None:
-        for part in range(begin, end):
-            first, last = part * tiles // ranges, (part + 1) * tiles // ranges
-            arguments = (codes.indptr, codes.indices, rows, row_kind, atoms, kind)
-            _code_gradient(*arguments, first * _TILE, last * _TILE, partial[part])
+    for top, bottom in _row_blocks(codes.indptr, _LONG // _TILE):
+        entries = int(codes.indptr[bottom] - codes.indptr[top])
+        step = max(1, _LONG // (_TILE * max(1, entries)))
+        for offset in range(0, -(-tiles // ranges), step):
 
-    run_ranges(some, ranges, threads)
+            def some(
+                begin: int, end: int, top: int = top, bottom: int = bottom, offset: int = offset, step: int = step
+            ) -> None:
+                block = (codes.indptr[top : bottom + 1], codes.indices, rows[top:bottom], row_kind, atoms, kind)
+                for part in range(begin, end):
+                    first, last = part * tiles // ranges, (part + 1) * tiles // ranges
+                    places = (first + offset) * _TILE, min(first + offset + step, last) * _TILE
+                    _code_gradient(*block, *places, partial[part])
+
+            run_ranges(some, ranges, threads)
     result: NDArray[np.float64] = partial.sum(axis=0)
     return result
+
+
+def _row_blocks(indptr: NDArray[Any], entries: int) -> list[tuple[int, int]]:
+    """Ranges of rows with about so many stored entries each."""
+    count = max(1, min(len(indptr) - 1, int(indptr[-1]) // max(1, entries)))
+    cuts = np.searchsorted(indptr, np.linspace(0, indptr[-1], count + 1)[1:-1]).tolist()
+    bounds = [0, *cuts, len(indptr) - 1]
+    return list(pairwise(bounds))
 
 
 @njit(nogil=True, cache=True)
