@@ -44,11 +44,10 @@ using Compose = void (*)(const Tile& tile, unsigned char* out, std::int64_t stri
 // sum of a[t] * b[t] for t in [0, width).
 using Dot = double (*)(const void* a, const void* b, std::int64_t width);
 
-// A symmetric matrix of size x size, with shift added to every entry.
+// A symmetric matrix of size x size.
 struct NnlsGram {
     const double* data;
     std::int64_t size;
-    double shift;
 };
 
 // See simd/nnls.hpp.
@@ -58,7 +57,7 @@ struct NnlsLoops {
     void (*forward)(const double* factor, std::int64_t count, std::int64_t kept, double* y);
     void (*backward)(const double* factor, std::int64_t count, const double* y, double* x);
     void (*gradient)(const NnlsGram& gram, const std::int64_t* atoms, std::int64_t count, const double* x,
-                     const double* c, double constant, double* w);
+                     const double* c, double* w);
 };
 
 // Rows of a panel, from one column on.

@@ -1,7 +1,7 @@
 // Inner loops of nnls: the Cholesky factor of a principal submatrix of the Gram matrix, its triangular solves
 // and the gradient. Included by variant.cpp alone.
 //
-// The factor is U with Uᵀ U = G_PP + shift. It is kept in panels of `width` columns, one vector wide: panel J
+// The factor is U with Uᵀ U = G_PP. It is kept in panels of `width` columns, one vector wide: panel J
 // holds the rows 0 .. width * (J + 1) one after the other, so every loop below reads memory in order, the
 // storage does not depend on how large P may grow, and atoms are appended without moving anything. The
 // diagonal holds reciprocals. The last panel is filled up with columns of the identity.
@@ -54,12 +54,11 @@ inline void gather(const NnlsGram& gram, const std::int64_t* atoms, std::int64_t
         rows[i] = gram.data + atoms[column + (i < used ? i : 0)] * gram.size;
     }
     const std::int64_t stop = column + used;
-    const F64 shift = splat(gram.shift);
     for (std::int64_t k = 0; k < stop; ++k) {
         const std::int64_t atom = atoms[k];
         F64 entries;
         for (int i = 0; i < width; ++i) entries[i] = rows[i][atom];
-        store(to + k * width, entries + shift);
+        store(to + k * width, entries);
     }
     if (used == width) return;
     for (std::int64_t k = 0; k < column + width; ++k) {
@@ -184,7 +183,7 @@ std::int64_t extend(const NnlsGram& gram, const std::int64_t* atoms, std::int64_
             const std::int64_t begin = (first + v) * width;
             for (std::int64_t i = 0; i < width; ++i) {
                 const bool real = begin + i < count;
-                const double size = real ? gram.data[atoms[begin + i] * (gram.size + 1)] + gram.shift : 0.0;
+                const double size = real ? gram.data[atoms[begin + i] * (gram.size + 1)] : 0.0;
                 floors[i] = rounding * static_cast<double>(begin + i + 1) * size;
             }
             const std::int64_t good = diagonal_tiles(wide - v, factor, first + v, floors);
@@ -245,10 +244,9 @@ void backward(const double* factor, std::int64_t count, const double* y, double*
 
 template <int vectors>
 GLOBE_INLINE void gradient_tile(const NnlsGram& gram, const std::int64_t* atoms, std::int64_t count,
-                                const double* x, const double* c, double constant, std::int64_t column,
-                                double* w) {
+                                const double* x, const double* c, std::int64_t column, double* w) {
     F64 sums[vectors];
-    for (int v = 0; v < vectors; ++v) sums[v] = load<F64>(c + column + v * width) + splat(constant);
+    for (int v = 0; v < vectors; ++v) sums[v] = load<F64>(c + column + v * width);
     for (std::int64_t k = 0; k < count; ++k) {
         const double* row = gram.data + atoms[k] * gram.size + column;
         const F64 weight = splat(x[k]);
@@ -257,19 +255,19 @@ GLOBE_INLINE void gradient_tile(const NnlsGram& gram, const std::int64_t* atoms,
     for (int v = 0; v < vectors; ++v) store(w + column + v * width, sums[v]);
 }
 
-// w = c + constant - sum of x[k] * G[atoms[k]]
+// w = c - sum of x[k] * G[atoms[k]]
 void gradient(const NnlsGram& gram, const std::int64_t* atoms, std::int64_t count, const double* x,
-              const double* c, double constant, double* w) {
+              const double* c, double* w) {
     constexpr std::int64_t wide = 8 * width;
     std::int64_t column = 0;
     for (; column + wide <= gram.size; column += wide) {
-        gradient_tile<8>(gram, atoms, count, x, c, constant, column, w);
+        gradient_tile<8>(gram, atoms, count, x, c, column, w);
     }
     for (; column + width <= gram.size; column += width) {
-        gradient_tile<1>(gram, atoms, count, x, c, constant, column, w);
+        gradient_tile<1>(gram, atoms, count, x, c, column, w);
     }
     for (; column < gram.size; ++column) {
-        double sum = c[column] + constant;
+        double sum = c[column];
         for (std::int64_t k = 0; k < count; ++k) sum -= x[k] * gram.data[atoms[k] * gram.size + column];
         w[column] = sum;
     }

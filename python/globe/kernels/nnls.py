@@ -36,6 +36,11 @@ class NnlsStatus(IntEnum):
     """The iteration limit was reached, or rounding kept the conditions above the tolerance."""
     SUPPORT_LIMIT = 3
     """``max_support`` kept an atom out: the codes are optimal on their own support."""
+    INDEFINITE = 4
+    """Negative curvature was met, so G is no Gram matrix: the codes may be a saddle point or one of several minima."""
+    OVERFLOW = 5
+    """A code is beyond the range of float64 and stands as its largest number, or, on the simplex, the correlations are
+    too large beside G."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,11 @@ class NnlsResult:
     """Largest violation of the optimality conditions relative to ``max |c − l1| + max(diag G) Σα``, shape (n,).
 
     Over the atoms that the status speaks of: all but those set aside, or those of the support alone."""
+    scaled_residual: Floats
+    """The largest over the same atoms, each relative to its own terms ``|c_j − l1| + ‖a_j‖ y``, shape (n,).
+
+    With ‖a_j‖ = √G_jj and y = Σ_k ‖a_k‖ α_k. It does not change with the scale of any atom. On the simplex the terms
+    are ``|c_j − c_v| + Σ_k |c_k − c_v| α_k + (‖a_j‖ + y) y``, v being the atom that is best alone."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +167,7 @@ def nnls(
     )
     count = check_threads(threads)
     chosen = choose(backend)
-    result = NnlsResult(np.zeros((n, m)), np.zeros(n, np.int8), np.zeros(n, np.int64), np.zeros(n))
+    result = NnlsResult(np.zeros((n, m)), np.zeros(n, np.int8), np.zeros(n, np.int64), np.zeros(n), np.zeros(n))
     if chosen == "native":
         _native.nnls(
             problem.gram,
@@ -172,6 +182,7 @@ def nnls(
             result.status,
             result.iterations,
             result.kkt_residual,
+            result.scaled_residual,
             count,
         )
     else:
