@@ -21,7 +21,7 @@ NnlsSolver::NnlsSolver(const NnlsProblem& problem, const NnlsScaled& scaled, con
       limit_(options.max_iterations > 0 ? options.max_iterations : 10 * problem.m + 30),
       support_(scaled) {
     const auto m = static_cast<std::size_t>(problem.m);
-    for (auto* vector : {&c_, &w_, &steepness_}) vector->resize(m);
+    for (auto* vector : {&c_, &own_, &w_, &steepness_}) vector->resize(m);
     bars_.resize(m);
     candidates_.resize(m);
     minimum_.resize(support_.room());
@@ -35,6 +35,7 @@ void NnlsSolver::solve(std::int64_t row, const NnlsResult& result) {
 
 void NnlsSolver::begin(std::int64_t row) {
     row_ = scaled_.scale(problem_.correlations + row * problem_.m, c_.data());
+    for (std::int64_t j = 0; j < problem_.m; ++j) own_[j] = std::fabs(c_[j]);
     std::fill(bars_.begin(), bars_.end(), Bar::none);
     bounded_ = false;
     iterations_ = 0;
@@ -56,9 +57,7 @@ bool NnlsSolver::exchange_blocks() {
     for (;;) {
         if (!minimise_independent()) return false;
         find_gradient();
-        double sum = 0.0;
-        for (std::int64_t k = 0; k < support_.size(); ++k) sum += std::fabs(support_.values()[k]);
-        const double zero = -eps * sum;
+        const double zero = -eps * size_;
         std::int64_t infeasible = 0;
         for (std::int64_t k = 0; k < support_.size(); ++k) infeasible += support_.values()[k] < zero;
         const bool leaving = infeasible > 0;
@@ -105,20 +104,20 @@ void NnlsSolver::find_gradient() {
 void NnlsSolver::measure_values() {
     size_ = shared_size_ = 0.0;
     for (std::int64_t k = 0; k < support_.size(); ++k) {
-        const double value = std::fabs(support_.values()[k]);
-        size_ += scaled_.norms[support_.atom(k)] * value;
-        shared_size_ += std::fabs(c_[support_.atom(k)]) * value;
+        size_ += scaled_.norms[support_.atom(k)] * std::fabs(support_.values()[k]);
     }
-    shared_size_ = problem_.simplex ? shared_size_ + size_ * size_ : 0.0;
+    if (!problem_.simplex) return;
+    for (std::int64_t k = 0; k < support_.size(); ++k) {
+        shared_size_ += own_[support_.atom(k)] * std::fabs(support_.values()[k]);
+    }
+    shared_size_ += size_ * size_;
 }
 
 std::int64_t NnlsSolver::find_candidates() {
-    std::int64_t found = 0;
-    for (std::int64_t j = 0; j < problem_.m; ++j) {
-        candidates_[found] = j;
-        found += enters(j);
-    }
-    return found;
+    const double half = 0.5 * options_.tolerance;
+    const NnlsLeast least{half,        half * size_,         half * shared_size_,
+                          own_.data(), scaled_.norms.data(), scaled_.weights.data()};
+    return variant().nnls.exceeding(least, problem_.m, w_.data(), candidates_.data());
 }
 
 void NnlsSolver::enter_steepest(std::int64_t candidates, std::int64_t most) {
@@ -282,9 +281,9 @@ NnlsSolver::Residuals NnlsSolver::residuals() {
     }
     Residuals found;
     const auto violate = [&](std::int64_t atom, double violation) {
-        if (!(violation > 0.0)) return;
         found.kkt = std::max(found.kkt, violation * scaled_.inverse_weights[atom]);
-        found.scaled = std::max(found.scaled, violation / size_of(atom));
+        if (violation <= found.scaled * size_of(atom) || std::isnan(found.scaled)) return;
+        found.scaled = violation / size_of(atom);
     };
     for (std::int64_t k = 0; k < support_.size(); ++k) {
         double& w = w_[support_.atom(k)];
@@ -292,7 +291,7 @@ NnlsSolver::Residuals NnlsSolver::residuals() {
         w = 0.0;
     }
     for (std::int64_t j = 0; j < problem_.m && !bounded_; ++j) {
-        if (bars_[j] != Bar::dependent) violate(j, w_[j]);
+        if (!(w_[j] <= 0.0) && bars_[j] != Bar::dependent) violate(j, w_[j]);
     }
     if (found.kkt > 0.0) found.kkt /= row_.size + scaled_.largest * sum;
     return found;
@@ -301,7 +300,8 @@ NnlsSolver::Residuals NnlsSolver::residuals() {
 NnlsStatus NnlsSolver::status_of(const Residuals& found, bool overflow) const {
     if (overflow) return NnlsStatus::overflow;
     if (scaled_.indefinite || support_.concave()) return NnlsStatus::indefinite;
-    if (!(std::max(found.kkt, found.scaled) <= options_.tolerance)) return NnlsStatus::not_converged;
+    if (!(found.kkt <= options_.tolerance && found.scaled <= options_.tolerance))
+        return NnlsStatus::not_converged;
     if (bounded_) return NnlsStatus::support_limit;
     const bool singular = std::find(bars_.begin(), bars_.end(), Bar::dependent) != bars_.end();
     return singular ? NnlsStatus::singular : NnlsStatus::optimal;

@@ -1,7 +1,6 @@
 // Solves the rows of an nnls problem one after another.
 #pragma once
 
-#include <cmath>
 #include <vector>
 
 #include "globe/nnls.hpp"
@@ -44,7 +43,7 @@ class NnlsSolver {
 
     // What the gradient at an atom is relative to; see nnls.hpp.
     double size_of(std::int64_t atom) const {
-        return std::fabs(c_[atom]) + scaled_.norms[atom] * size_ + scaled_.weights[atom] * shared_size_;
+        return own_[atom] + scaled_.norms[atom] * size_ + scaled_.weights[atom] * shared_size_;
     }
     bool enters(std::int64_t atom) const { return w_[atom] > 0.5 * options_.tolerance * size_of(atom); }
 
@@ -56,8 +55,8 @@ class NnlsSolver {
 
     // The row at hand, in scaled variables.
     NnlsScaled::Row row_;
-    std::vector<double> c_, w_;  // right-hand side and gradient, by atom
-    std::vector<Bar> bars_;      // by atom
+    std::vector<double> c_, own_, w_;  // right-hand side, its size, and gradient, by atom
+    std::vector<Bar> bars_;            // by atom
     std::vector<double> minimum_;
     std::vector<double> steepness_;         // workspace
     std::vector<std::int64_t> candidates_;  // workspace

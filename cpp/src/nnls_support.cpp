@@ -15,15 +15,11 @@ constexpr std::size_t round_down(std::size_t count) {
 }  // namespace
 
 NnlsSupport::NnlsSupport(const NnlsScaled& scaled)
-    : scaled_(scaled),
-      loops_(variant().nnls),
-      gram_{scaled.gram(), scaled.m},
-      lifted_{scaled.lifted(), scaled.m} {
+    : scaled_(scaled), loops_(variant().nnls), gram_(scaled.gram(true)) {
     const std::int64_t m = scaled.m;
     const std::size_t padded = round_down(static_cast<std::size_t>(m) + 2 * block - 1);
     atoms_.reserve(padded);
     for (auto* vector : {&values_, &side_, &ones_side_, &ones_, &scratch_}) vector->resize(padded);
-    if (scaled.simplex) shifted_.resize(static_cast<std::size_t>(m));
     factor_memory_.reset(
         new double[padded * (padded + block) / 2 + block]);  // too large to be worth clearing
     void* aligned = factor_memory_.get();
@@ -58,7 +54,7 @@ void NnlsSupport::normalise() {
 }
 
 std::int64_t NnlsSupport::minimise(double* minimum) {
-    const std::int64_t independent = loops_.extend(lifted_, atoms_.data(), size(),
+    const std::int64_t independent = loops_.extend(gram_, atoms_.data(), size(),
                                                    static_cast<std::int64_t>(round_down(factored_)), factor_);
     factored_ = static_cast<std::size_t>(independent);
     if (independent < size()) {
@@ -81,11 +77,11 @@ std::int64_t NnlsSupport::minimise(double* minimum) {
 
 // Of the atom at that place, which depends on those before it.
 void NnlsSupport::examine(std::int64_t place) {
-    const double* row = lifted_.data + atoms_[place] * lifted_.size;
+    const std::int64_t atom = atoms_[place];
     std::fill(scratch_.begin(), scratch_.end(), 0.0);
-    for (std::int64_t k = 0; k < place; ++k) scratch_[k] = row[atoms_[k]];
+    for (std::int64_t k = 0; k < place; ++k) scratch_[k] = lifted(atom, atoms_[k]);
     loops_.forward(factor_, place, 0, scratch_.data());
-    double curvature = row[atoms_[place]];
+    double curvature = lifted(atom, atom);
     const double least = (1.0 - nnls_convex) * curvature;
     for (std::int64_t k = 0; k < place; ++k) curvature -= scratch_[k] * scratch_[k];
     concave_ = concave_ || curvature < least;
@@ -138,19 +134,13 @@ void NnlsSupport::solve(double* side, double* solution, std::size_t known) const
 
 void NnlsSupport::express(std::int64_t atom, double* coefficients) const {
     std::fill(coefficients, coefficients + room(), 0.0);
-    const double* row = lifted_.data + atom * lifted_.size;
-    for (std::size_t k = 0; k < atoms_.size(); ++k) coefficients[k] = row[atoms_[k]];
+    for (std::size_t k = 0; k < atoms_.size(); ++k) coefficients[k] = lifted(atom, atoms_[k]);
     solve(coefficients, coefficients, 0);
 }
 
-void NnlsSupport::gradient(double* w) {
-    const double* c = c_;
-    if (scaled_.simplex && !atoms_.empty()) {
-        const double multiplier = multiplier_, *weights = scaled_.weights.data();
-        for (std::int64_t j = 0; j < gram_.size; ++j) shifted_[j] = c_[j] + multiplier * weights[j];
-        c = shifted_.data();
-    }
-    loops_.gradient(gram_, atoms_.data(), size(), values_.data(), c, w);
+void NnlsSupport::gradient(double* w) const {
+    const double multiplier = atoms_.empty() ? 0.0 : multiplier_;
+    loops_.gradient(gram_, atoms_.data(), size(), values_.data(), c_, multiplier, w);
 }
 
 }  // namespace globe::detail

@@ -55,7 +55,7 @@ class NnlsSupport {
     void express(std::int64_t atom, double* coefficients) const;
 
     // w = c - G x; on the simplex less the multiplier of the last minimum.
-    void gradient(double* w);
+    void gradient(double* w) const;
 
     // Whether minimise has met negative curvature since begin.
     bool concave() const { return concave_; }
@@ -74,7 +74,10 @@ class NnlsSupport {
 
     const NnlsScaled& scaled_;
     const NnlsLoops& loops_;
-    const NnlsGram gram_, lifted_;
+    const NnlsGram gram_;
+    double lifted(std::int64_t i, std::int64_t j) const {
+        return gram_.data[i * gram_.size + j] + gram_.lift * gram_.weights[i] * gram_.weights[j];
+    }
     bool concave_ = false;
     const double* c_ = nullptr;
     double multiplier_ = 0.0;
@@ -83,7 +86,6 @@ class NnlsSupport {
     std::vector<double> side_, ones_side_;  // right-hand sides, solved forwards
     std::vector<double> ones_;              // G_PP^-1 q
     std::vector<double> scratch_;           // by place
-    std::vector<double> shifted_;           // by atom
     std::unique_ptr<double[]> factor_memory_;
     double* factor_;
     std::size_t factored_ = 0, solved_ = 0;  // places that the factor and the sides cover

@@ -1,8 +1,8 @@
 """The problem of nnls in variables of equal size, as cpp/src/nnls_scale.cpp has it.
 
 With G_jj = ‖a_j‖², the code of atom j is q_j y_j, where q_j is the power of two nearest to max ‖a‖ / ‖a_j‖ from below.
-The Gram matrix of y has a diagonal within a factor of four of its largest entry, which is in [1, 4). Powers of two round
-nothing, so the solution is the same, bit for bit, whatever powers of two the atoms are multiplied by.
+The Gram matrix of y has a diagonal within a factor of four of its largest entry, which is brought near one
+where it is far from that. Powers of two round nothing, so the solution is the same, bit for bit, whatever powers of two the atoms are multiplied by.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
+NEAR = 64  # exponents of a diagonal that may stay as it is
 FARTHEST = 1000  # exponent of the largest weight, so that weights stay finite
 DEEPEST_LIFT = 40
 POLISH_BEYOND = 10  # exponent of a weight from which the lift costs too many digits
@@ -57,7 +58,7 @@ def scale(gram: Floats, simplex: bool) -> ScaledGram:
     positive = diagonal > 0.0
     farther = (powers[first] - powers - (fractions[first] < fractions)) >> 1
     farther = np.where(positive, np.minimum(farther, FARTHEST), 0)
-    unit = -((int(powers[first]) - 1) // 2) if positive.any() else 0
+    unit = -((int(powers[first]) - 1) // 2) if abs(int(powers[first])) > NEAR else 0
     exponents = farther + unit
     factors, weights = np.ldexp(1.0, exponents), np.ldexp(1.0, farther)
     with np.errstate(over="ignore"):

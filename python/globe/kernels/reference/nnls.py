@@ -106,7 +106,7 @@ class _Row:
                 return False
             w = self.gradient()
             w[self.support] = 0.0
-            leaving = self.values < -_EPS * float(np.abs(self.values).sum())
+            leaving = self.values < -_EPS * float(np.abs(self.values) @ self.norms[self.support])
             entering = np.flatnonzero(w > 0.5 * self.problem.tolerance * self.sizes())
             wrong = int(leaving.sum()) + len(entering)
             if wrong == 0:
