@@ -61,8 +61,10 @@ def scale(gram: Floats, simplex: bool) -> ScaledGram:
     unit = -((int(powers[first]) - 1) // 2) if abs(int(powers[first])) > NEAR else 0
     exponents = farther + unit
     factors, weights = np.ldexp(1.0, exponents), np.ldexp(1.0, farther)
-    with np.errstate(over="ignore"):
-        scaled = np.clip(gram * factors[:, None] * factors, -HUGE, HUGE)
+    scaled = gram
+    if exponents.any():
+        with np.errstate(over="ignore"):
+            scaled = np.clip(gram * factors[:, None] * factors, -HUGE, HUGE)
     norms = np.where(positive, np.sqrt(np.abs(scaled.diagonal())), 0.0)
     half_a_denormal = np.ldexp(1.0, exponents - 535)
     limit = CONVEX * np.outer(norms, norms) + np.outer(half_a_denormal, half_a_denormal)
@@ -74,31 +76,54 @@ def scale(gram: Floats, simplex: bool) -> ScaledGram:
     return ScaledGram(scaled, lifted, weights, norms, unit, exponents, lift, indefinite)
 
 
-def scale_row(scaled: ScaledGram, correlations: Floats, l1: float) -> tuple[Floats, int, Floats]:
-    """The scaled right-hand side, the exponent of the row's codes, and c − l1 as the largest atom has it."""
+@dataclass(frozen=True)
+class ScaledRows:
+    """Right-hand sides in scaled variables, one entry per row."""
+
+    sides: Floats
+    exponents: NDArray[np.int64]
+    """Of the codes, besides the atoms' own."""
+    sizes: Floats
+    """Largest |c − l1|, as the largest atom has it."""
+    vertices: NDArray[np.int64]
+    """On the simplex, the best single atom; its right-hand side is zero."""
+    overflows: NDArray[np.bool_]
+    """On the simplex, whether c is too large beside the Gram matrix."""
+
+
+def scale_rows(scaled: ScaledGram, correlations: Floats, l1: float) -> ScaledRows:
+    """Scale right-hand sides; on the simplex l1 is 0."""
+    n = len(correlations)
+    exponents, vertices, overflows = np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n, np.bool_)
+    unit = 2.0**scaled.unit
     with np.errstate(over="ignore", invalid="ignore"):
+        if scaled.lift > 0.0:
+            sides = correlations * unit * unit
+            sizes = np.abs(sides).max(axis=1)
+            overflows = sizes > HUGE
+            if overflows.any():
+                sides, sizes = np.clip(sides, -HUGE, HUGE), np.minimum(sizes, HUGE)
+            vertices = np.argmin(0.5 * np.square(scaled.norms / scaled.weights) - sides, axis=1)
+            # The multiplier absorbs any constant in c; taking it out first avoids cancellation.
+            sides = (sides - np.take_along_axis(sides, vertices[:, None], axis=1)) * scaled.weights
+            return ScaledRows(np.maximum(sides, -HUGE * HUGE), exponents, sizes, vertices, overflows)
+        sides = correlations - l1
+        sizes = np.abs(sides).max(axis=1) * unit
+        if scaled.exponents.any():
+            sides = sides * np.ldexp(1.0, scaled.exponents)
+        extreme = ~((1.0 / HUGE < sizes) & (sizes * scaled.weights.max() < HUGE)) & (sizes != 0.0)
+    for row in np.flatnonzero(extreme):
+        sides[row], exponents[row] = _scale_extreme(scaled, correlations[row], l1)
+        sizes[row] = np.abs(sides[row] / scaled.weights).max()
+    return ScaledRows(sides, exponents, sizes, vertices, overflows)
+
+
+def _scale_extreme(scaled: ScaledGram, correlations: Floats, l1: float) -> tuple[Floats, int]:
+    """Bring a right-hand side near one, whose largest entry is far from that or beyond the range."""
+    with np.errstate(over="ignore"):
         side, exponent = correlations - l1, 0
-        result = side * np.ldexp(1.0, scaled.exponents)
-    size = np.abs(result).max()
-    if size == 0.0 or 1.0 / HUGE < size < HUGE:
-        return result, 0, result / scaled.weights
     if not np.isfinite(side).all():
         side, exponent = 0.5 * correlations - 0.5 * l1, 1
-    powers = np.where(side != 0.0, np.frexp(side)[1] + scaled.exponents, np.iinfo(np.int64).min)
-    exponent += int(powers.max())
-    result = np.ldexp(side, scaled.exponents - int(powers.max()))
-    return result, exponent, result / scaled.weights
-
-
-def scale_simplex_row(scaled: ScaledGram, correlations: Floats) -> tuple[Floats, int, Floats, bool]:
-    """The scaled right-hand side, zero at the best vertex, that vertex, c, and whether c dwarfs the Gram matrix."""
-    unit = 2.0**scaled.unit
-    with np.errstate(over="ignore"):
-        side = correlations * unit * unit
-    dwarfs = bool(np.abs(side).max() > HUGE)
-    side = np.clip(side, -HUGE, HUGE)
-    vertex = int(np.argmin(0.5 * np.square(scaled.norms / scaled.weights) - side))
-    # The multiplier absorbs any constant in c; taking it out first avoids cancellation.
-    with np.errstate(over="ignore"):
-        result = np.maximum((side - side[vertex]) * scaled.weights, -HUGE * HUGE)
-    return result, vertex, side, dwarfs
+    powers = (np.frexp(side)[1] + scaled.exponents)[side != 0.0]
+    most = int(powers.max()) if len(powers) else 0
+    return np.ldexp(side, scaled.exponents - most), most + exponent

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.linalg import lapack
 
 from globe.kernels.nnls import NnlsProblem, NnlsResult, NnlsStatus
-from globe.kernels.nnls_scale import CONVEX, ScaledGram, scale, scale_row, scale_simplex_row
+from globe.kernels.nnls_scale import CONVEX, ScaledGram, ScaledRows, scale, scale_rows
 
 Floats = NDArray[np.float64]
 
@@ -22,9 +22,10 @@ _PATIENCE = 8  # exchanges without progress before atoms move one at a time
 def solve(problem: NnlsProblem, result: NnlsResult, threads: int) -> None:
     """Fill in the result; one thread does it all."""
     scaled = scale(problem.gram, problem.simplex)
-    for row, correlations in enumerate(problem.correlations):
+    rows = scale_rows(scaled, problem.correlations, problem.l1)
+    for row in range(len(problem.correlations)):
         guess = None if problem.warm_start is None else problem.warm_start[row]
-        solver = _Row(problem, scaled, correlations)
+        solver = _Row(problem, scaled, rows, row)
         result.codes[row], result.status[row] = solver.solve(guess)
         result.kkt_residual[row], result.scaled_residual[row] = solver.residuals
         result.iterations[row] = solver.iterations
@@ -36,15 +37,13 @@ class _Row:
 
     problem: NnlsProblem
     scaled: ScaledGram
-    correlations: Floats
+    rows: ScaledRows
+    number: int
     iterations: int = 0
-    exponent: int = 0  # of the codes
-    vertex: int = 0  # the best point with a single atom
     support: list[int] = field(default_factory=list)  # in the order of entry
     values: Floats = field(default_factory=lambda: np.zeros(0))  # by place in the support
     multiplier: float = 0.0
     bounded: bool = False  # max_support kept an atom out
-    overflow: bool = False  # a number is beyond the range of float64
     blocked: set[int] = field(default_factory=set)  # entered on a gradient that was rounding noise
     aside: set[int] = field(default_factory=set)  # would enter, and the objective would fall for ever
     residuals: tuple[float, float] = (0.0, 0.0)
@@ -52,10 +51,9 @@ class _Row:
     def __post_init__(self) -> None:
         self.gram, self.norms, self.weights = self.scaled.gram, self.scaled.norms, self.scaled.weights
         self.indefinite = self.scaled.indefinite
-        if self.problem.simplex:
-            self.c, self.vertex, self.side, self.overflow = scale_simplex_row(self.scaled, self.correlations)
-        else:
-            self.c, self.exponent, self.side = scale_row(self.scaled, self.correlations, self.problem.l1)
+        self.c = self.rows.sides[self.number]
+        self.vertex = int(self.rows.vertices[self.number])
+        self.overflow = bool(self.rows.overflows[self.number])
 
     def solve(self, guess: NDArray[np.bool_] | None) -> tuple[Floats, NnlsStatus, float]:
         bounded = self.problem.max_support > 0
@@ -71,7 +69,7 @@ class _Row:
         codes = np.zeros_like(self.c)
         exponents = self.scaled.exponents - (self.scaled.unit if self.problem.simplex else 0)
         with np.errstate(over="ignore", under="ignore"):
-            codes[self.support] = np.ldexp(self.values, exponents[self.support] + self.exponent)
+            codes[self.support] = np.ldexp(self.values, exponents[self.support] + self.rows.exponents[self.number])
         self.overflow |= bool(np.isinf(codes).any())
         return np.minimum(codes, np.finfo(np.float64).max), self.status()
 
@@ -294,6 +292,6 @@ class _Row:
         if self.bounded:
             w[~np.isin(np.arange(len(w)), self.support)] = 0.0
         w = np.maximum(w, 0.0)
-        size = float(np.abs(self.side).max() + self.norms.max() ** 2 * (self.values @ self.weights[self.support]))
+        size = float(self.rows.sizes[self.number] + self.norms.max() ** 2 * (self.values @ self.weights[self.support]))
         worst, scaled = float((w / self.weights).max()), w[w > 0.0] / self.sizes()[w > 0.0]
         return worst / size if worst > 0.0 else 0.0, float(scaled.max(initial=0.0))
