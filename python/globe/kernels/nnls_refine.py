@@ -67,19 +67,19 @@ class _Row:
         self.weights = np.ldexp(1.0, self.exponents)  # Σα = Σ weights · values on the simplex
         self.penalty = np.ldexp(self.problem.l1, self.exponents - self.unit)
         self.norms = np.sqrt(np.square(self.matrix).sum(axis=0))
+        self.determined = self.matrix.shape[0] >= self.matrix.shape[1]
 
     def solve(self, codes: Floats) -> tuple[Floats, NnlsStatus]:
         """From a feasible point to the minimum; what is returned is in the caller's variables."""
         bound, status = self.problem.max_support, NnlsStatus.OPTIMAL
-        self.values = np.where(np.isfinite(codes) & (self.norms > 0.0), codes, 0.0)
-        if self.problem.simplex:
-            self.values = codes
+        self.values = codes if self.problem.simplex else self.start(codes)
         self.support = np.flatnonzero(self.values).tolist()
+        sizes = np.where(self.norms > 0.0, self.norms, 1.0) if self.determined or bound > 0 else self.weights
         bounded, finished = False, self.settle()
         while finished:
             gradient, noise = self.gradient()
             gradient[[*self.support, *self.blocked]] = 0.0
-            candidates = np.where(gradient > noise, gradient / np.where(self.norms > 0.0, self.norms, 1.0), 0.0)
+            candidates = np.where(gradient > noise, gradient / sizes, 0.0)
             if not candidates.any():
                 break
             if 0 < bound <= len(self.support):
@@ -96,6 +96,13 @@ class _Row:
         elif bounded:
             status = NnlsStatus.SUPPORT_LIMIT
         return np.minimum(result, np.finfo(np.float64).max), status
+
+    def start(self, codes: Floats) -> Floats:
+        """The Gram matrix's solution; where the solution may be one of many, zero.
+
+        From zero the way is Lawson and Hanson's, by the gradient as the caller scales it, and ends where theirs does.
+        """
+        return codes if self.determined and np.isfinite(codes).all() else np.zeros_like(codes)
 
     def settle(self) -> bool:
         """Walk to the minimum over the support; atoms that reach zero leave. False at the limit of iterations."""
