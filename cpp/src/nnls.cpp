@@ -43,7 +43,7 @@ void solve_rows(const NnlsProblem& problem, const detail::NnlsScaled& scaled, co
 
 void nnls(const NnlsProblem& problem, const NnlsOptions& options, const NnlsResult& result, int threads) {
     validate(problem, options);
-    if (problem.n == 0) return;
+    if (problem.n == 0 || problem.m == 0) return;
     const detail::NnlsScaled scaled(problem);
     const std::int64_t workers = resolve_threads(threads);
     const std::int64_t grain = std::clamp<std::int64_t>(problem.n / (8 * workers), 1, 256);
@@ -58,7 +58,7 @@ void nnls_rows(const NnlsProblem& problem, const NnlsOptions& options, const Nnl
     require(0 <= begin && begin <= end && end <= problem.n,
             "begin, end: found " + std::to_string(begin) + ", " + std::to_string(end) +
                 "; expected a range of the " + std::to_string(problem.n) + " rows");
-    if (begin == end) return;
+    if (begin == end || problem.m == 0) return;
     solve_rows(problem, detail::NnlsScaled(problem), options, result, begin, end);
 }
 
