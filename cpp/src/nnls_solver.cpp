@@ -14,14 +14,14 @@ constexpr int patience = 8;              // exchanges without progress before at
 
 }  // namespace
 
-NnlsSolver::NnlsSolver(const NnlsProblem& problem, const NnlsOptions& options)
+NnlsSolver::NnlsSolver(const NnlsProblem& problem, const NnlsScaled& scaled, const NnlsOptions& options)
     : problem_(problem),
+      scaled_(scaled),
       options_(options),
       limit_(options.max_iterations > 0 ? options.max_iterations : 10 * problem.m + 30),
-      support_(problem.gram, problem.m, problem.simplex) {
+      support_(scaled) {
     const auto m = static_cast<std::size_t>(problem.m);
-    for (std::int64_t j = 0; j < problem.m; ++j) largest_ = std::max(largest_, diagonal(j));
-    for (auto* vector : {&c_, &w_, &steepness_}) vector->resize(m);
+    for (auto* vector : {&c_, &own_, &w_, &steepness_}) vector->resize(m);
     bars_.resize(m);
     candidates_.resize(m);
     minimum_.resize(support_.room());
@@ -34,25 +34,11 @@ void NnlsSolver::solve(std::int64_t row, const NnlsResult& result) {
 }
 
 void NnlsSolver::begin(std::int64_t row) {
-    const double* c = problem_.correlations + row * problem_.m;
-    scale_ = 0.0;
-    for (std::int64_t j = 0; j < problem_.m; ++j) {
-        c_[j] = c[j] - problem_.l1;
-        scale_ = std::max(scale_, std::fabs(c_[j]));
-    }
-    if (problem_.simplex) {
-        scale_ += largest_;
-        vertex_ = 0;
-        for (std::int64_t j = 1; j < problem_.m; ++j) {
-            if (0.5 * diagonal(j) - c[j] < 0.5 * diagonal(vertex_) - c[vertex_]) vertex_ = j;
-        }
-        // The multiplier of sum(x) = 1 absorbs any constant in c; taking it out first avoids cancellation.
-        for (std::int64_t j = 0; j < problem_.m; ++j) c_[j] -= c[vertex_];
-    }
+    row_ = scaled_.scale(problem_.correlations + row * problem_.m, c_.data());
+    for (std::int64_t j = 0; j < problem_.m; ++j) own_[j] = std::fabs(c_[j]);
     std::fill(bars_.begin(), bars_.end(), Bar::none);
     bounded_ = false;
     iterations_ = 0;
-    size_ = 0.0;
     support_.begin(c_.data());
     if (options_.warm_start != nullptr && options_.max_support == 0) {
         const bool* warm = options_.warm_start + row * problem_.m;
@@ -60,7 +46,7 @@ void NnlsSolver::begin(std::int64_t row) {
             if (warm[j]) support_.add(j);
         }
     }
-    if (problem_.simplex && support_.size() == 0) support_.add(vertex_, 1.0);
+    if (problem_.simplex && support_.size() == 0) start_at_vertex();
 }
 
 // Exchanges all infeasible atoms at once (Kim and Park 2011, section 3.2), but lets the support at most
@@ -110,20 +96,28 @@ bool NnlsSolver::minimise_independent() {
 }
 
 void NnlsSolver::find_gradient() {
-    size_ = 0.0;
-    for (std::int64_t k = 0; k < support_.size(); ++k) size_ += std::fabs(support_.values()[k]);
+    measure_values();
     support_.gradient(w_.data());
     for (std::int64_t k = 0; k < support_.size(); ++k) w_[support_.atom(k)] = 0.0;
 }
 
-std::int64_t NnlsSolver::find_candidates() {
-    const double least = threshold();
-    std::int64_t found = 0;
-    for (std::int64_t j = 0; j < problem_.m; ++j) {
-        candidates_[found] = j;
-        found += w_[j] > least;
+void NnlsSolver::measure_values() {
+    size_ = shared_size_ = 0.0;
+    for (std::int64_t k = 0; k < support_.size(); ++k) {
+        size_ += scaled_.norms[support_.atom(k)] * std::fabs(support_.values()[k]);
     }
-    return found;
+    if (!problem_.simplex) return;
+    for (std::int64_t k = 0; k < support_.size(); ++k) {
+        shared_size_ += own_[support_.atom(k)] * std::fabs(support_.values()[k]);
+    }
+    shared_size_ += size_ * size_;
+}
+
+std::int64_t NnlsSolver::find_candidates() {
+    const double half = 0.5 * options_.tolerance;
+    const NnlsLeast least{half,        half * size_,         half * shared_size_,
+                          own_.data(), scaled_.norms.data(), scaled_.weights.data()};
+    return variant().nnls.exceeding(least, problem_.m, w_.data(), candidates_.data());
 }
 
 void NnlsSolver::enter_steepest(std::int64_t candidates, std::int64_t most) {
@@ -160,12 +154,11 @@ void NnlsSolver::move_single_atoms() {
 }
 
 std::int64_t NnlsSolver::steepest_atom() {
-    const double least = threshold();
     std::int64_t best = -1;
     double steepest = 0.0;
     for (std::int64_t j = 0; j < problem_.m; ++j) {
-        if (w_[j] <= least || bars_[j] != Bar::none) continue;
-        const double steepness = w_[j] / std::sqrt(diagonal(j));
+        if (!enters(j) || bars_[j] != Bar::none) continue;
+        const double steepness = w_[j] / scaled_.norms[j];
         if (steepness > steepest) {
             steepest = steepness;
             best = j;
@@ -247,46 +240,68 @@ bool NnlsSolver::step_to_minimum() {
 // Keeps the atoms with positive values, or the best vertex of the simplex where there are none.
 void NnlsSolver::make_feasible() {
     support_.revise([&](std::int64_t k) { return support_.values()[k]; });
-    if (problem_.simplex && support_.size() == 0) support_.add(vertex_, 1.0);
+    if (problem_.simplex && support_.size() == 0) start_at_vertex();
     support_.normalise();
+}
+
+void NnlsSolver::start_at_vertex() {
+    support_.add(row_.vertex, scaled_.inverse_weights[row_.vertex]);
 }
 
 void NnlsSolver::write(std::int64_t row, const NnlsResult& result) {
     make_feasible();
-    const double residual = kkt_residual();
-    if (result.codes != nullptr) {
-        double* codes = result.codes + row * problem_.m;
-        std::fill(codes, codes + problem_.m, 0.0);
-        for (std::int64_t k = 0; k < support_.size(); ++k) codes[support_.atom(k)] = support_.values()[k];
+    const Residuals found = residuals();
+    bool overflow = row_.overflow;
+    double* codes = result.codes == nullptr ? nullptr : result.codes + row * problem_.m;
+    if (codes != nullptr) std::fill(codes, codes + problem_.m, 0.0);
+    for (std::int64_t k = 0; k < support_.size(); ++k) {
+        const std::int64_t atom = support_.atom(k);
+        const double code = scaled_.code(atom, support_.values()[k], row_);
+        constexpr double most = std::numeric_limits<double>::max();
+        overflow = overflow || code > most;
+        if (codes != nullptr) codes[atom] = std::min(code, most);
     }
-    if (result.kkt_residual != nullptr) result.kkt_residual[row] = residual;
+    if (result.kkt_residual != nullptr) result.kkt_residual[row] = found.kkt;
+    if (result.scaled_residual != nullptr) result.scaled_residual[row] = found.scaled;
     if (result.iterations != nullptr) result.iterations[row] = iterations_;
-    if (result.status != nullptr) result.status[row] = status_of(residual);
+    if (result.status != nullptr) result.status[row] = status_of(found, overflow);
 }
 
-double NnlsSolver::kkt_residual() {
+NnlsSolver::Residuals NnlsSolver::residuals() {
+    measure_values();
     support_.gradient(w_.data());
-    size_ = 0.0;
-    double multiplier = 0.0, violation = 0.0;
+    double multiplier = 0.0, sum = 0.0;
     for (std::int64_t k = 0; k < support_.size(); ++k) {
-        size_ += support_.values()[k];
-        multiplier += w_[support_.atom(k)];
+        const std::int64_t atom = support_.atom(k);
+        sum += scaled_.weights[atom] * support_.values()[k];
+        multiplier += w_[atom] * support_.values()[k];
     }
-    multiplier = problem_.simplex ? multiplier / static_cast<double>(support_.size()) : 0.0;
+    if (problem_.simplex) {
+        for (std::int64_t j = 0; j < problem_.m; ++j) w_[j] -= multiplier * scaled_.weights[j];
+    }
+    Residuals found;
+    const auto violate = [&](std::int64_t atom, double violation) {
+        found.kkt = std::max(found.kkt, violation * scaled_.inverse_weights[atom]);
+        if (violation <= found.scaled * size_of(atom) || std::isnan(found.scaled)) return;
+        found.scaled = violation / size_of(atom);
+    };
     for (std::int64_t k = 0; k < support_.size(); ++k) {
         double& w = w_[support_.atom(k)];
-        violation = std::max(violation, std::fabs(w - multiplier));
-        w = multiplier;
+        violate(support_.atom(k), std::fabs(w));
+        w = 0.0;
     }
     for (std::int64_t j = 0; j < problem_.m && !bounded_; ++j) {
-        const double excess = bars_[j] == Bar::dependent ? 0.0 : w_[j] - multiplier;
-        violation = std::max(violation, excess);
+        if (!(w_[j] <= 0.0) && bars_[j] != Bar::dependent) violate(j, w_[j]);
     }
-    return violation > 0.0 ? violation / (scale_ + largest_ * size_) : violation;
+    if (found.kkt > 0.0) found.kkt /= row_.size + scaled_.largest * sum;
+    return found;
 }
 
-NnlsStatus NnlsSolver::status_of(double residual) const {
-    if (!(residual <= options_.tolerance)) return NnlsStatus::not_converged;
+NnlsStatus NnlsSolver::status_of(const Residuals& found, bool overflow) const {
+    if (overflow) return NnlsStatus::overflow;
+    if (scaled_.indefinite || support_.concave()) return NnlsStatus::indefinite;
+    if (!(found.kkt <= options_.tolerance && found.scaled <= options_.tolerance))
+        return NnlsStatus::not_converged;
     if (bounded_) return NnlsStatus::support_limit;
     const bool singular = std::find(bars_.begin(), bars_.end(), Bar::dependent) != bars_.end();
     return singular ? NnlsStatus::singular : NnlsStatus::optimal;

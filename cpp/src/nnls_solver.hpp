@@ -4,14 +4,15 @@
 #include <vector>
 
 #include "globe/nnls.hpp"
+#include "nnls_scale.hpp"
 #include "nnls_support.hpp"
 
 namespace globe::detail {
 
 class NnlsSolver {
   public:
-    // Keeps references to both.
-    NnlsSolver(const NnlsProblem& problem, const NnlsOptions& options);
+    // Keeps references to all.
+    NnlsSolver(const NnlsProblem& problem, const NnlsScaled& scaled, const NnlsOptions& options);
 
     void solve(std::int64_t row, const NnlsResult& result);
 
@@ -32,28 +33,36 @@ class NnlsSolver {
     std::int64_t steepest_atom();
     void make_feasible();
     void write(std::int64_t row, const NnlsResult& result);
-    double kkt_residual();
-    NnlsStatus status_of(double residual) const;
+    struct Residuals {
+        double kkt = 0.0, scaled = 0.0;
+    };
+    Residuals residuals();
+    NnlsStatus status_of(const Residuals& found, bool overflow) const;
+    void start_at_vertex();
+    void measure_values();
 
-    double diagonal(std::int64_t atom) const { return problem_.gram[atom * (problem_.m + 1)]; }
-    double threshold() const { return 0.5 * options_.tolerance * (scale_ + largest_ * size_); }
+    // What the gradient at an atom is relative to; see nnls.hpp.
+    double size_of(std::int64_t atom) const {
+        return own_[atom] + scaled_.norms[atom] * size_ + scaled_.weights[atom] * shared_size_;
+    }
+    bool enters(std::int64_t atom) const { return w_[atom] > 0.5 * options_.tolerance * size_of(atom); }
 
     const NnlsProblem& problem_;
+    const NnlsScaled& scaled_;
     const NnlsOptions& options_;
     const std::int64_t limit_;
-    double largest_ = 0.0;  // on the diagonal of the Gram matrix
     NnlsSupport support_;
 
-    // The row at hand.
-    std::vector<double> c_, w_;  // right-hand side and gradient, by atom
-    std::vector<Bar> bars_;      // by atom
+    // The row at hand, in scaled variables.
+    NnlsScaled::Row row_;
+    std::vector<double> c_, own_, w_;  // right-hand side, its size, and gradient, by atom
+    std::vector<Bar> bars_;            // by atom
     std::vector<double> minimum_;
     std::vector<double> steepness_;         // workspace
     std::vector<std::int64_t> candidates_;  // workspace
-    std::int64_t vertex_ = 0;               // the best point with a single atom
     std::int64_t iterations_ = 0;
-    double scale_ = 0.0;  // of c
-    double size_ = 0.0;   // sum of |x|
+    double size_ = 0.0;         // sum of |x| times the atom's norm
+    double shared_size_ = 0.0;  // on the simplex, the size of the multiplier's terms
     bool bounded_ = false;
 };
 

@@ -5,14 +5,15 @@
 #include <memory>
 #include <vector>
 
+#include "nnls_scale.hpp"
 #include "variant.hpp"
 
 namespace globe::detail {
 
 class NnlsSupport {
   public:
-    // gram: m x m. With `simplex` values sum to one.
-    NnlsSupport(const double* gram, std::int64_t m, bool simplex);
+    // Keeps a reference. On the simplex the values, times the weights, sum to one.
+    explicit NnlsSupport(const NnlsScaled& scaled);
 
     // Takes all atoms out; c, which stays with the caller, is the right-hand side from now on.
     void begin(const double* c);
@@ -40,7 +41,7 @@ class NnlsSupport {
         atoms_.resize(left);
     }
 
-    // On the simplex, divides the values by their sum.
+    // On the simplex, divides the values by their weighted sum.
     void normalise();
 
     // Finds the values that minimise the objective without regard to signs; `minimum` holds room() numbers
@@ -56,6 +57,9 @@ class NnlsSupport {
     // w = c - G x; on the simplex less the multiplier of the last minimum.
     void gradient(double* w) const;
 
+    // Whether minimise has met negative curvature since begin.
+    bool concave() const { return concave_; }
+
     std::size_t room() const { return values_.size(); }
 
   private:
@@ -64,16 +68,24 @@ class NnlsSupport {
         if (place < solved_) solved_ = place;
     }
     void solve(double* side, double* solution, std::size_t known) const;
+    void solve_on_simplex(double* minimum, std::size_t known);
+    void correct(double* minimum);
+    void examine(std::int64_t place);
 
+    const NnlsScaled& scaled_;
     const NnlsLoops& loops_;
-    NnlsGram gram_;
-    const bool simplex_;
+    const NnlsGram gram_;
+    double lifted(std::int64_t i, std::int64_t j) const {
+        return gram_.data[i * gram_.size + j] + gram_.lift * gram_.weights[i] * gram_.weights[j];
+    }
+    bool concave_ = false;
     const double* c_ = nullptr;
     double multiplier_ = 0.0;
     std::vector<std::int64_t> atoms_;
     std::vector<double> values_;            // by place
     std::vector<double> side_, ones_side_;  // right-hand sides, solved forwards
-    std::vector<double> ones_;              // G_PP^-1 1
+    std::vector<double> ones_;              // G_PP^-1 q
+    std::vector<double> scratch_;           // by place
     std::unique_ptr<double[]> factor_memory_;
     double* factor_;
     std::size_t factored_ = 0, solved_ = 0;  // places that the factor and the sides cover

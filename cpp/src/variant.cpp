@@ -23,7 +23,7 @@ const Variant table = {
      {dot<BFloat16, Float32>, dot<BFloat16, Float16>, dot<BFloat16, BFloat16>}},
     {{entmax::forward<float>, entmax::forward<double>}, {entmax::backward<float>, entmax::backward<double>}},
     gram::kernels,
-    {nnls::extend, nnls::forward, nnls::backward, nnls::gradient},
+    {nnls::extend, nnls::forward, nnls::backward, nnls::gradient, nnls::exceeding},
 };
 
 }  // namespace globe::detail::GLOBE_VARIANT

@@ -44,11 +44,18 @@ using Compose = void (*)(const Tile& tile, unsigned char* out, std::int64_t stri
 // sum of a[t] * b[t] for t in [0, width).
 using Dot = double (*)(const void* a, const void* b, std::int64_t width);
 
-// A symmetric matrix of size x size, with shift added to every entry.
+// A symmetric matrix of size x size; what is factored has lift * weights[i] * weights[j] added.
 struct NnlsGram {
     const double* data;
     std::int64_t size;
-    double shift;
+    double lift;
+    const double* weights;
+};
+
+// What the gradient at an atom must exceed: half * own + by_norm * norms + by_weight * weights.
+struct NnlsLeast {
+    double half, by_norm, by_weight;
+    const double *own, *norms, *weights;
 };
 
 // See simd/nnls.hpp.
@@ -58,7 +65,9 @@ struct NnlsLoops {
     void (*forward)(const double* factor, std::int64_t count, std::int64_t kept, double* y);
     void (*backward)(const double* factor, std::int64_t count, const double* y, double* x);
     void (*gradient)(const NnlsGram& gram, const std::int64_t* atoms, std::int64_t count, const double* x,
-                     const double* c, double constant, double* w);
+                     const double* c, double multiplier, double* w);
+    std::int64_t (*exceeding)(const NnlsLeast& least, std::int64_t size, const double* w,
+                              std::int64_t* found);
 };
 
 // Rows of a panel, from one column on.

@@ -27,13 +27,15 @@ struct Data {
 };
 
 struct Solution {
-    std::vector<double> codes, residual;
+    std::vector<double> codes, residual, scaled;
     std::vector<NnlsStatus> status;
     std::vector<std::int64_t> iterations;
 
     explicit Solution(const Data& data)
-        : codes(data.n * data.m), residual(data.n), status(data.n), iterations(data.n) {}
-    globe::NnlsResult result() { return {codes.data(), status.data(), iterations.data(), residual.data()}; }
+        : codes(data.n * data.m), residual(data.n), scaled(data.n), status(data.n), iterations(data.n) {}
+    globe::NnlsResult result() {
+        return {codes.data(), status.data(), iterations.data(), residual.data(), scaled.data()};
+    }
 };
 
 Solution solve(const Data& data, const globe::NnlsProblem& problem, const globe::NnlsOptions& options = {},
@@ -100,7 +102,7 @@ void check_optimal(const Data& data, const globe::NnlsProblem& problem, const So
         check(positive, where + ": negative code");
         check(!problem.simplex || std::fabs(sum - 1.0) < 1e-12, where + ": sum " + std::to_string(sum));
         check(found.status[row] == NnlsStatus::optimal, where + ": status");
-        check(found.residual[row] <= 1e-10, where + ": residual");
+        check(found.residual[row] <= 1e-10 && found.scaled[row] <= 1e-10, where + ": residual");
         check(violation(data, problem, &data.correlations[row * data.m], x) <= 1e-10, where + ": conditions");
     }
 }
@@ -202,6 +204,29 @@ void reports_what_it_cannot_solve() {
     solve(broken, broken.problem(0.0, true));
 }
 
+void does_not_depend_on_scale() {
+    Data graded{11, 1, std::vector<double>(121), std::vector<double>(11)};
+    for (std::int64_t j = 0; j < 11; ++j) {
+        graded.gram[j * 12] = graded.correlations[j] = std::pow(10.0, -static_cast<double>(j));
+    }
+    const Solution ones = solve(graded, graded.problem());
+    check(ones.status[0] == NnlsStatus::optimal, "graded: status");
+    for (const double x : ones.codes) check(std::fabs(x - 1.0) < 1e-14, "graded: code");
+    const auto status = [](std::vector<double> gram, std::vector<double> correlations, bool simplex) {
+        const Data data{2, 1, std::move(gram), std::move(correlations)};
+        const Solution found = solve(data, data.problem(0.0, simplex));
+        for (const double x : found.codes) check(x >= 0.0 && std::isfinite(x), "codes are numbers");
+        return found.status[0];
+    };
+    check(status({1e-200, 0, 0, 1e-200}, {1e200, 5e199}, false) == NnlsStatus::overflow, "overflow");
+    check(status({2e307, 1e307, 1e307, 2e307}, {3e307, 3e307}, true) == NnlsStatus::optimal, "1e307");
+    check(status({2e-310, 1e-310, 1e-310, 2e-310}, {3e-310, 3e-310}, false) == NnlsStatus::optimal,
+          "denormal");
+    check(status({1, 2, 2, 1}, {1, 1}, false) == NnlsStatus::indefinite, "indefinite");
+    check(status({1, 0, 0, -0.0}, {1, 1}, false) == NnlsStatus::singular, "negative zero");
+    globe::nnls({nullptr, nullptr, 0, 0}, {}, {});
+}
+
 void refuses() {
     const Data data = random_data(4, 6, 2);
     Solution found(data);
@@ -211,7 +236,7 @@ void refuses() {
         change(problem, options);
         globe::tests::check_refused(argument, [&] { globe::nnls(problem, options, found.result()); });
     };
-    refused("m", [](auto& problem, auto&) { problem.m = 0; });
+    refused("m", [](auto& problem, auto&) { problem.m = -1; });
     refused("n", [](auto& problem, auto&) { problem.n = -1; });
     refused("gram", [](auto& problem, auto&) { problem.gram = nullptr; });
     refused("correlations", [](auto& problem, auto&) { problem.correlations = nullptr; });
@@ -237,6 +262,7 @@ void everything() {
     bounds_the_support();
     for (const std::int64_t blocks : {1, 2, 3, 10, 40}) does_not_cycle(blocks);
     reports_what_it_cannot_solve();
+    does_not_depend_on_scale();
     refuses();
 }
 

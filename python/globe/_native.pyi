@@ -59,6 +59,7 @@ def nnls(
     status: NDArray[np.int8],
     iterations: NDArray[np.int64],
     kkt_residual: NDArray[np.float64],
+    scaled_residual: NDArray[np.float64],
     threads: int,
 ) -> None: ...
 def runnable_isas() -> list[str]: ...

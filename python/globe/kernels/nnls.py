@@ -36,6 +36,11 @@ class NnlsStatus(IntEnum):
     """The iteration limit was reached, or rounding kept the conditions above the tolerance."""
     SUPPORT_LIMIT = 3
     """``max_support`` kept an atom out: the codes are optimal on their own support."""
+    INDEFINITE = 4
+    """Negative curvature was met, so G is no Gram matrix: the codes may be a saddle point or one of several minima."""
+    OVERFLOW = 5
+    """A code is beyond the range of float64 and stands as its largest number, or, on the simplex, the correlations are
+    too large beside G."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,11 @@ class NnlsResult:
     """Largest violation of the optimality conditions relative to ``max |c − l1| + max(diag G) Σα``, shape (n,).
 
     Over the atoms that the status speaks of: all but those set aside, or those of the support alone."""
+    scaled_residual: Floats
+    """The largest over the same atoms, each relative to its own terms ``|c_j − l1| + ‖a_j‖ y``, shape (n,).
+
+    With ‖a_j‖ = √G_jj and y = Σ_k ‖a_k‖ α_k. It does not change with the scale of any atom. On the simplex the terms
+    are ``|c_j − c_v| + Σ_k |c_k − c_v| α_k + (‖a_j‖ + y) y``, v being the atom that is best alone."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,7 @@ def nnls(
     max_iterations: int | None = None,
     max_support: int | None = None,
     warm_start: ArrayLike | None = None,
+    refine: tuple[ArrayLike, ArrayLike] | None = None,
     backend: str = "auto",
     threads: int | None = None,
 ) -> NnlsResult:
@@ -85,7 +96,8 @@ def nnls(
 
     With ``simplex`` the entries of α must also sum to 1. For a dictionary D with one atom per row and
     a target t, ``G = D Dᵀ`` and ``c = D t``. Each row is solved on its own in float64; its result depends
-    neither on the other rows nor on the number of threads.
+    neither on the other rows nor on the number of threads, and not on the scale of the atoms: each is brought to the
+    size of the largest by a power of two. m = 0 has empty codes.
 
     Parameters
     ----------
@@ -98,7 +110,8 @@ def nnls(
     simplex : bool
         Require ``Σα = 1``.
     tolerance : float
-        Bound on ``kkt_residual``, and on the gradient at which an atom enters.
+        Bound on ``kkt_residual`` and ``scaled_residual``; half of it on the gradient at which an atom enters,
+        relative to the atom's own terms as ``scaled_residual`` is.
     max_iterations : int, optional
         Linear systems per right-hand side; ``10 m + 30`` by default.
     max_support : int, optional
@@ -111,6 +124,11 @@ def nnls(
     warm_start : array_like of bool, shape (n, m), optional
         Supports to start from, for instance ``result.codes > 0`` of a similar problem. The solution is the
         same; good guesses spare most of the time. Not used with ``max_support``.
+    refine : (A, b), optional
+        The matrix itself, shape (k, m), one atom per column, and the targets, shape (n, k) or, of one row, (k,), with
+        ``G = AᵀA`` and ``c = Aᵀb``: G has only half of their digits. Every row is then carried on from its solution by
+        residuals and corrections computed from A (QR), its support examined again. The result has the residuals of
+        A; with it atoms enter whenever their gradient exceeds its rounding.
     backend : {"auto", "native", "numba", "reference"}
         Implementation; see :func:`globe.kernels.available`.
     threads : int, optional
@@ -156,9 +174,12 @@ def nnls(
         bound if bound < m else 0,
         None if warm_start is None else _supports(warm_start, targets.shape),
     )
+    original = None if refine is None else _matrix(refine, matrix, n)
     count = check_threads(threads)
     chosen = choose(backend)
-    result = NnlsResult(np.zeros((n, m)), np.zeros(n, np.int8), np.zeros(n, np.int64), np.zeros(n))
+    result = NnlsResult(np.zeros((n, m)), np.zeros(n, np.int8), np.zeros(n, np.int64), np.zeros(n), np.zeros(n))
+    if m == 0:
+        return result
     if chosen == "native":
         _native.nnls(
             problem.gram,
@@ -173,17 +194,20 @@ def nnls(
             result.status,
             result.iterations,
             result.kkt_residual,
+            result.scaled_residual,
             count,
         )
     else:
         importlib.import_module(f"globe.kernels.{chosen}.nnls").solve(problem, result, count)
+    if original is not None:
+        importlib.import_module("globe.kernels.nnls_refine").refine(problem, *original, result)
     return result
 
 
 def _validate(gram: ArrayLike, correlations: ArrayLike) -> tuple[Floats, Floats]:
     matrix, targets = _floats("gram", gram), _floats("correlations", correlations)
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
-        raise ValueError(f"gram: found shape {matrix.shape}; expected (m, m) with m of at least 1")
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"gram: found shape {matrix.shape}; expected (m, m)")
     m = matrix.shape[0]
     if targets.ndim != 2 or targets.shape[1] != m:
         raise ValueError(
@@ -202,6 +226,25 @@ def _validate(gram: ArrayLike, correlations: ArrayLike) -> tuple[Floats, Floats]
                 f"gram: found an asymmetry of {asymmetry:.3g}; expected a symmetric matrix; use (G + Gᵀ)/2"
             )
         matrix = np.ascontiguousarray(0.5 * matrix + 0.5 * matrix.T)
+    return matrix, targets
+
+
+def _matrix(refine: tuple[ArrayLike, ArrayLike], gram: Floats, n: int) -> tuple[Floats, Floats]:
+    if not isinstance(refine, tuple) or len(refine) != 2:
+        raise ValueError(f"refine: found {type(refine).__name__}; expected a pair (A, b)")
+    matrix, targets = _floats("refine", refine[0]), _floats("refine", refine[1])
+    if targets.ndim == 1 and n == 1:
+        targets = targets[None]
+    if matrix.ndim != 2 or matrix.shape[1] != len(gram):
+        raise ValueError(f"refine: found A of shape {matrix.shape}; expected (k, {len(gram)}), one atom per column")
+    if targets.shape != (n, len(matrix)):
+        raise ValueError(f"refine: found b of shape {targets.shape}; expected ({n}, {len(matrix)}), one target per row")
+    if not (np.isfinite(matrix).all() and np.isfinite(targets).all()):
+        raise ValueError("refine: found NaN or infinity; expected finite entries")
+    with np.errstate(over="ignore", under="ignore"):
+        apart = np.abs(np.square(matrix).sum(axis=0) - gram.diagonal())
+    if (apart > 1e-3 * gram.diagonal() + 1e-300).any():
+        raise ValueError("refine: found columns of A whose squared norms are not the diagonal of gram; pass G = AᵀA")
     return matrix, targets
 
 

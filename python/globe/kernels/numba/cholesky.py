@@ -1,4 +1,4 @@
-"""A Cholesky factor that grows with its index set: L Lᵀ = G_PP + shift, reciprocals on the diagonal of L.
+"""A Cholesky factor that grows with its index set: L Lᵀ = G_PP, reciprocals on the diagonal of L.
 
 Sums may be reordered; the result does not depend on threads, because every row of a problem is one thread's.
 """
@@ -15,7 +15,7 @@ _FAST = {"contract", "reassoc"}
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def extend(gram, shift, atoms, count, kept, factor):  # type: ignore[no-untyped-def]
+def extend(gram, atoms, count, kept, factor):  # type: ignore[no-untyped-def]
     """Append atoms to a factor whose first `kept` are right, in blocks of four rows and eight columns.
 
     Returns how many atoms come before the first that depends on those before it, to rounding; count if none.
@@ -25,7 +25,7 @@ def extend(gram, shift, atoms, count, kept, factor):  # type: ignore[no-untyped-
     for begin in range(kept, count, 4):
         end = min(begin + 4, count)
         for first in range(0, end, 8):
-            _subtract_columns(gram, shift, atoms, begin, first, min(first + 8, end), factor, rest)
+            _subtract_columns(gram, atoms, begin, first, min(first + 8, end), factor, rest)
             _solve_columns(begin, first, min(first + 8, begin), factor, rest)
             for i in range(max(begin, first), end):
                 row, terms = factor[i], rest[i - begin]
@@ -36,7 +36,7 @@ def extend(gram, shift, atoms, count, kept, factor):  # type: ignore[no-untyped-
                         value -= row[k] * other[k]
                     if j < i:
                         row[j] = value * other[j]
-                    elif value > 4.0 * _EPS * (i + 1) * (gram[atoms[i], atoms[i]] + shift):
+                    elif value > 4.0 * _EPS * (i + 1) * gram[atoms[i], atoms[i]]:
                         row[i] = 1.0 / math.sqrt(value)
                     else:
                         return i
@@ -44,7 +44,7 @@ def extend(gram, shift, atoms, count, kept, factor):  # type: ignore[no-untyped-
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def _subtract_columns(gram, shift, atoms, begin, first, stop, factor, rest):  # type: ignore[no-untyped-def]
+def _subtract_columns(gram, atoms, begin, first, stop, factor, rest):  # type: ignore[no-untyped-def]
     """rest = the Gram matrix of four rows and the columns [first, stop), less what the columns before explain."""
     r0, r1, r2, r3 = factor[begin], factor[begin + 1], factor[begin + 2], factor[begin + 3]
     g0, g1 = gram[atoms[begin]], gram[atoms[begin + 1]]
@@ -63,10 +63,10 @@ def _subtract_columns(gram, shift, atoms, begin, first, stop, factor, rest):  # 
             t2 += r2[k] * y
             t3 += r3[k] * y
         a, b, place = atoms[j], atoms[j + 1], j - first
-        rest[0, place], rest[0, place + 1] = g0[a] + shift - s0, g0[b] + shift - t0
-        rest[1, place], rest[1, place + 1] = g1[a] + shift - s1, g1[b] + shift - t1
-        rest[2, place], rest[2, place + 1] = g2[a] + shift - s2, g2[b] + shift - t2
-        rest[3, place], rest[3, place + 1] = g3[a] + shift - s3, g3[b] + shift - t3
+        rest[0, place], rest[0, place + 1] = g0[a] - s0, g0[b] - t0
+        rest[1, place], rest[1, place + 1] = g1[a] - s1, g1[b] - t1
+        rest[2, place], rest[2, place + 1] = g2[a] - s2, g2[b] - t2
+        rest[3, place], rest[3, place + 1] = g3[a] - s3, g3[b] - t3
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
@@ -107,10 +107,10 @@ def backward(factor, count, y, x):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def gradient(gram, atoms, count, x, c, constant, w):  # type: ignore[no-untyped-def]
-    """w = c + constant - Σ x[k] gram[atoms[k]]"""
+def gradient(gram, atoms, count, x, c, multiplier, weights, w):  # type: ignore[no-untyped-def]
+    """w = c + multiplier weights - Σ x[k] gram[atoms[k]]"""
     for j in range(len(w)):
-        w[j] = c[j] + constant
+        w[j] = c[j] + multiplier * weights[j]
     k = 0
     while k + 8 <= count:
         g0, g1, g2, g3 = gram[atoms[k]], gram[atoms[k + 1]], gram[atoms[k + 2]], gram[atoms[k + 3]]

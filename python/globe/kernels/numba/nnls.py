@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from globe.kernels.backends import run_ranges
 from globe.kernels.nnls import NnlsProblem, NnlsResult
+from globe.kernels.nnls_scale import scale, scale_rows
 from globe.kernels.numba.cholesky import backward, forward
 from globe.kernels.numba.nnls_row import (
     DEPENDENT,
@@ -27,50 +30,78 @@ _EPS = 2.220446049250313e-16
 _TINY = 2.2250738585072014e-308
 _FIRST_BLOCK = 8  # atoms that may enter an empty support together
 _PATIENCE = 8  # exchanges without progress before atoms move one at a time
-_OPTIMAL, _SINGULAR, _NOT_CONVERGED, _SUPPORT_LIMIT = range(4)
+_MOST = float(np.finfo(np.float64).max)
+_OPTIMAL, _SINGULAR, _NOT_CONVERGED, _SUPPORT_LIMIT, _INDEFINITE, _OVERFLOW = range(6)
 
 
 def solve(problem: NnlsProblem, result: NnlsResult, threads: int) -> None:
     """Fill in the result."""
     nobody = np.zeros((0, len(problem.gram)), np.bool_)
-    options = (problem.l1, problem.max_support, nobody if problem.warm_start is None else problem.warm_start)
-    outputs = (result.codes, result.status, result.iterations, result.kkt_residual)
+    guesses = nobody if problem.warm_start is None or problem.max_support > 0 else problem.warm_start
+    scaled = scale(problem.gram, problem.simplex)
+    outputs = (result.codes, result.status, result.iterations, result.kkt_residual, result.scaled_residual)
 
     def rows(begin: int, end: int) -> None:
-        _solve_rows(new_row(problem), problem.correlations, *options, *outputs, begin, end)
+        given = scale_rows(scaled, problem.correlations[begin:end], problem.l1)
+        sides = (given.sides, given.exponents, given.sizes, given.vertices, given.overflows)
+        some = tuple(output[begin:end] for output in outputs)
+        row = new_row(problem, scaled)
+        _solve_rows(row, sides, problem.max_support, guesses[begin:end], scaled.indefinite, some)
 
     run_ranges(rows, len(problem.correlations), threads)
 
 
 @jit
-def _solve_rows(s, correlations, l1, max_support, warm, codes, status, iterations, residuals, begin, end):  # type: ignore[no-untyped-def]
-    for row in range(begin, end):
-        vertex = begin_row(s, correlations[row], l1)
-        if len(warm) and max_support == 0:
+def _solve_rows(s, sides, max_support, warm, indefinite, outputs):  # type: ignore[no-untyped-def]
+    sides, exponents, sizes, vertices, overflows = sides
+    codes, status, iterations, residuals, scaled_residuals = outputs
+    for row in range(len(sides)):
+        begin_row(s, sides[row])
+        vertex, overflow, bounded = vertices[row], overflows[row], False
+        if len(warm):
             for j in range(len(s.c)):
                 if warm[row, j]:
                     add(s, j, 0.0)
-        if s.shift > 0.0 and s.count[0] == 0:
-            add(s, vertex, 1.0)
-        bounded = False
+        if s.simplex and s.count[0] == 0:
+            add(s, vertex, s.inverse_weights[vertex])
         if max_support > 0 or not _exchange_blocks(s):
             bounded = _move_single_atoms(s, max_support, vertex)
         make_feasible(s, vertex)
-        residual = _kkt_residual(s, bounded)
-        atoms, values = s.atoms, s.values
+        residuals[row], scaled_residuals[row] = _residuals(s, bounded, sizes[row])
         for k in range(s.count[0]):
-            codes[row, atoms[k]] = values[k]
-        residuals[row] = residual
+            atom, value = s.atoms[k], s.values[k]
+            code = value * s.factors[atom] if exponents[row] == 0 else _scale(value, s.exponents[atom] + exponents[row])
+            overflow |= code > _MOST
+            codes[row, atom] = min(code, _MOST)
         iterations[row] = s.iterations[0]
-        if not residual <= s.tolerance:
-            status[row] = _NOT_CONVERGED
-        elif bounded:
-            status[row] = _SUPPORT_LIMIT
-        else:
-            status[row] = _OPTIMAL
-            for bar in s.bars:
-                if bar == DEPENDENT:
-                    status[row] = _SINGULAR
+        within = residuals[row] <= s.tolerance and scaled_residuals[row] <= s.tolerance
+        status[row] = _status(s, overflow, indefinite, within, bounded)
+
+
+@jit
+def _scale(value, exponent):  # type: ignore[no-untyped-def]
+    """math.ldexp, which raises an error where this is infinite; rounded once, where the result is a denormal."""
+    if exponent > 2100:
+        return np.inf
+    if exponent > 1000:
+        return value * 2.0**700 * 2.0**700 * 2.0 ** (exponent - 1400)
+    return math.ldexp(value, exponent)
+
+
+@jit
+def _status(s, overflow, indefinite, within, bounded):  # type: ignore[no-untyped-def]
+    if overflow:
+        return _OVERFLOW
+    if indefinite or s.concave[0]:
+        return _INDEFINITE
+    if not within:
+        return _NOT_CONVERGED
+    if bounded:
+        return _SUPPORT_LIMIT
+    for bar in s.bars:
+        if bar == DEPENDENT:
+            return _SINGULAR
+    return _OPTIMAL
 
 
 @jit
@@ -90,13 +121,13 @@ def _exchange_blocks(s):  # type: ignore[no-untyped-def]
                 s.iterations[0] += 1
                 break
             remove(s, place)
-        if s.shift > 0.0 and s.count[0] == 0:
+        if s.simplex and s.count[0] == 0:
             return False
-        least, size = _entering_gradient(s)
-        entering = 0
+        half, by_norm, by_weight = _entering_gradient(s)
+        entering, size = 0, s.size[0]
         for j in range(len(w)):
             candidates[entering] = j
-            entering += w[j] > least
+            entering += w[j] > half * abs(s.c[j]) + by_norm * s.norms[j] + by_weight * s.weights[j]
         leaving = 0
         for k in range(s.count[0]):
             leaving += values[k] < -_EPS * size
@@ -158,11 +189,12 @@ def _move_single_atoms(s, max_support, vertex):  # type: ignore[no-untyped-def]
     if max_support == 0:
         make_feasible(s, vertex)
     while _settle(s):
-        least, _ = _entering_gradient(s)
+        half, by_norm, by_weight = _entering_gradient(s)
         best, steepest = -1, 0.0
         for j in range(len(s.c)):
+            least = half * abs(s.c[j]) + by_norm * s.norms[j] + by_weight * s.weights[j]
             if s.w[j] > least and s.bars[j] == FREE:
-                norm = np.sqrt(s.gram[j, j])
+                norm = s.norms[j]
                 steepness = s.w[j] / norm if norm > 0.0 else np.inf
                 if steepness > steepest:
                     best, steepest = j, steepness
@@ -221,7 +253,7 @@ def _exchange_dependent(s, atom):  # type: ignore[no-untyped-def]
     if minimise(s, s.minimum) < count:
         return
     for k in range(count):
-        s.minimum[k] = s.gram[atom, s.atoms[k]] + s.shift
+        s.minimum[k] = s.lifted[atom, s.atoms[k]]
     forward(s.factor, count, 0, s.minimum)
     backward(s.factor, count, s.minimum, s.minimum)
     size, step = 0.0, np.inf
@@ -245,30 +277,34 @@ def _exchange_dependent(s, atom):  # type: ignore[no-untyped-def]
 
 @jit
 def _entering_gradient(s):  # type: ignore[no-untyped-def]
-    """The gradient, zero at the atoms in use; the least at which an atom enters; the sum of |values|."""
-    count, atoms, values, w = s.count[0], s.atoms, s.values, s.w
+    """Find the gradient, zero at the atoms in use; what the least at which one enters is made of."""
     find_gradient(s)
-    size = 0.0
-    for k in range(count):
-        size += abs(values[k])
-        w[atoms[k]] = 0.0
-    return 0.5 * s.tolerance * (s.scale[0] + s.largest * size), size
+    for k in range(s.count[0]):
+        s.w[s.atoms[k]] = 0.0
+    half = 0.5 * s.tolerance
+    return half, half * s.size[0], half * s.size[1]
 
 
 @jit
-def _kkt_residual(s, bounded):  # type: ignore[no-untyped-def]
+def _residuals(s, bounded, size):  # type: ignore[no-untyped-def]
+    """kkt_residual and scaled_residual of NnlsResult."""
     find_gradient(s)
-    count, atoms, w, bars = s.count[0], s.atoms, s.w, s.bars
-    multiplier, violation = 0.0, 0.0
-    if s.shift > 0.0:
-        for k in range(count):
-            multiplier += w[atoms[k]]
-        multiplier /= count
+    count, atoms, values, w, bars, weights = s.count[0], s.atoms, s.values, s.w, s.bars, s.weights
+    multiplier, total, worst, scaled = 0.0, 0.0, 0.0, 0.0
     for k in range(count):
-        violation = max(violation, abs(w[atoms[k]] - multiplier))
-        w[atoms[k]] = multiplier
+        total += weights[atoms[k]] * values[k]
+        multiplier += w[atoms[k]] * values[k]
+    if s.simplex:
+        for j in range(len(w)):
+            w[j] -= multiplier * weights[j]
+    for k in range(count):
+        w[atoms[k]] = abs(w[atoms[k]])
+    used = np.zeros(len(w), np.bool_)
+    used[atoms[:count]] = True
     for j in range(len(w)):
-        if not bounded and bars[j] != DEPENDENT:
-            violation = max(violation, w[j] - multiplier)
-    size = s.scale[0] + s.largest * s.values[:count].sum()
-    return violation / size if violation > 0.0 else 0.0
+        if not w[j] <= 0.0 and (used[j] or not (bounded or bars[j] == DEPENDENT)):
+            worst = max(worst, w[j] * s.inverse_weights[j])
+            terms = abs(s.c[j]) + s.norms[j] * s.size[0] + weights[j] * s.size[1]
+            if not w[j] <= scaled * terms:
+                scaled = w[j] / terms
+    return worst / (size + s.largest * total) if worst > 0.0 else 0.0, scaled

@@ -8,6 +8,7 @@ import numpy as np
 from numba import njit
 
 from globe.kernels.nnls import NnlsProblem
+from globe.kernels.nnls_scale import CONVEX, ScaledGram
 from globe.kernels.numba.cholesky import backward, extend, forward, gradient
 
 FREE, DEPENDENT, ROUNDING = range(3)  # why an atom may not enter, whatever its gradient
@@ -16,10 +17,18 @@ jit = njit(nogil=True, cache=True, error_model="numpy")
 
 
 class Row(NamedTuple):
-    """One right-hand side and the point reached; scalars in arrays of one entry, so that they can change."""
+    """One right-hand side in scaled variables and the point reached; scalars in arrays of one entry, so that they can change."""
 
     gram: Any
-    shift: float  # added to every entry of the Gram matrix; not 0 on the simplex
+    lifted: Any  # what is factored
+    weights: Any
+    inverse_weights: Any
+    norms: Any
+    factors: Any  # codes in terms of scaled variables
+    exponents: Any  # of these
+    simplex: bool
+    polished: bool
+    lift: float
     largest: float  # on the diagonal of the Gram matrix
     tolerance: float
     limit: int  # iterations
@@ -37,55 +46,106 @@ class Row(NamedTuple):
     factored: Any  # of these, covered by the factor
     solved: Any  # of these, covered by the sides
     iterations: Any
-    scale: Any  # of c
     multiplier: Any
+    size: Any  # sum of |values| times norms, and on the simplex the size of the multiplier's terms
+    concave: Any
 
 
-def new_row(problem: NnlsProblem) -> Row:
+def new_row(problem: NnlsProblem, scaled: ScaledGram) -> Row:
     m = len(problem.gram)
-    largest = float(problem.gram.diagonal().max())
-    # Σα = 1 makes ½ αᵀ(s 11ᵀ)α a constant. Adding it leaves the problem as it is and makes G definite wherever
-    # the solution is unique. Not a ridge.
-    shift = (largest or 1.0) if problem.simplex else 0.0
-    constants = (problem.gram, shift, largest, problem.tolerance, problem.max_iterations)
+    exponents = scaled.exponents - (scaled.unit if problem.simplex else 0)
+    constants = (
+        *(scaled.gram, scaled.lifted, scaled.weights, 1.0 / scaled.weights, scaled.norms),
+        *(np.ldexp(1.0, exponents), exponents, problem.simplex, scaled.polished, scaled.lift),
+        *(float(scaled.gram.diagonal().max()), problem.tolerance, problem.max_iterations),
+    )
     by_atom = (np.empty(m), np.empty(m), np.zeros(m, np.uint8))
     values, minimum, side, ones_side, ones = np.zeros((5, m + 8))
     by_place = (np.zeros(m + 8, np.int64), values, minimum, side, ones_side, ones, np.zeros((m + 8, m + 8)))
     count, factored, solved, iterations = np.zeros((4, 1), np.int64)
-    scale, multiplier = np.zeros((2, 1))
-    return Row(*constants, *by_atom, *by_place, count, factored, solved, iterations, scale, multiplier)
+    multiplier, size, concave = np.zeros(1), np.zeros(2), np.zeros(1, np.bool_)
+    return Row(*constants, *by_atom, *by_place, count, factored, solved, iterations, multiplier, size, concave)
 
 
 @jit
 def minimise(s, minimum):  # type: ignore[no-untyped-def]
     """Minimise over the atoms in use without signs; returns their count, or the place of a dependent one."""
     count, c, atoms, factor = s.count[0], s.c, s.atoms, s.factor
-    independent = extend(s.gram, s.shift, atoms, count, s.factored[0], factor)
+    independent = extend(s.lifted, atoms, count, s.factored[0], factor)
     s.factored[0] = independent
     if independent < count:
+        _examine(s, independent)
         return independent
-    known, side, ones_side, ones = s.solved[0], s.side, s.ones_side, s.ones
+    known, side = s.solved[0], s.side
     for k in range(known, count):
         side[k] = c[atoms[k]]
-        ones_side[k] = 1.0
+        s.ones_side[k] = s.weights[atoms[k]]
     s.solved[0] = count
     forward(factor, count, known, side)
     backward(factor, count, side, minimum)
-    if s.shift > 0.0:
-        forward(factor, count, known, ones_side)
-        backward(factor, count, ones_side, ones)
-        multiplier = (1.0 - minimum[:count].sum()) / ones[:count].sum()
-        for k in range(count):
-            minimum[k] += multiplier * ones[k]
-        s.multiplier[0] = multiplier
+    if s.simplex:
+        _solve_on_simplex(s, minimum, known)
     return count
 
 
 @jit
+def _examine(s, place):  # type: ignore[no-untyped-def]
+    """Note where the curvature is negative, at an atom that depends on those before it."""
+    atom, known = s.atoms[place], np.empty(place)
+    for k in range(place):
+        known[k] = s.lifted[atom, s.atoms[k]]
+    forward(s.factor, place, 0, known)
+    curvature = size = s.lifted[atom, atom]
+    for k in range(place):
+        curvature -= known[k] * known[k]
+    if curvature < (1.0 - CONVEX) * size:
+        s.concave[0] = True
+
+
+@jit
+def _solve_on_simplex(s, minimum, known):  # type: ignore[no-untyped-def]
+    """From the minimum without the sum to the one with it; where the lift costs digits, refined without it."""
+    count, atoms, weights, ones = s.count[0], s.atoms, s.weights, s.ones
+    forward(s.factor, count, known, s.ones_side)
+    backward(s.factor, count, s.ones_side, ones)
+    most, total = 0.0, 0.0
+    for k in range(count):
+        most += weights[atoms[k]] * minimum[k]
+        total += weights[atoms[k]] * ones[k]
+    shift = (1.0 - most) / total
+    for k in range(count):
+        minimum[k] += shift * ones[k]
+    s.multiplier[0] = shift - s.lift
+    if not s.polished:
+        return
+    rest = np.empty(count)
+    for _ in range(2):
+        short, most = 1.0, 0.0
+        for k in range(count):
+            rest[k] = s.c[atoms[k]] + s.multiplier[0] * weights[atoms[k]]
+            for i in range(count):
+                rest[k] -= s.gram[atoms[k], atoms[i]] * minimum[i]
+            short -= weights[atoms[k]] * minimum[k]
+        forward(s.factor, count, 0, rest)
+        backward(s.factor, count, rest, rest)
+        for k in range(count):
+            most += weights[atoms[k]] * rest[k]
+        shift = (short - most) / total
+        for k in range(count):
+            minimum[k] += rest[k] + shift * ones[k]
+        s.multiplier[0] += shift - s.lift * short
+
+
+@jit
 def find_gradient(s):  # type: ignore[no-untyped-def]
-    count = s.count[0]
-    constant = (s.multiplier[0] if count else 0.0) - s.shift * s.values[:count].sum()
-    gradient(s.gram, s.atoms, count, s.values, s.c, constant, s.w)
+    """The gradient, and the sizes it is relative to."""
+    count, atoms, values, size, own = s.count[0], s.atoms, s.values, 0.0, 0.0
+    for k in range(count):
+        size += s.norms[atoms[k]] * abs(values[k])
+        own += abs(s.c[atoms[k]] * values[k])
+    s.size[0], s.size[1] = size, own + size * size if s.simplex else 0.0
+    multiplier = s.multiplier[0] if count else 0.0
+    gradient(s.gram, atoms, count, values, s.c, multiplier, s.weights, s.w)
 
 
 @jit
@@ -123,34 +183,25 @@ def keep_positive(s):  # type: ignore[no-untyped-def]
 
 @jit
 def normalise(s):  # type: ignore[no-untyped-def]
-    if s.shift > 0.0:
-        count = s.count[0]
-        s.values[:count] /= s.values[:count].sum()
+    if s.simplex:
+        count, total = s.count[0], 0.0
+        for k in range(count):
+            total += s.weights[s.atoms[k]] * s.values[k]
+        s.values[:count] /= total
 
 
 @jit
 def make_feasible(s, vertex):  # type: ignore[no-untyped-def]
     keep_positive(s)
-    if s.shift > 0.0 and s.count[0] == 0:
-        add(s, vertex, 1.0)
+    if s.simplex and s.count[0] == 0:
+        add(s, vertex, s.inverse_weights[vertex])
     normalise(s)
 
 
 @jit
-def begin_row(s, correlations, l1):  # type: ignore[no-untyped-def]
-    c, gram = s.c, s.gram
-    vertex, lowest, scale = 0, np.inf, 0.0
-    for j in range(len(c)):
-        c[j] = correlations[j] - l1
-        scale = max(scale, abs(c[j]))
-        value = 0.5 * gram[j, j] - c[j]
-        if value < lowest:
-            vertex, lowest = j, value
-    if s.shift > 0.0:
-        scale += s.largest
-        c[:] -= c[vertex]  # the multiplier absorbs any constant; taking it out first avoids cancellation
-    s.scale[0] = scale
+def begin_row(s, side):  # type: ignore[no-untyped-def]
+    s.c[:] = side
     s.bars[:] = FREE
     s.count[0] = s.factored[0] = s.solved[0] = s.iterations[0] = 0
     s.multiplier[0] = 0.0
-    return vertex
+    s.concave[0] = False

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from scipy.linalg import lapack
 
 from globe.kernels.nnls import NnlsProblem, NnlsResult, NnlsStatus
+from globe.kernels.nnls_scale import CONVEX, ScaledGram, ScaledRows, scale, scale_rows
 
 Floats = NDArray[np.float64]
 
@@ -20,27 +21,24 @@ _PATIENCE = 8  # exchanges without progress before atoms move one at a time
 
 def solve(problem: NnlsProblem, result: NnlsResult, threads: int) -> None:
     """Fill in the result; one thread does it all."""
-    largest = float(problem.gram.diagonal().max())
-    matrix = problem.gram
-    if problem.simplex:
-        # Σα = 1 makes ½ αᵀ(s 11ᵀ)α a constant. Adding it leaves the problem as it is and makes G definite
-        # wherever the solution is unique. Not a ridge.
-        matrix = matrix + (largest or 1.0)
-    for row, correlations in enumerate(problem.correlations):
+    scaled = scale(problem.gram, problem.simplex)
+    rows = scale_rows(scaled, problem.correlations, problem.l1)
+    for row in range(len(problem.correlations)):
         guess = None if problem.warm_start is None else problem.warm_start[row]
-        solver = _Row(problem, matrix, largest, correlations)
-        result.codes[row], result.status[row], result.kkt_residual[row] = solver.solve(guess)
+        solver = _Row(problem, scaled, rows, row)
+        result.codes[row], result.status[row] = solver.solve(guess)
+        result.kkt_residual[row], result.scaled_residual[row] = solver.residuals
         result.iterations[row] = solver.iterations
 
 
 @dataclass
 class _Row:
-    """The problem for one right-hand side, and the point reached."""
+    """The problem for one right-hand side in scaled variables, and the point reached."""
 
     problem: NnlsProblem
-    gram: Floats
-    largest: float
-    correlations: Floats
+    scaled: ScaledGram
+    rows: ScaledRows
+    number: int
     iterations: int = 0
     support: list[int] = field(default_factory=list)  # in the order of entry
     values: Floats = field(default_factory=lambda: np.zeros(0))  # by place in the support
@@ -48,15 +46,14 @@ class _Row:
     bounded: bool = False  # max_support kept an atom out
     blocked: set[int] = field(default_factory=set)  # entered on a gradient that was rounding noise
     aside: set[int] = field(default_factory=set)  # would enter, and the objective would fall for ever
+    residuals: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
-        self.c = self.correlations - self.problem.l1
-        self.scale = float(np.abs(self.c).max())
-        if self.problem.simplex:
-            self.scale += self.largest
-            self.vertex = int(np.argmin(0.5 * self.problem.gram.diagonal() - self.correlations))
-            # The multiplier absorbs any constant in c; taking it out first avoids cancellation.
-            self.c = self.c - self.c[self.vertex]
+        self.gram, self.norms, self.weights = self.scaled.gram, self.scaled.norms, self.scaled.weights
+        self.indefinite = self.scaled.indefinite
+        self.c = self.rows.sides[self.number]
+        self.vertex = int(self.rows.vertices[self.number])
+        self.overflow = bool(self.rows.overflows[self.number])
 
     def solve(self, guess: NDArray[np.bool_] | None) -> tuple[Floats, NnlsStatus, float]:
         bounded = self.problem.max_support > 0
@@ -64,18 +61,28 @@ class _Row:
             self.support = np.flatnonzero(guess).tolist()
         self.values = np.zeros(len(self.support))
         if self.problem.simplex and not self.support:
-            self.support, self.values = [self.vertex], np.ones(1)
+            self.start_at_vertex()
         if bounded or not self.exchange_blocks():
             self.move_single_atoms()
         self.make_feasible()
-        residual = self.kkt_residual()
+        self.residuals = self.measure()
         codes = np.zeros_like(self.c)
-        codes[self.support] = self.values
-        if not residual <= self.problem.tolerance:
-            return codes, NnlsStatus.NOT_CONVERGED, residual
+        exponents = self.scaled.exponents - (self.scaled.unit if self.problem.simplex else 0)
+        with np.errstate(over="ignore", under="ignore"):
+            codes[self.support] = np.ldexp(self.values, exponents[self.support] + self.rows.exponents[self.number])
+        self.overflow |= bool(np.isinf(codes).any())
+        return np.minimum(codes, np.finfo(np.float64).max), self.status()
+
+    def status(self) -> NnlsStatus:
+        if self.overflow:
+            return NnlsStatus.OVERFLOW
+        if self.indefinite:
+            return NnlsStatus.INDEFINITE
+        if not max(self.residuals) <= self.problem.tolerance:
+            return NnlsStatus.NOT_CONVERGED
         if self.bounded:
-            return codes, NnlsStatus.SUPPORT_LIMIT, residual
-        return codes, NnlsStatus.SINGULAR if self.aside else NnlsStatus.OPTIMAL, residual
+            return NnlsStatus.SUPPORT_LIMIT
+        return NnlsStatus.SINGULAR if self.aside else NnlsStatus.OPTIMAL
 
     def exchange_blocks(self) -> bool:
         """Exchange all infeasible atoms at once (Kim and Park 2011, section 3.2), while that makes progress.
@@ -97,9 +104,8 @@ class _Row:
                 return False
             w = self.gradient()
             w[self.support] = 0.0
-            size = float(np.abs(self.values).sum())
-            leaving = self.values < -_EPS * size
-            entering = np.flatnonzero(w > self.threshold(size))
+            leaving = self.values < -_EPS * float(np.abs(self.values) @ self.norms[self.support])
+            entering = np.flatnonzero(w > 0.5 * self.problem.tolerance * self.sizes())
             wrong = int(leaving.sum()) + len(entering)
             if wrong == 0:
                 return True
@@ -123,18 +129,17 @@ class _Row:
         limit = self.problem.max_support
         if limit == 0:
             self.make_feasible()
-        norms = np.sqrt(self.problem.gram.diagonal())
         while self.settle():
             w = self.gradient()
             w[[*self.support, *self.aside, *self.blocked]] = 0.0
-            w[w <= self.threshold(float(np.abs(self.values).sum()))] = 0.0
+            w[w <= 0.5 * self.problem.tolerance * self.sizes()] = 0.0
             if not w.any():
                 return
             if 0 < limit <= len(self.support):
                 self.bounded = True
                 return
             with np.errstate(divide="ignore", invalid="ignore"):
-                steepness = np.where(w > 0.0, w / norms, 0.0)
+                steepness = np.where(w > 0.0, w / self.norms, 0.0)
             self.support.append(int(np.argmax(steepness)))
             self.values = np.append(self.values, 0.0)
 
@@ -177,7 +182,7 @@ class _Row:
         """
         if isinstance(self.minimum(), int):
             return
-        side = self.gram[atom, self.support]
+        side = self.scaled.lifted[atom, self.support]
         coefficients = self.systems(side[:, None])[:, 0] if self.support else side
         falling = coefficients > np.sqrt(_EPS) * np.abs(coefficients).max(initial=0.0)
         if not falling.any():
@@ -204,21 +209,38 @@ class _Row:
         c = self.c[self.support]
         if not self.problem.simplex:
             return self.systems(c[:, None])[:, 0]
-        free, ones = self.systems(np.stack([c, np.ones_like(c)], axis=1)).T
-        self.multiplier = float((1.0 - free.sum()) / ones.sum())
-        result: Floats = free + self.multiplier * ones
-        return result
+        weights, values, short = self.weights[self.support], np.zeros(len(c)), 1.0
+        ones, inner = self.systems(weights[:, None])[:, 0], self.gram[np.ix_(self.support, self.support)]
+        self.multiplier, rest = 0.0, c
+        for _ in range(3 if self.scaled.polished else 1):
+            free = self.systems(rest[:, None])[:, 0]
+            shift = (short - float(weights @ free)) / float(weights @ ones)
+            values = values + (free + shift * ones)
+            self.multiplier += shift - self.scaled.lift * short
+            rest, short = c + self.multiplier * weights - inner @ values, 1.0 - float(weights @ values)
+        return values
 
     def factorise(self, count: int) -> int | None:
         """Factor the first atoms of the support; the place of the first dependent one, to rounding."""
         index = np.array(self.support[:count], dtype=np.int64)
-        self.factor, info = lapack.dpotrf(self.gram[np.ix_(index, index)], lower=1, clean=0)
+        self.factor, info = lapack.dpotrf(self.scaled.lifted[np.ix_(index, index)], lower=1, clean=0)
         if info > 0:
             before = self.factorise(info - 1) if info > 1 else None
-            return int(info - 1) if before is None else before
-        floors = 4.0 * _EPS * np.arange(1, count + 1) * self.gram.diagonal()[index]
+            return self.examine(int(info - 1)) if before is None else before
+        floors = 4.0 * _EPS * np.arange(1, count + 1) * self.scaled.lifted.diagonal()[index]
         small = np.flatnonzero(np.square(self.factor.diagonal()) <= floors)
-        return int(small[0]) if len(small) else None
+        return self.examine(int(small[0])) if len(small) else None
+
+    def examine(self, place: int) -> int:
+        """Note where the curvature is negative, at an atom that depends on those before it."""
+        atom, before = self.support[place], self.support[:place]
+        curvature = size = self.scaled.lifted[atom, atom]
+        if before:
+            factor = self.factor[:place, :place]
+            known, _ = lapack.dtrtrs(factor, self.scaled.lifted[atom, before], lower=1)
+            curvature = size - known @ known
+        self.indefinite |= bool(curvature < (1.0 - CONVEX) * size)
+        return place
 
     def systems(self, sides: Floats) -> Floats:
         solutions: Floats
@@ -226,12 +248,17 @@ class _Row:
         return solutions
 
     def gradient(self) -> Floats:
-        shift = self.multiplier if self.support else 0.0
-        gradient: Floats = self.c + shift - self.values @ self.gram[self.support]
-        return gradient
+        gradient: Floats = self.c - self.values @ self.gram[self.support]
+        return gradient + self.multiplier * self.weights if self.support else gradient
 
-    def threshold(self, size: float) -> float:
-        return 0.5 * self.problem.tolerance * (self.scale + self.largest * size)
+    def sizes(self) -> Floats:
+        """What the gradient is relative to, by atom: see NnlsResult.scaled_residual."""
+        values = np.abs(self.values)
+        size = float(values @ self.norms[self.support])
+        sizes = np.abs(self.c) + self.norms * size
+        if self.problem.simplex:
+            sizes = sizes + self.weights * (float(values @ np.abs(self.c[self.support])) + size * size)
+        return sizes
 
     def remove(self, place: int) -> None:
         del self.support[place]
@@ -244,20 +271,27 @@ class _Row:
 
     def normalise(self) -> None:
         if self.problem.simplex:
-            self.values = self.values / self.values.sum()
+            self.values = self.values / (self.values @ self.weights[self.support])
+
+    def start_at_vertex(self) -> None:
+        self.support, self.values = [self.vertex], 1.0 / self.weights[[self.vertex]]
 
     def make_feasible(self) -> None:
         self.keep_positive(self.values)
         if self.problem.simplex and not self.support:
-            self.support, self.values = [self.vertex], np.ones(1)
+            self.start_at_vertex()
         self.normalise()
 
-    def kkt_residual(self) -> float:
+    def measure(self) -> tuple[float, float]:
+        """kkt_residual and scaled_residual of NnlsResult."""
         w = self.gradient()
         if self.problem.simplex:
-            w -= w[self.support].mean()
-        size = self.scale + self.largest * float(self.values.sum())
-        used = np.abs(w[self.support]).max(initial=0.0)
-        w[[*self.support, *self.aside]] = 0.0
-        violation = used if self.bounded else max(used, float(w.max()))
-        return float(violation) / size if violation > 0.0 else 0.0
+            w -= (w[self.support] @ self.values) * self.weights
+        w[self.support] = np.abs(w[self.support])
+        w[list(self.aside)] = 0.0
+        if self.bounded:
+            w[~np.isin(np.arange(len(w)), self.support)] = 0.0
+        w = np.maximum(w, 0.0)
+        size = float(self.rows.sizes[self.number] + self.norms.max() ** 2 * (self.values @ self.weights[self.support]))
+        worst, scaled = float((w / self.weights).max()), w[w > 0.0] / self.sizes()[w > 0.0]
+        return worst / size if worst > 0.0 else 0.0, float(scaled.max(initial=0.0))
