@@ -14,7 +14,7 @@ from checkpoints import make_tiny
 from refusals import SMALL, command, refusal
 
 CODE = """from transformers import PreTrainedTokenizerFast
-print("code of the checkpoint")
+print("own code ran")
 class Own(PreTrainedTokenizerFast):
     pass
 """
@@ -39,7 +39,7 @@ def test_code_of_a_tokenizer_is_refused_whatever_stdin_holds(name: str, own_code
     assert "tokenizer_config.json" in line and "--trust-remote-code" in line
     done = subprocess.run(command(*arguments, "-q"), input="y\n", capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (1, "") and line in done.stderr
-    assert "code of the checkpoint" not in done.stderr
+    assert "own code ran" not in done.stderr
 
 
 @pytest.mark.parametrize("stdin", [subprocess.DEVNULL, subprocess.PIPE], ids=["closed", "open"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from globe.checkpoint import INDEX_NAME, Checkpoint
+from globe.checkpoint import INDEX_NAME, Checkpoint, read_json
 from globe.errors import GlobeError, UsageError
 from globe.quantised import KEY, quantised_dtypes
 
@@ -150,6 +149,10 @@ def load_tokenizer(transformers: Any, directory: Path, trust_remote_code: bool =
     """A checkpoint directory's own tokenizer."""
     if not any((directory / file).is_file() for file in TOKENIZER_FILES):
         raise GlobeError(f"{directory}: no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy it from the source")
+    stated = _told(directory / "tokenizer_config.json")
+    known = hasattr(transformers, str(stated.get("tokenizer_class")))
+    if "auto_map" in stated and not known and not trust_remote_code:  # transformers may take another class in its place
+        raise _own_code(directory / "tokenizer_config.json")
     try:
         return transformers.AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=trust_remote_code
@@ -168,15 +171,19 @@ def refuse_own_code(directory: Path, error: BaseException) -> None:
         If it is.
     """
     if isinstance(error, ValueError) and "trust_remote_code=True" in str(error):
-        names = [name for name in ("tokenizer_config.json", "config.json") if _has_own_code(directory / name)]
-        raise GlobeError(
-            f"{directory / (names or ['config.json'])[0]}: auto_map names Python code of the checkpoint's own, which is "
-            "not run; read it, and allow it with --trust-remote-code (in Python, trust_remote_code=True)"
-        ) from error
+        names = [name for name in ("tokenizer_config.json", "config.json") if "auto_map" in _told(directory / name)]
+        raise _own_code(directory / (names or ["config.json"])[0]) from error
 
 
-def _has_own_code(path: Path) -> bool:
-    return path.is_file() and "auto_map" in json.loads(path.read_text(encoding="utf-8"))
+def _own_code(path: Path) -> GlobeError:
+    return GlobeError(
+        f"{path}: auto_map names Python code of the checkpoint's own, which is not run; read it, and allow it with "
+        "--trust-remote-code (in Python, trust_remote_code=True)"
+    )
+
+
+def _told(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def _config(

@@ -94,7 +94,7 @@ def evaluate(
         options = {"task_path": lm_eval_path, "limit": limit, "device": where, "trust_remote_code": trust_remote_code}
         _evaluate_tasks(directory, names, options, as_json, quiet)
         return
-    reading = {"text": text, "window": window, "max_tokens": max_tokens}
+    reading: dict[str, Any] = {"text": text, "window": window, "max_tokens": max_tokens}
     found = run(directory, against=against, **reading, device=where, trust_remote_code=trust_remote_code)
     if as_json:
         click.echo(json.dumps(asdict(found)))
