@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from checkpoints import make_tiny
-from refusals import SMALL, command, refusal
+from refusals import SMALL, command, in_process, refusal
 
 CODE = """from transformers import PreTrainedTokenizerFast
 print("own code ran")
@@ -42,8 +45,11 @@ def test_code_of_a_tokenizer_is_refused_whatever_stdin_holds(name: str, own_code
     assert "own code ran" not in done.stderr
 
 
-@pytest.mark.parametrize("stdin", [subprocess.DEVNULL, subprocess.PIPE], ids=["closed", "open"])
-def test_every_command_prints_one_json_object(stdin: int, own_code: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stdin", ["closed", "open"])
+def test_every_command_prints_one_json_object(
+    stdin: str, own_code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None if stdin == "closed" else io.StringIO("y\n" * 9))
     out, dense, trust = tmp_path / "out", tmp_path / "dense", "--trust-remote-code"
     plan = tmp_path / "plan.yaml"
     settings = {"rank": 0.5, "bank_size": 3, "outer_loops": 0, "device": "cpu", "calibrate": "none"}
@@ -60,10 +66,16 @@ def test_every_command_prints_one_json_object(stdin: int, own_code: Path, tmp_pa
         ("eval", out, *short, trust),
         ("eval", dense, "--against", own_code, *short, trust),
     ):
-        process = subprocess.Popen(
-            command(*arguments, "--json"), stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None and process.stderr is not None
-        said, told = process.stdout.read(), process.stderr.read()  # stdin stays open meanwhile, where it is
-        assert process.wait(timeout=120) == 0, (arguments, told)
-        assert isinstance(json.loads(said), dict), arguments
+        done = in_process(*arguments, "--json")
+        assert done.returncode == 0, (arguments, done.stderr)
+        assert isinstance(json.loads(done.stdout), dict), arguments
+
+
+@pytest.mark.parametrize("stdin", ["<&-", "< /dev/zero"], ids=["closed", "open"])
+def test_a_process_prints_one_json_object(stdin: str, own_code: Path) -> None:
+    arguments = ("eval", own_code, "--window", "64", "--max-tokens", "128", "--trust-remote-code", "--json")
+    line = f"{shlex.join(command(*arguments))} {stdin}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert isinstance(json.loads(done.stdout), dict)
+    assert "own code ran" in done.stderr
