@@ -95,8 +95,10 @@ def _measure(
         model = globe.load(directory, cache=setting["cache"], dtype=dtype)
     else:
         options = {"experts_implementation": setting["experts"]} if setting["experts"] else {}
-        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, trust_remote_code=False, **options
+        )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     ids = tokenizer(evaluation_text("evaluation")[: 16 * prefill], return_tensors="pt")["input_ids"][:, :prefill]
     spent: dict[str, list[float]] = {name: [] for name in ("prefill", "decode", "prefill_cpu", "decode_cpu")}
     before = (0, 0)

@@ -13,6 +13,7 @@ from typing import Any
 from globe.companions import LOADER_FILE
 from globe.errors import GlobeError
 from globe.layouts import read_layouts
+from globe.quantised import KEY, quantised_dtypes
 
 METHOD = "globe"
 REMEDY = "this checkpoint is factored by GloBE: pip install 'globe-moe[hf]', then import globe.hf first"
@@ -34,7 +35,9 @@ def loading_config(config: dict[str, Any], manifest: dict[str, Any], index: str)
         "format_version": manifest["format_version"],
         "experts": _places(manifest),
     }
-    replaced = {key: config[key] for key in ("auto_map", "transformers_weights") if key in config}
+    dtypes = (entry["dtype"] for shard in manifest["source"]["shards"] for entry in shard["tensors"].values())
+    keys = ("auto_map", "transformers_weights", *([KEY] if quantised_dtypes(dtypes) else []))
+    replaced = {key: config[key] for key in keys if key in config}
     if replaced:
         quantization["replaced"] = replaced
     return marked(config, quantization, index)
@@ -52,9 +55,9 @@ def marked(config: dict[str, Any], quantization: dict[str, Any], weights: str) -
 
 
 def source_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The source's config.json, from that of a factored directory."""
-    ours = ("auto_map", "transformers_weights", "quantization_config")
-    quantization = config.get("quantization_config")
+    """The source's config.json, from that of a factored directory; without a quantization_config that nothing needs."""
+    ours = ("auto_map", "transformers_weights", KEY)
+    quantization = config.get(KEY)
     replaced = quantization.get("replaced") if isinstance(quantization, dict) else None
     return {key: value for key, value in config.items() if key not in ours} | (replaced or {})
 

@@ -123,6 +123,7 @@ def batch(
     fresh: bool = False,
     keep_run: bool = False,
     log: str | None = None,
+    trust_remote_code: bool = False,
     progress: Display | None = None,
 ) -> list[Outcome]:
     """Run the jobs one after another; one that fails does not keep the others from running.
@@ -133,7 +134,7 @@ def batch(
     ----------
     jobs : Path, str or iterable of Job
         A plan file, or the jobs themselves.
-    fresh, keep_run : bool
+    fresh, keep_run, trust_remote_code : bool
         As for `compress`.
     log : {"trackio", "wandb", "tensorboard"}, optional
         As for `compress`: every job's histories; a job whose tracker fails is failed, its output finished.
@@ -155,7 +156,7 @@ def batch(
     for number, job in enumerate(jobs, 1):
         display.log(f"job {number} of {len(jobs)}: {job.out}")
         _reset_threads(threads)  # an earlier job may have set its own
-        outcome = _run(job, display, fresh=fresh, keep_run=keep_run, log=log)
+        outcome = _run(job, display, fresh=fresh, keep_run=keep_run, log=log, trust_remote_code=trust_remote_code)
         if outcome.error is not None:
             display.log(f"job {number} of {len(jobs)} failed: {outcome.error}")
         outcomes.append(outcome)

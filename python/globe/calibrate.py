@@ -15,7 +15,7 @@ from globe import __version__
 from globe.calibration import Calibration, LayerStatistics, load_calibration, save_calibration
 from globe.checkpoint import Checkpoint, Family
 from globe.errors import GlobeError, UsageError
-from globe.layerwise import Arguments, Layerwise, NotFinite, own_code
+from globe.layerwise import Arguments, Layerwise, NotFinite, own_code, require_runnable
 from globe.models import find_device, import_transformers, load_tokenizer, quiet
 from globe.moments import Moments
 from globe.stages import Display, Stages
@@ -40,6 +40,7 @@ def calibrate(
     window: int = WINDOW,
     device: str = "cpu",
     row_moments: RowMoments = "auto",
+    trust_remote_code: bool = False,
     progress: Display | None = None,
 ) -> Calibration:
     """Measure the second moments of the experts' inputs on a text, and write them to a file.
@@ -64,6 +65,8 @@ def calibrate(
         A torch device. A CPU computes in float32, others in the checkpoint's dtype; sums are kept on the CPU.
     row_moments : {"auto", "diagonal", "full"}
         Whether the p × p moments of every expert's rows are stored: `auto` where all of them take less than 1 GiB.
+    trust_remote_code : bool
+        Run Python code that the checkpoint brings with it (`auto_map`); without, such a checkpoint is refused.
     progress : Display, optional
         Shows the layers as they go.
 
@@ -80,12 +83,19 @@ def calibrate(
         If the checkpoint cannot be run or the text is too short.
     """
     checkpoint = Checkpoint(Path(model_dir))
-    reading = _read(checkpoint, text, tokens, window)
+    reading = _read(checkpoint, text, tokens, window, trust_remote_code)
     return _measure(checkpoint, reading, Path(path), device, row_moments, Stages(progress))
 
 
 def calibration_for(
-    checkpoint: Checkpoint, choice: str, store_dir: Path, stages: Stages, *, tokens: int = TOKENS, device: str = "cpu"
+    checkpoint: Checkpoint,
+    choice: str,
+    store_dir: Path,
+    stages: Stages,
+    *,
+    tokens: int = TOKENS,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> Calibration | None:
     """The statistics that a compression uses.
 
@@ -105,6 +115,8 @@ def calibration_for(
         Most tokens to read.
     device : str
         Where the model runs.
+    trust_remote_code : bool
+        As for `calibrate`.
 
     Returns
     -------
@@ -123,7 +135,7 @@ def calibration_for(
     try:
         longest = checkpoint.config.get("max_position_embeddings")
         window = min(WINDOW, longest if isinstance(longest, int) else WINDOW, tokens // 2)
-        reading = _read(checkpoint, None, tokens, window)
+        reading = _read(checkpoint, None, tokens, window, trust_remote_code)
         earlier = _found_before(store_dir / FILE, reading)
         if earlier is not None:
             stages.display.log(f"calibrated before, on {earlier.about['tokens']:,} tokens of {reading.label}")
@@ -169,9 +181,12 @@ class _Reading:
     windows: torch.Tensor
     label: str
     about: dict[str, Any]
+    trust_remote_code: bool = False
 
 
-def _read(checkpoint: Checkpoint, text: Path | str | None, tokens: int, window: int) -> _Reading:
+def _read(
+    checkpoint: Checkpoint, text: Path | str | None, tokens: int, window: int, trust_remote_code: bool
+) -> _Reading:
     if window < 2:
         raise UsageError(f"window is {window}; expected at least 2 tokens")
     if tokens < 2 * window:
@@ -179,10 +194,11 @@ def _read(checkpoint: Checkpoint, text: Path | str | None, tokens: int, window: 
     longest = checkpoint.config.get("max_position_embeddings")
     if isinstance(longest, int) and window > longest:
         raise UsageError(f"window is {window}; the model knows {longest} positions")
+    require_runnable(checkpoint)
     content, label = read_text(text, "calibration")
     transformers = import_transformers("calibration")
     with own_code(checkpoint), quiet(transformers):
-        tokenizer = load_tokenizer(transformers, checkpoint.directory)
+        tokenizer = load_tokenizer(transformers, checkpoint.directory, trust_remote_code)
         for characters in (16 * tokens, len(content)):  # a long text need not be read to its end
             ids = tokenizer(content[:characters], add_special_tokens=False, verbose=False)["input_ids"]
             if len(ids) > tokens:
@@ -201,7 +217,7 @@ def _read(checkpoint: Checkpoint, text: Path | str | None, tokens: int, window: 
         "tokens": count * window,
         "window": window,
     }
-    return _Reading(torch.tensor(ids[: count * window]).view(count, window), label, about)
+    return _Reading(torch.tensor(ids[: count * window]).view(count, window), label, about, trust_remote_code)
 
 
 def stores_row_moments(gates: Family) -> bool:
@@ -229,7 +245,7 @@ def _measure(
         raise UsageError(f"{path}: is a directory; expected a name for the calibration file")
     gates = checkpoint.family("gate")
     full = row_moments == "full" or (row_moments == "auto" and stores_row_moments(gates))
-    streamed = Layerwise(checkpoint, find_device(device))
+    streamed = Layerwise(checkpoint, find_device(device), reading.trust_remote_code)
     with own_code(checkpoint):
         known, largest = streamed.model.get_input_embeddings().num_embeddings, int(reading.windows.max())
     if largest >= known:

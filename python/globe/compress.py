@@ -29,6 +29,8 @@ from globe.metrics import families_report, stored_report
 from globe.output import finished_key, run_directory, run_key
 from globe.owned import Claim, factored_names
 from globe.plan import Plan, plan, plan_sizes
+from globe.quantised import KEY, quantised_dtypes
+from globe.quantised import told as told_quantised
 from globe.ratios import Ratios, Shape, ratios, stored_elements
 from globe.report import report as draw
 from globe.runstore import FOLDER
@@ -62,6 +64,7 @@ def compress(
     fresh: bool = False,
     keep_run: bool = False,
     log: str | None = None,
+    trust_remote_code: bool = False,
     progress: Display | None = None,
 ) -> Result:
     """Factor the routed experts of a checkpoint: W_i ≈ A_i Σ_j α_ij B_j with one bank per family.
@@ -86,6 +89,8 @@ def compress(
         Keep OUT/.globe-run at the end.
     log : {"trackio", "wandb", "tensorboard"}, optional
         Write the histories of metrics.json to this tracker too, at the end.
+    trust_remote_code : bool
+        Run Python code that the source brings with it (`auto_map`); without, it is not calibrated on.
     progress : Display, optional
         Shows stages and lines as they go.
 
@@ -102,7 +107,7 @@ def compress(
     """
     if log is not None:
         require_tracker(log)
-    result = _compress(model_dir, out_dir, settings, overwrite, fresh, keep_run, progress)
+    result = _compress(model_dir, out_dir, settings, overwrite, fresh, keep_run, trust_remote_code, progress)
     if log is not None:
         track(log, result.directory, result.metrics)
     return result
@@ -115,6 +120,7 @@ def _compress(
     overwrite: bool,
     fresh: bool,
     keep_run: bool,
+    trust_remote_code: bool,
     progress: Display | None,
 ) -> Result:
     settings, source, target = settings or Settings(), Path(model_dir), Path(out_dir)
@@ -127,6 +133,11 @@ def _compress(
         keep_memory()
         check_device(planned.device)
         require_memory(planned.checkpoint, settings)
+        dtypes = [info.dtype for info in planned.checkpoint.tensors.values()]
+        if quantised_dtypes(dtypes):
+            stages.display.log(
+                f"{source}: {told_quantised(dtypes, planned.checkpoint.config.get(KEY))}: kept as they are"
+            )
         fingerprint = planned.checkpoint.fingerprint()
         environment = {
             "device": str(planned.device),
@@ -170,6 +181,7 @@ def _compress(
             stages,
             tokens=settings.calibration_tokens,
             device=str(planned.device),
+            trust_remote_code=trust_remote_code,
         )
         reports, metrics_of = {}, {}
         for name, family in planned.families.items():

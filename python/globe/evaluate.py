@@ -146,6 +146,7 @@ def evaluate(
     window: int = 512,
     max_tokens: int | None = None,
     device: str = "cpu",
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate a checkpoint directory, dense or factored.
@@ -163,6 +164,8 @@ def evaluate(
         As for `evaluate_models`.
     device : str
         A torch device.
+    trust_remote_code : bool
+        Run Python code that a checkpoint brings with it (`auto_map`); without, such a checkpoint is refused.
 
     Returns
     -------
@@ -170,10 +173,10 @@ def evaluate(
     """
     content, label = read_text(text)
     _check_window(window, max_tokens)
-    model, tokenizer = load_model(directory, device)
+    model, tokenizer = load_model(directory, device, trust_remote_code=trust_remote_code)
     reference = None
     if against is not None:
-        reference, its_tokenizer = load_model(against, device)
+        reference, its_tokenizer = load_model(against, device, trust_remote_code=trust_remote_code)
         _check_same_tokenizer(Path(directory), tokenizer, Path(against), its_tokenizer)
     return evaluate_models(
         model,

@@ -24,6 +24,7 @@ def evaluate_tasks(
     few_shot: int | None = None,
     batch_size: int = 1,
     device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> Figures:
     """Run tasks of lm-eval on a checkpoint directory, dense or factored.
 
@@ -43,6 +44,8 @@ def evaluate_tasks(
         Requests in a batch.
     device : str
         A torch device.
+    trust_remote_code : bool
+        Run Python code that a checkpoint brings with it (`auto_map`); without, such a checkpoint is refused.
 
     Returns
     -------
@@ -71,13 +74,17 @@ def evaluate_tasks(
             manager, unknown = _manager(harness, tasks, task_path, own=True)
     if unknown:
         raise UsageError(f"lm-eval knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists them")
-    model, tokenizer = load_model(directory, device)
+    model, tokenizer = load_model(directory, device, trust_remote_code=trust_remote_code)
     from lm_eval.models.huggingface import HFLM
 
     try:
         with _quiet():
             judged = HFLM(
-                pretrained=model, tokenizer=tokenizer, batch_size=batch_size, prefix_token_id=_prefix(tokenizer)
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                prefix_token_id=_prefix(tokenizer),
+                trust_remote_code=trust_remote_code,
             )
             found = harness.simple_evaluate(
                 judged,

@@ -13,7 +13,8 @@ import torch
 
 from globe.checkpoint import Checkpoint
 from globe.errors import GlobeError
-from globe.models import first_line, import_transformers, quiet
+from globe.models import first_line, import_transformers, quiet, refuse_own_code
+from globe.quantised import KEY, require_plain
 from globe.tensorfile import TensorInfo, read_tensor
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -40,7 +41,14 @@ def own_code(checkpoint: Checkpoint) -> Iterator[None]:
     except GlobeError:
         raise
     except Exception as error:  # its type may be anything
+        refuse_own_code(checkpoint.directory, error)
         raise _cannot(checkpoint, first_line(error)) from error
+
+
+def require_runnable(checkpoint: Checkpoint) -> None:
+    """Refuse tensors beside the experts that are quantised: here they would run as plain numbers."""
+    dtypes = (info.dtype for info in checkpoint.tensors.values())
+    require_plain(checkpoint.directory, dtypes, checkpoint.config.get(KEY))
 
 
 def _cannot(checkpoint: Checkpoint, why: str) -> GlobeError:
@@ -66,22 +74,30 @@ class Layerwise:
         The model's files.
     device : torch.device
         Where layers run: on a CPU in float32, elsewhere in the checkpoint's dtype.
+    trust_remote_code : bool
+        Run Python code that the checkpoint brings with it.
 
     Raises
     ------
     GlobeError
-        If transformers is not there, does not have the architecture, or misses tensors.
+        If transformers is not there, does not have the architecture, or misses tensors; or tensors are quantised.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, trust_remote_code: bool = False) -> None:
+        require_runnable(checkpoint)
         self.checkpoint, self.device = checkpoint, device
         transformers = import_transformers("calibration")
         stored = checkpoint.family("gate").dtype
         self.dtype = torch.float32 if device.type == "cpu" else stored
         import_module("transformers.modeling_utils")  # before "meta": on torch 2.6 its imports make tensors
         with own_code(checkpoint), quiet(transformers), torch.device("meta"):
-            config = transformers.AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
-            self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
+            config = transformers.AutoConfig.from_pretrained(
+                checkpoint.directory, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+            made = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=self.dtype, trust_remote_code=trust_remote_code
+            )
+            self.model = made.eval()
             self.base = self.model.base_model
             self.layers = self.base.layers
         self.positions = getattr(config, "max_position_embeddings", None)

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from globe.cli.options import PATH, Rank, Scope, choice, common, display_for, resuming, tracking
+from globe.cli.options import PATH, Rank, Scope, choice, common, display_for, resuming, tracking, trusting
 from globe.errors import GlobeError, UsageError
 from globe.settings_file import merge_settings, read_settings
 
@@ -71,6 +71,7 @@ def inspect(model: Path, families: str | None, ratio: float | None, as_json: boo
 )
 @click.option("--device", type=choice("device"), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: all]")
+@trusting
 @common
 def calibrate(
     model: Path,
@@ -126,6 +127,7 @@ def calibrate(
 @click.option("--config", type=PATH, help="Settings as YAML; options win over it.")
 @tracking
 @click.option("--overwrite", is_flag=True, help="Replace what GloBE wrote in an OUT that is not empty; the rest stays.")
+@trusting
 @resuming
 @common
 def compress(
@@ -136,6 +138,7 @@ def compress(
     overwrite: bool,
     fresh: bool,
     keep_run: bool,
+    trust_remote_code: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -152,6 +155,7 @@ def compress(
 
     display = display_for(quiet)
     kept: dict[str, Any] = {"overwrite": overwrite, "fresh": fresh, "keep_run": keep_run}
+    kept["trust_remote_code"] = trust_remote_code
     result = run(model, out, settings, **kept, log=tracker, progress=display)
     if as_json:
         click.echo(json.dumps({"output": str(out), **result.metrics}))
@@ -176,8 +180,17 @@ def compress(
 @click.argument("plan", type=PATH, metavar="PLAN.yaml")
 @tracking
 @resuming
+@trusting
 @common
-def batch(plan: Path, tracker: str | None, fresh: bool, keep_run: bool, as_json: bool, quiet: bool) -> None:
+def batch(
+    plan: Path,
+    tracker: str | None,
+    fresh: bool,
+    keep_run: bool,
+    trust_remote_code: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Compress many checkpoints, one after another, and go on past one that fails.
 
     PLAN.yaml has `jobs`, each with `model` and `out` (relative to the plan's own folder), and if wanted `config` (a
@@ -188,7 +201,8 @@ def batch(plan: Path, tracker: str | None, fresh: bool, keep_run: bool, as_json:
     from globe.batch import batch as run
     from globe.batch import batch_table
 
-    outcomes = run(plan, fresh=fresh, keep_run=keep_run, log=tracker, progress=display_for(quiet))
+    options = {"fresh": fresh, "keep_run": keep_run, "trust_remote_code": trust_remote_code}
+    outcomes = run(plan, **options, log=tracker, progress=display_for(quiet))
     if as_json:
         click.echo(json.dumps({"jobs": [outcome.as_dict() for outcome in outcomes]}))
     elif not quiet:

@@ -68,6 +68,13 @@ def resuming(command: _Command) -> _Command:
     )
 
 
+def trusting(command: _Command) -> _Command:
+    """Add what commands have that load a model or a tokenizer."""
+    return click.option("--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint brings along.")(
+        command
+    )
+
+
 def tracking(command: _Command) -> _Command:
     """Add what commands have that leave histories."""
     return click.option("--log", "tracker", type=click.Choice(list(TRACKERS)), help="Log the histories too.")(command)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from globe.cli.options import PATH, choice, common, display_for
+from globe.cli.options import PATH, choice, common, display_for, trusting
 from globe.errors import UsageError
 
 
@@ -61,6 +62,7 @@ def export(out: Path, dense: Path, overwrite: bool, as_json: bool, quiet: bool) 
 @click.option("--limit", type=int, metavar="N", help="Only the first N documents of every task.")
 @click.option("--device", type=choice("device"), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: all]")
+@trusting
 @common
 def evaluate(
     directory: Path,
@@ -73,6 +75,7 @@ def evaluate(
     limit: int | None,
     device: str,
     threads: int | None,
+    trust_remote_code: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -87,9 +90,12 @@ def evaluate(
     set_threads(threads)
     where = str(pick_device(device))
     if tasks is not None:
-        _evaluate_tasks(directory, tasks, lm_eval_path, limit, where, as_json, quiet)
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        options = {"task_path": lm_eval_path, "limit": limit, "device": where, "trust_remote_code": trust_remote_code}
+        _evaluate_tasks(directory, names, options, as_json, quiet)
         return
-    found = run(directory, against=against, text=text, window=window, max_tokens=max_tokens, device=where)
+    reading: dict[str, Any] = {"text": text, "window": window, "max_tokens": max_tokens}
+    found = run(directory, against=against, **reading, device=where, trust_remote_code=trust_remote_code)
     if as_json:
         click.echo(json.dumps(asdict(found)))
     elif not quiet:
@@ -101,13 +107,10 @@ def evaluate(
             )
 
 
-def _evaluate_tasks(
-    directory: Path, tasks: str, folder: Path | None, limit: int | None, device: str, as_json: bool, quiet: bool
-) -> None:
+def _evaluate_tasks(directory: Path, names: list[str], options: dict[str, Any], as_json: bool, quiet: bool) -> None:
     from globe.harness import evaluate_tasks
 
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    found = evaluate_tasks(directory, names, task_path=folder, limit=limit, device=device)
+    found = evaluate_tasks(directory, names, **options)
     if as_json:
         click.echo(json.dumps(found))
     elif not quiet:

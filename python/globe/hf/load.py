@@ -57,6 +57,7 @@ def load(
     directory = Path(directory)
     if not (directory / "config.json").is_file() or (directory / "globe.json").is_file():
         open_factored(directory)
+    options = {"trust_remote_code": False, **options}
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options)
     if not hasattr(model, "globe_stats"):
         raise UsageError(f"{directory}: not factored; use transformers to load it")

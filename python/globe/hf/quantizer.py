@@ -17,7 +17,8 @@ from globe.factored import FORMAT_VERSION, INDEX_FILE, bank_name, left_name, res
 from globe.hf.banks import Banks
 from globe.hf.experts import FactoredExperts, Place
 from globe.hf.save import save_pretrained
-from globe.tensorfile import read_header
+from globe.quantised import KEY, require_plain
+from globe.tensorfile import TensorInfo, read_header
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?experts$")
 _GATE_UP, _DOWN = "experts.gate_up_proj", "experts.down_proj"
@@ -63,7 +64,16 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
         return config
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        shapes = _stored_shapes(kwargs.get("checkpoint_files"))
+        stored = _stored_tensors(kwargs.get("checkpoint_files"))
+        kept = [info.dtype for name, info in stored.items() if not name.startswith("globe.")]
+        replaced = getattr(self.quantization_config, "replaced", {})
+        require_plain(
+            Path(kwargs["checkpoint_files"][0]).parent,
+            kept,
+            replaced.get(KEY),
+            "dequantise the source first, or load what globe export writes",
+        )
+        shapes = {name: info.shape for name, info in stored.items()}
         experts: dict[str, dict[str, list[Any]]] = self.quantization_config.experts
         names = dict.fromkeys(place[0] for layers in experts.values() for place in layers.values())
         for name in names:
@@ -141,11 +151,11 @@ def _parameter(family: str, factored: set[str]) -> str:
     return "down_proj" if family == "down" else f"{family}_dense"
 
 
-def _stored_shapes(files: list[str] | None) -> dict[str, tuple[int, ...]]:
+def _stored_tensors(files: list[str] | None) -> dict[str, TensorInfo]:
     if not files:
         raise GlobeError("a factored checkpoint is loaded from files; expected a directory written by globe compress")
     headers = [read_header(Path(file)) for file in files]
-    return {name: info.shape for header in headers for name, info in header.tensors.items()}
+    return {name: info for header in headers for name, info in header.tensors.items()}
 
 
 def _require_stored(shapes: dict[str, tuple[int, ...]], layer: int, experts: FactoredExperts) -> None:
