@@ -257,7 +257,7 @@ class _Row:
         """What the gradient is relative to, by atom: see NnlsResult.scaled_residual."""
         values = np.abs(self.values)
         size = float(values @ self.norms[self.support])
-        sizes = np.abs(self.c) + self.norms * size
+        sizes: Floats = np.abs(self.c) + self.norms * size
         if self.problem.simplex:
             sizes = sizes + self.weights * (float(values @ np.abs(self.c[self.support])) + size * size)
         return sizes
