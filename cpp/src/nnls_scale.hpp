@@ -2,8 +2,7 @@
 //
 // With gram[j, j] = |a_j|^2, the code of atom j is q_j y_j, where q_j is the power of two nearest to
 // max |a| / |a_j| from below. The Gram matrix of y has a diagonal within a factor of four of its largest
-// entry, which is brought near one where it is far from that. Powers of two round nothing, so the solution is
-// the same, bit for bit, whatever powers of two the atoms are multiplied by.
+// entry, which is brought near one where it is far from that. Powers of two round nothing.
 #pragma once
 
 #include <memory>

@@ -154,11 +154,11 @@ def test_no_atoms_is_an_empty_answer(backend):
 
 
 def test_refinement_needs_the_matrix(backend):
-    """Laeuchli's atoms: in the Gram matrix 1 + 1e-18 is 1, so it is singular, and the matrix is not."""
-    a = np.vstack([np.ones(3), 1e-9 * np.eye(3)])
-    x = np.array([1.0, 2.0, 3.0])
+    """Powers of numbers in (0, 1]: the condition number of the Gram matrix is that of the matrix squared."""
+    a = np.vander(np.linspace(0.1, 1.0, 20), 8)
+    x = np.arange(1.0, 9.0)
     b = a @ x
     result = nnls(a.T @ a, (b @ a)[None], refine=(a, b), backend=backend)
-    np.testing.assert_allclose(result.codes[0], x, rtol=1e-5)
+    np.testing.assert_allclose(result.codes[0], x, rtol=1e-9)
     assert result.status[0] == NnlsStatus.OPTIMAL
-    assert np.abs(nnls(a.T @ a, (b @ a)[None], backend=backend).codes[0] - x).max() > 0.1
+    assert np.abs(nnls(a.T @ a, (b @ a)[None], backend=backend).codes[0] - x).max() > 1e-6

@@ -61,7 +61,9 @@ class NnlsResult:
     """The largest over the same atoms, each relative to its own terms ``|c_j − l1| + ‖a_j‖ y``, shape (n,).
 
     With ‖a_j‖ = √G_jj and y = Σ_k ‖a_k‖ α_k. It does not change with the scale of any atom. On the simplex the terms
-    are ``|c_j − c_v| + Σ_k |c_k − c_v| α_k + (‖a_j‖ + y) y``, v being the atom that is best alone."""
+    are ``|c_j − c_v| + Σ_k |c_k − c_v| α_k + (‖a_j‖ + y) y``, v being the atom that is best alone. With ``refine``
+    they are ``‖a_j‖ (‖b‖ + y) + l1``, on the simplex ``(‖a_j‖ + y) (‖b‖ + y)``, and the status goes by this
+    measure alone."""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,6 @@ class _Row:
     iterations: int = 0
     support: list[int] = field(default_factory=list)
     blocked: set[int] = field(default_factory=set)  # entered on a gradient that was rounding noise
-    multiplier: float = 0.0
     residuals: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
@@ -91,7 +90,7 @@ class _Row:
         result = np.ldexp(self.values, self.exponents + (0 if self.problem.simplex else self.unit))
         if np.isinf(result).any():
             status = NnlsStatus.OVERFLOW
-        elif not (finished and max(self.residuals) <= self.problem.tolerance):
+        elif not (finished and self.residuals[1] <= self.problem.tolerance):
             status = NnlsStatus.NOT_CONVERGED
         elif bounded:
             status = NnlsStatus.SUPPORT_LIMIT
@@ -206,13 +205,9 @@ class _Row:
         used = self.values > 0.0
         w = np.where(used, np.abs(w), 0.0 if bounded else np.maximum(w, 0.0))
         size = float(self.norms @ self.values)
-        sizes = np.abs(c) + self.norms * size
-        if self.problem.simplex:
-            # c relative to the atom that is best alone, as the scale of the multiplier's terms.
-            alone = c / self.weights
-            vertex = int(np.argmin(0.5 * np.square(self.norms / self.weights) - alone))
-            own = np.abs(c - alone[vertex] * self.weights)
-            sizes = own + self.norms * size + self.weights * (float(own @ self.values) + size * size)
+        sizes = (self.norms + (size * self.weights if self.problem.simplex else 0.0)) * (
+            float(np.linalg.norm(self.target)) + size
+        ) + self.penalty
         wrong = w > 0.0
         scaled = float((w[wrong] / sizes[wrong]).max(initial=0.0))
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
@@ -251,4 +246,5 @@ class _Factor:
 def _exact(target: Floats, columns: Floats, values: Floats) -> Floats:
     """target − columns @ values, summed in the longest float of the machine and rounded once."""
     rest = target - (columns.astype(np.longdouble) * values).sum(axis=1)
-    return rest.astype(np.float64)
+    result: Floats = rest.astype(np.float64)
+    return result

@@ -1,8 +1,8 @@
 """The problem of nnls in variables of equal size, as cpp/src/nnls_scale.cpp has it.
 
 With G_jj = ‖a_j‖², the code of atom j is q_j y_j, where q_j is the power of two nearest to max ‖a‖ / ‖a_j‖ from below.
-The Gram matrix of y has a diagonal within a factor of four of its largest entry, which is brought near one
-where it is far from that. Powers of two round nothing, so the solution is the same, bit for bit, whatever powers of two the atoms are multiplied by.
+The Gram matrix of y has a diagonal within a factor of four of its largest entry, which is brought near one where it is
+far from that. Powers of two round nothing.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class ScaledGram:
 
     gram: Floats
     lifted: Floats
-    """What is factored. Σα = 1 makes ½ αᵀ(s 11ᵀ)α a constant; adding it on the simplex makes the matrix definite wherever
-    the solution is unique. Not a ridge. s lies between the largest and the smallest entry of the diagonal, so that neither
-    drowns in the other."""
+    """What is factored. Σα = 1 makes ½ αᵀ(s 11ᵀ)α a constant; adding it on the simplex makes the matrix definite
+    wherever the solution is unique. Not a ridge. s lies between the largest and the smallest entry of the diagonal, so
+    that neither drowns in the other."""
     weights: Floats
     """q, all at least 1."""
     norms: Floats
@@ -53,7 +53,7 @@ class ScaledGram:
 def scale(gram: Floats, simplex: bool) -> ScaledGram:
     """Scale a matrix of finite entries with a diagonal of at least 0."""
     diagonal = gram.diagonal()
-    fractions, powers = (part.astype(kind) for part, kind in zip(np.frexp(diagonal), (float, np.int64), strict=True))
+    fractions, powers = np.frexp(diagonal)
     first = int(np.argmax(diagonal))
     positive = diagonal > 0.0
     farther = (powers[first] - powers - (fractions[first] < fractions)) >> 1

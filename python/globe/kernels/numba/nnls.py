@@ -84,7 +84,7 @@ def _scale(value, exponent):  # type: ignore[no-untyped-def]
     if exponent > 2100:
         return np.inf
     if exponent > 1000:
-        return value * 2.0**700 * 2.0**700 * 2.0 ** (exponent - 1400)
+        return value * 2.0 ** (exponent - 1400) * 2.0**700 * 2.0**700
     return math.ldexp(value, exponent)
 
 

@@ -17,7 +17,7 @@ jit = njit(nogil=True, cache=True, error_model="numpy")
 
 
 class Row(NamedTuple):
-    """One right-hand side in scaled variables and the point reached; scalars in arrays of one entry, so that they can change."""
+    """One right-hand side in scaled variables and the point reached; scalars that change are arrays of one entry."""
 
     gram: Any
     lifted: Any  # what is factored

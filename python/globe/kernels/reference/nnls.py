@@ -55,7 +55,7 @@ class _Row:
         self.vertex = int(self.rows.vertices[self.number])
         self.overflow = bool(self.rows.overflows[self.number])
 
-    def solve(self, guess: NDArray[np.bool_] | None) -> tuple[Floats, NnlsStatus, float]:
+    def solve(self, guess: NDArray[np.bool_] | None) -> tuple[Floats, NnlsStatus]:
         bounded = self.problem.max_support > 0
         if guess is not None and not bounded:
             self.support = np.flatnonzero(guess).tolist()
@@ -249,13 +249,15 @@ class _Row:
 
     def gradient(self) -> Floats:
         gradient: Floats = self.c - self.values @ self.gram[self.support]
-        return gradient + self.multiplier * self.weights if self.support else gradient
+        if self.support:
+            gradient += self.multiplier * self.weights
+        return gradient
 
     def sizes(self) -> Floats:
         """What the gradient is relative to, by atom: see NnlsResult.scaled_residual."""
         values = np.abs(self.values)
         size = float(values @ self.norms[self.support])
-        sizes = np.abs(self.c) + self.norms * size
+        sizes: Floats = np.abs(self.c) + self.norms * size
         if self.problem.simplex:
             sizes = sizes + self.weights * (float(values @ np.abs(self.c[self.support])) + size * size)
         return sizes
