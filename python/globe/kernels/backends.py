@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from globe import _native
+from globe.processors import usable_processors
 
 Backend = Literal["auto", "native", "numba", "reference"]
 BACKENDS = ("native", "numba", "reference")
@@ -56,7 +57,7 @@ _default_threads: int | None = None
 
 
 def set_num_threads(threads: int | None) -> None:
-    """Set how many threads a kernel uses that is not told; None is one per hardware thread.
+    """Set how many threads a kernel uses that is not told; None is one for every processor that the process may use.
 
     Raises
     ------
@@ -72,7 +73,7 @@ def set_num_threads(threads: int | None) -> None:
 def check_threads(threads: int | None) -> int:
     """The number of threads to use; None is the default, see :func:`set_num_threads`."""
     if threads is None:
-        return _default_threads or os.cpu_count() or 1
+        return _default_threads or usable_processors()
     if threads < 1:
         raise ValueError(f"threads: found {threads}; expected at least 1, or None for the default")
     return int(threads)
