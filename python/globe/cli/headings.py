@@ -55,8 +55,9 @@ class Headed(click.Command):
         everything = not self.shown or bool(ctx.meta.get("globe.help_all"))
         records: dict[str, list[tuple[str, str]]] = {title: [] for title in HEADINGS}
         for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
-            if record is not None and (everything or param.name in (*self.shown, "help", "help_all")):
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            helps = "--help" in param.opts or param.name == "help_all"
+            if record is not None and (everything or helps or param.name in self.shown):
                 records[heading(param.name or "")].append(record)
         for title, rows in records.items():
             if rows:
