@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,11 @@ def test_refused_files(text: str, message: str, tmp_path: Path) -> None:
         read(tmp_path, text)
     with pytest.raises(UsageError, match="cannot be read as YAML"):
         read_settings(tmp_path / "absent.yaml", {})
+
+
+def test_the_page_of_settings_is_not_stale() -> None:
+    page = runpy.run_path(str(DOCS.with_suffix(".py")))["settings_page"]()
+    assert DOCS.read_text(encoding="utf-8") == page, "stale; run: python docs/settings.py"
 
 
 def test_every_setting_is_documented_with_its_default() -> None:

@@ -11,6 +11,10 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from globe.waiting import wait_passively
+
+wait_passively()  # before anything below imports NumPy or torch
+
 __version__ = "0.1.0"
 
 _HOMES = {

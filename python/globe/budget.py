@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+from globe import control_groups
 from globe.checkpoint import Family
 from globe.errors import UsageError
 from globe.ratios import Shape
@@ -53,11 +53,8 @@ SMALLEST = Blocks(1, 1 << 20, 16, 1, 0)
 def machine_memory() -> int:
     """Bytes of memory of this machine, or of the control group that the process is held in."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        held = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-    except OSError:
-        return total
-    return min(total, int(held)) if held.isdigit() else total
+    held = control_groups.memory_limit()
+    return min(total, held) if held is not None else total
 
 
 def memory_limit(settings: Settings) -> int:

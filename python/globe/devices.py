@@ -10,6 +10,8 @@ import torch
 from globe import kernels
 from globe.errors import GlobeError, UsageError
 from globe.gemm import matmul
+from globe.processors import usable_processors
+from globe.waiting import warn_of_spinning
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 
@@ -52,11 +54,20 @@ def check_device(device: torch.device) -> None:
         )
 
 
+def thread_count(threads: int | None) -> int:
+    """CPU threads to use: as many as given, or torch's, but no more than processors that the process may use."""
+    return threads if threads is not None else min(torch.get_num_threads(), usable_processors())
+
+
 def set_threads(threads: int | None) -> None:
-    """Let torch and the kernels use this many CPU threads; None changes nothing."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-        kernels.set_num_threads(threads)
+    """Let torch and the kernels use this many CPU threads; None is as for :func:`thread_count`.
+
+    Warns once where torch's threads spin on an oversubscribed machine.
+    """
+    count = thread_count(threads)
+    torch.set_num_threads(count)
+    kernels.set_num_threads(count)
+    warn_of_spinning()
 
 
 def keep_memory() -> None:

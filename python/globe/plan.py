@@ -12,7 +12,7 @@ import torch
 
 from globe.budget import Blocks, plan_blocks
 from globe.checkpoint import FAMILIES, Checkpoint, Family
-from globe.devices import pick_device
+from globe.devices import pick_device, thread_count
 from globe.errors import UsageError
 from globe.gemm import dictionary_dtype
 from globe.pools import Size, groups, pools, sizes, units
@@ -73,13 +73,13 @@ def _sized(
 ) -> Plan:
     held, shapes = pools(whole, asked, settings)
     exact_bytes = dictionary_dtype(settings.precision, device).itemsize
-    blocks = plan_blocks(held, shapes, settings, settings.threads or torch.get_num_threads(), exact_bytes)
+    blocks = plan_blocks(held, shapes, settings, thread_count(settings.threads), exact_bytes)
     return Plan(checkpoint, whole, held, shapes, device, blocks)
 
 
 def _fits(whole: dict[str, Family], settings: Settings, device: torch.device) -> Callable[[str, Size], bool]:
     """Whether there is memory for a size of a unit, if the others take no more."""
-    threads, exact_bytes = settings.threads or torch.get_num_threads(), dictionary_dtype(settings.precision, device)
+    threads, exact_bytes = thread_count(settings.threads), dictionary_dtype(settings.precision, device)
 
     def fits(name: str, size: Size) -> bool:
         try:

@@ -132,7 +132,7 @@ class Settings:
     seed : int
         Seed of the random row selector, of rpca's and residual-greedy's random directions, and of k-means++.
     threads : int, optional
-        CPU threads; all cores if not given.
+        CPU threads; if not given, as many as processors that this process may use (affinity and control groups).
     calibrate : str
         Activation statistics: none is weight-only; pydoc measures them on a text that ships with Python, auto does so
         where the model can be run; or a file of `globe calibrate`.

@@ -1,4 +1,4 @@
-"""The command line: inspect, calibrate, compress, report, compare, batch, export, eval, push and demo."""
+"""The command line: inspect, calibrate, compress, report, compare, batch, export, eval, push, env and demo."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import click
 
 from globe import __version__
-from globe.cli import making, using
+from globe.cli import about, making, using
 from globe.errors import GlobeError, UsageError
 
 
@@ -44,6 +44,7 @@ for command in (
     using.export,
     using.evaluate,
     using.push,
+    about.env,
 ):
     cli.add_command(command)
 

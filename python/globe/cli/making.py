@@ -11,12 +11,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from globe.cli.headings import Headed
 from globe.cli.options import PATH, Rank, Scope, choice, common, display_for, resuming, tracking, trusting
 from globe.errors import GlobeError, UsageError
 from globe.settings_file import merge_settings, read_settings
 
 
-@click.command()
+@click.command(cls=Headed)
 @click.argument("model", type=PATH)
 @click.option("--families", help="Any of gate, up and down.  [default: gate,up]")
 @click.option("--ratio", type=float, help="Show the ranks and bank sizes that store this much of these families.")
@@ -56,7 +57,7 @@ def inspect(model: Path, families: str | None, ratio: float | None, as_json: boo
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-@click.command()
+@click.command(cls=Headed)
 @click.argument("model", type=PATH)
 @click.argument("file", type=PATH)
 @click.option("--text", metavar="FILE|pydoc", help="UTF-8 text.  [default: half of Python's own help topics]")
@@ -70,7 +71,7 @@ def inspect(model: Path, families: str | None, ratio: float | None, as_json: boo
     help="p × p moments of every expert's rows; auto: if below 1 GiB.",
 )
 @click.option("--device", type=choice("device"), default="cpu", show_default=True)
-@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: all]")
+@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: all that the process may use]")
 @trusting
 @common
 def calibrate(
@@ -99,16 +100,32 @@ def calibrate(
         click.echo(f"{file}: {len(found.layers)} layers, {found.about['tokens']:,} tokens of {found.about['text']}")
 
 
-@click.command()
+@click.command(
+    cls=Headed,
+    shown=(
+        "rank",
+        "bank_ratio",
+        "ratio",
+        "families",
+        "method",
+        "outer_loops",
+        "calibrate",
+        "device",
+        "max_memory",
+        "config",
+    ),
+)
 @click.argument("model", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--rank", type=Rank(), help="Fraction of min(p, d), or rows.  [default: 0.75]")
-@click.option("--bank-ratio", type=float, help="Bank size as a fraction of the family's experts.")
+@click.option("--bank-ratio", type=float, help="Bank size as a fraction of the experts.  [default: by bank size]")
 @click.option("--bank-size", type=int, help="Bank size.  [default: 128 from 512 experts, 64 from 256, else N/4]")
 @click.option("--families", help="Any of gate, up and down.  [default: gate,up]")
-@click.option("--ratio", type=float, help="Plan rank and bank sizes to store this share of the touched matrices.")
+@click.option("--ratio", type=float, help="Plan rank and bank sizes to store this share.  [default: not planned]")
 @click.option("--scope", type=Scope(), help="Layers that share a bank: global, layer or a count.  [default: global]")
-@click.option("--share-families", is_flag=True, default=None, help="One bank for all families together.")
+@click.option(
+    "--share-families", is_flag=True, default=None, help="One bank for all families together.  [default: one each]"
+)
 @click.option("--method", type=choice("method"), help="Seeds.  [default: ts-pca]")
 @click.option("--solver", type=choice("solver"), help="Training.  [default: joint]")
 @click.option("--mod", type=choice("mod"), help="Dictionary step.  [default: exact]")
@@ -123,8 +140,8 @@ def calibrate(
 @click.option("--precision", type=choice("precision"), help="fp32 refuses bf16 products.  [default: auto]")
 @click.option("--max-memory", help="Ceiling of resident memory, e.g. 6GiB.  [default: half of the machine's]")
 @click.option("--seed", type=int, help="[default: 0]")
-@click.option("--threads", type=int, help="CPU threads.  [default: all]")
-@click.option("--config", type=PATH, help="Settings as YAML; options win over it.")
+@click.option("--threads", type=int, help="CPU threads.  [default: all that the process may use]")
+@click.option("--config", type=PATH, help="Settings as YAML; options win over it.  [default: none]")
 @tracking
 @click.option("--overwrite", is_flag=True, help="Replace what GloBE wrote in an OUT that is not empty; the rest stays.")
 @trusting
@@ -176,7 +193,7 @@ def compress(
         )
 
 
-@click.command()
+@click.command(cls=Headed)
 @click.argument("plan", type=PATH, metavar="PLAN.yaml")
 @tracking
 @resuming
@@ -214,19 +231,19 @@ def batch(
         )
 
 
-@click.command()
+@click.command(cls=Headed)
 @click.argument("model", type=PATH)
 @click.option("--methods", help="Separated by commas.  [default: all but auto]")
 @click.option("--rank", type=Rank(), help="Fraction of min(p, d), or rows.  [default: 0.75]")
-@click.option("--bank-ratio", type=float, help="Bank size as a fraction of the family's experts.")
+@click.option("--bank-ratio", type=float, help="Bank size as a fraction of the experts.  [default: by bank size]")
 @click.option("--bank-size", type=int, help="Bank size.  [default: 128 from 512 experts, 64 from 256, else N/4]")
 @click.option("--families", help="Any of gate, up and down.  [default: gate,up]")
 @click.option("--outer-loops", default="0,6", show_default=True, help="Counts of loops to show, separated by commas.")
 @click.option("--codes", type=choice("codes"), help="In the loop.  [default: entmax]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "mps", "cuda"]), help="[default: auto]")
 @click.option("--seed", type=int, help="[default: 0]")
-@click.option("--threads", type=int, help="CPU threads.  [default: all]")
-@click.option("--config", type=PATH, help="Settings as YAML; options win over it.")
+@click.option("--threads", type=int, help="CPU threads.  [default: all that the process may use]")
+@click.option("--config", type=PATH, help="Settings as YAML; options win over it.  [default: none]")
 @click.option("--out", type=PATH, metavar="FILE", help="Save the result as JSON.")
 @common
 def compare(

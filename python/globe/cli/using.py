@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from globe.cli.headings import Headed
 from globe.cli.options import PATH, choice, common, display_for, trusting
 from globe.errors import UsageError
 
@@ -51,7 +52,7 @@ def export(out: Path, dense: Path, overwrite: bool, as_json: bool, quiet: bool) 
         click.echo(f"{dense}: {done['tensors']} tensors, {done['bytes'] / 1e6:,.1f} MB")
 
 
-@click.command("eval")
+@click.command("eval", cls=Headed)
 @click.argument("directory", metavar="DIR", type=PATH)
 @click.option("--against", type=PATH, metavar="MODEL", help="Reference for KL and top-1 agreement.")
 @click.option("--text", type=PATH, metavar="FILE", help="UTF-8 text.  [default: half of Python's own help topics]")
@@ -61,7 +62,7 @@ def export(out: Path, dense: Path, overwrite: bool, as_json: bool, quiet: bool) 
 @click.option("--lm-eval-path", type=PATH, metavar="FOLDER", help="YAML files of more tasks.")
 @click.option("--limit", type=int, metavar="N", help="Only the first N documents of every task.")
 @click.option("--device", type=choice("device"), default="cpu", show_default=True)
-@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: all]")
+@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: all that the process may use]")
 @trusting
 @common
 def evaluate(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from globe import _native
 from globe.kernels.arguments import whole
+from globe.processors import affinity, usable_processors
 
 Backend = Literal["auto", "native", "numba", "reference"]
 BACKENDS = ("native", "numba", "reference")
@@ -60,17 +61,10 @@ _MOST_THREADS = 2**31 - 1
 _LONG = 0.05  # seconds after which a range is not made longer
 
 
-def processors() -> int:
-    """How many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def set_num_threads(threads: int | None) -> None:
-    """Set how many threads a kernel uses that is not told; None is one per processor.
+    """Set how many threads a kernel uses that is not told; None is one for every processor that the process may use.
 
-    Never more run than there are processors that this process may use.
+    Never more run than it is allowed to run on.
 
     Raises
     ------
@@ -84,10 +78,10 @@ def set_num_threads(threads: int | None) -> None:
 
 
 def check_threads(threads: int | None) -> int:
-    """The number of threads to use, at most one per processor; None is the default, see :func:`set_num_threads`."""
+    """The number of threads to use, at most one for a processor; None is the default, see :func:`set_num_threads`."""
     if threads is None:
-        return min(_default_threads or _MOST_THREADS, processors())
-    return min(whole("threads", threads, _MOST_THREADS, ", or None for the default"), processors())
+        return min(_default_threads or _MOST_THREADS, usable_processors())
+    return min(whole("threads", threads, _MOST_THREADS, ", or None for the default"), affinity())
 
 
 def run_ranges(task: Callable[[int, int], None], count: int, threads: int, grain: int = 1) -> None:

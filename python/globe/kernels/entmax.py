@@ -51,7 +51,7 @@ def entmax(
         Implementation; see :func:`globe.kernels.available`. The reference computes in float64 and rounds at the
         end, the others compute in the dtype of the result.
     threads : int, optional
-        Threads to use; one per hardware thread by default. The reference has one.
+        Threads to use; as set by :func:`set_num_threads` by default. The reference has one.
 
     Returns
     -------
