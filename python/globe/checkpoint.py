@@ -21,6 +21,7 @@ from globe.completeness import Source, require_complete
 from globe.errors import GlobeError
 from globe.foreign import missing_directory, missing_weights, unknown_layout
 from globe.layouts import Layout, read_layouts
+from globe.powers import times_power
 from globe.tensorfile import TORCH_DTYPES, FileHeader, TensorInfo, read_header, read_tensor
 
 FAMILIES = ("gate", "up", "down")
@@ -30,7 +31,10 @@ SINGLE = "model.safetensors"
 
 @dataclass(frozen=True)
 class Expert:
-    """One expert matrix W_i: its place in the model, its tensor, and the part of it (fused layouts)."""
+    """One expert matrix W_i: its place in the model, its tensor, and the part of it (fused layouts).
+
+    A family takes it as W_i · 2^-exponent; `read` gives it as stored.
+    """
 
     layer: int
     expert: int
@@ -39,6 +43,7 @@ class Expert:
     index: int | None
     first_row: int
     family: str = "gate"
+    exponent: int = 0
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -97,20 +102,32 @@ class Family:
 
     @property
     def bytes_per_weight(self) -> int:
-        """2 for bf16 and fp16, 4 for fp32."""
-        return 4 if self.experts[0].info.dtype == "F32" else 2
-
-    def read(self, number: int, rows: tuple[int, int] | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Read W_i (or its rows from the first to before the last), in the checkpoint's dtype, into `out` if given."""
-        return self.experts[number].read(rows if rows is not None else (0, self.p), out)
+        """2 for bf16 and fp16, 4 for fp32: in memory."""
+        return self.dtype.itemsize
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes of all its matrices in the checkpoint, each in its tensor's own dtype."""
+        return sum(self.p * self.d * TORCH_DTYPES[expert.info.dtype].itemsize for expert in self.experts)
+
+    def read(self, number: int, rows: tuple[int, int] | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Read W_i (or its rows from the first to before the last), in the family's dtype, into `out` if given."""
+        expert, rows = self.experts[number], rows if rows is not None else (0, self.p)
+        if not expert.exponent and TORCH_DTYPES[expert.info.dtype] == self.dtype:
+            return expert.read(rows, out)
+        found = times_power(expert.read(rows).to(self.dtype), -expert.exponent)
+        return found if out is None else out.copy_(found)
+
+    @cached_property
     def dtype(self) -> torch.dtype:
-        """The checkpoint's dtype of the experts."""
-        return TORCH_DTYPES[self.experts[0].info.dtype]
+        """The checkpoint's dtype of the experts; fp32 where they have several, or fp16 that is scaled."""
+        stored = {expert.info.dtype for expert in self.experts}
+        if len(stored) > 1 or (stored == {"F16"} and any(expert.exponent for expert in self.experts)):
+            return torch.float32
+        return TORCH_DTYPES[stored.pop()]
 
     def read_some(self, span: slice, out: torch.Tensor) -> torch.Tensor:
-        """Read W_i for i in a slice into the first entries of `out` (n, p, d), in the checkpoint's dtype."""
+        """Read W_i for i in a slice into the first entries of `out` (n, p, d), in the family's dtype."""
         for place in range(span.stop - span.start):
             self.read(span.start + place, out=out[place])
         return out[: span.stop - span.start]
@@ -303,7 +320,17 @@ class Checkpoint:
 
     def expert_elements(self) -> int:
         """The number of weights in all routed experts: gate, up and down."""
-        return sum(math.prod(expert.matrix) for experts in self._experts[0].values() for expert in experts)
+        return sum(math.prod(expert.matrix) for expert in self._all_experts())
+
+    def expert_bytes(self) -> int:
+        """The bytes of all routed experts, each tensor in its own dtype."""
+        return sum(
+            math.prod(expert.matrix) * TORCH_DTYPES[expert.info.dtype].itemsize for expert in self._all_experts()
+        )
+
+    def _all_experts(self) -> Iterator[Expert]:
+        for experts in self._experts[0].values():
+            yield from experts
 
     def fingerprint(self) -> str:
         """SHA-256 over config.json, every header, and 16 samples of 64 KiB of every shard's data."""

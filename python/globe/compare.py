@@ -120,8 +120,9 @@ def run_one(model: Path, settings: Settings, counts: Sequence[int]) -> list[dict
     precision = working_precision(pick_precision(settings.precision, planned.device))
     with precision, tempfile.TemporaryDirectory(prefix="globe-compare-") as folder:
         store = RunStore(Path(folder) / "run", {}, {}, lambda line: None)
-        for name, family in planned.families.items():
-            scanned = scan_family(family, settings, stages, store)
+        for name, stored in planned.families.items():
+            scanned = scan_family(stored, settings, stages, store)
+            family = scanned.usual_size(stored)
             shape = planned.shapes[name]
             report = factor(family, shape, scanned, settings, planned.device, stages, store, planned.blocks)
             rows += [_row(settings.method, name, report, count) for count in counts]

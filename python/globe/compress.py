@@ -28,7 +28,7 @@ from globe.metric import build_metric
 from globe.metrics import families_report, stored_report
 from globe.output import finished_key, run_directory, run_key
 from globe.owned import Claim, factored_names
-from globe.plan import Plan, plan, plan_sizes
+from globe.plan import Plan, plan, plan_sizes, usual_size
 from globe.quantised import KEY, quantised_dtypes
 from globe.quantised import told as told_quantised
 from globe.ratios import Ratios, Shape, ratios, stored_elements
@@ -170,6 +170,7 @@ def _compress(
         scans = {}
         for name, family in planned.families.items():  # all before the first is trained: a bad tensor ends it early
             scans[name] = scan_family(family, settings, stages, store)
+        planned = usual_size(planned, scans)
         seen: dict[str, Any] | None = None
         if settings.ratio is not None:
             planned, seen = plan_sizes(planned, scans, settings, stages, store)
@@ -261,7 +262,7 @@ def _needed_bytes(planned: Plan) -> int:
     """Disk that a run takes: three banks in fp32 while one family is trained, or the output; and all factors."""
     families, shapes = planned.families, planned.shapes
     everything = sum(info.nbytes for info in planned.checkpoint.tensors.values())
-    touched = sum(len(family) * family.p * family.d * family.bytes_per_weight for family in families.values())
+    touched = sum(family.stored_bytes for family in families.values())
     output = everything - touched + 2 * sum(stored_elements(families[name], shapes[name]) for name in families)
     banks = [shapes[name].bank * shapes[name].rank * family.d for name, family in families.items()]
     return 2 * sum(banks) + max(output, 3 * 4 * max(banks))
@@ -272,7 +273,7 @@ def _with_passes(records: list[dict[str, Any]], families: dict[str, Family]) -> 
     for record in records:
         family = families.get(record["name"].partition(":")[0])
         if family is not None:
-            record["passes"] = record["bytes_read"] / (len(family) * family.p * family.d * family.bytes_per_weight)
+            record["passes"] = record["bytes_read"] / family.stored_bytes
     return records
 
 
@@ -285,10 +286,9 @@ def _actual_ratios(planned: Plan, fits: dict[str, Fit]) -> Ratios:
 
 
 def _bytes(planned: Plan, written: Written) -> dict[str, int]:
-    width = next(iter(planned.families.values())).bytes_per_weight
     return {
-        "touched": sum(len(family) * family.p * family.d for family in planned.families.values()) * width,
-        "experts": planned.checkpoint.expert_elements() * width,
+        "touched": sum(family.stored_bytes for family in planned.families.values()),
+        "experts": planned.checkpoint.expert_bytes(),
         "checkpoint": sum(info.nbytes for info in planned.checkpoint.tensors.values()),
         "stored": sum(file["bytes"] for file in written.files.values()),
     }

@@ -16,6 +16,7 @@ from globe.errors import GlobeError
 from globe.factored import Bank, Factored, left_name, open_factored, rest_name, shard_name
 from globe.output import output_directory
 from globe.owned import Claim, recorded
+from globe.powers import saturated
 from globe.stages import Display, Stages
 from globe.tensorfile import TORCH_DTYPES, TensorWriter, copy_chunks, read_tensor, tensor_bytes, write_text
 
@@ -40,7 +41,8 @@ def export(
     Returns
     -------
     dict
-        `output`, `tensors`, `bytes` and `stages`.
+        `output`, `tensors`, `bytes`, `stages`, and `saturated`: values that were beyond their tensor's dtype and are
+        its largest.
 
     Raises
     ------
@@ -53,7 +55,7 @@ def export(
     record = factored.manifest["source"]
     entries = [entry for shard in record["shards"] for entry in shard["tensors"].values()]
     total = sum(tensor_bytes(entry["dtype"], entry["shape"]) for entry in entries)
-    stages = Stages(progress)
+    stages, beyond = Stages(progress), 0
     shards = [shard["file"] for shard in record["shards"]]
     claim = Claim(("config.json", INDEX_NAME, *shards, *companions(source).carried), total)
     left = companions(source, frozenset(recorded(source))).left
@@ -63,19 +65,31 @@ def export(
         with stages.stage("export", len(entries)) as advance:
             banks = {name: factored.bank(name) for name in factored.manifest["banks"]}
             for shard in record["shards"]:
-                _export_shard(factored, banks, shard, directory, advance)
+                beyond += _export_shard(factored, banks, shard, directory, advance)
+        if beyond:
+            stages.display.log(
+                f"{beyond:,} values are beyond the dtype of their tensors and were written as its largest"
+            )
         copy_companions(source, directory)
         if record["index_metadata"] is not None:
             weight_map = {name: shard["file"] for shard in record["shards"] for name in shard["tensors"]}
             index = {"metadata": record["index_metadata"], "weight_map": dict(sorted(weight_map.items()))}
             write_text(directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
         write_text(directory / "config.json", json.dumps(source_config(config), indent=2) + "\n")
-    return {"output": str(target), "tensors": len(entries), "bytes": total, "stages": stages.as_list()}
+    return {
+        "output": str(target),
+        "tensors": len(entries),
+        "bytes": total,
+        "saturated": beyond,
+        "stages": stages.as_list(),
+    }
 
 
 def _export_shard(
     factored: Factored, banks: dict[str, Bank], shard: dict[str, Any], directory: Path, advance: Callable[[int], None]
-) -> None:
+) -> int:
+    """Write a shard; the number of values that its dtype does not hold."""
+    beyond = 0
     stored = factored.shards[shard_name(shard["file"])].tensors
     entries = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in shard["tensors"].items()}
     with TensorWriter(directory / shard["file"], entries, shard["metadata"]) as writer:
@@ -83,15 +97,20 @@ def _export_shard(
             if name in stored:
                 writer.write_chunks(name, copy_chunks(stored[name]))
             else:
-                writer.write(name, reconstruct(factored, banks, name, entry))
+                tensor, count = reconstruct(factored, banks, name, entry)
+                writer.write(name, tensor)
+                beyond += count
             advance(1)
+    return beyond
 
 
-def reconstruct(factored: Factored, banks: dict[str, Bank], name: str, entry: dict[str, Any]) -> torch.Tensor:
-    """One source tensor from its factors, in the source's dtype."""
+def reconstruct(
+    factored: Factored, banks: dict[str, Bank], name: str, entry: dict[str, Any]
+) -> tuple[torch.Tensor, int]:
+    """One source tensor from its factors, in the source's dtype, and how many values stand at that dtype's largest."""
     stored = next(header.tensors for header in factored.shards.values() if _holds(header.tensors, name))
     dtype = TORCH_DTYPES[entry["dtype"]]
-    parts = []
+    parts, beyond = [], 0
     for family in FAMILIES:
         left, rest = left_name(name, family), rest_name(name, family)
         if left in stored:
@@ -99,13 +118,20 @@ def reconstruct(factored: Factored, banks: dict[str, Bank], name: str, entry: di
             bank = banks[factored.bank_of(family, name)]
             lefts = read_tensor(stored[left]).float()
             lefts = lefts if lefts.ndim == 3 else lefts[None]
-            products = torch.stack([a @ bank.mixture(i) for a, i in zip(lefts, numbers, strict=True)])
-            if not products.isfinite().all():
+            if not lefts.isfinite().all():
                 raise GlobeError(f"{stored[left].file}: tensor {left} holds NaN or Inf; compress the source again")
-            parts.append((products.mT if family == "down" else products).to(dtype))
+            products = torch.stack([_product(a, bank.mixture(i)) for a, i in zip(lefts, numbers, strict=True)])
+            part, count = saturated(products.mT if family == "down" else products, dtype)
+            parts.append(part)
+            beyond += count
         elif rest in stored:
             parts.append(read_tensor(stored[rest]))
-    return torch.cat(parts, 1).reshape(entry["shape"])
+    return torch.cat(parts, 1).reshape(entry["shape"]), beyond
+
+
+def _product(left: torch.Tensor, mixture: torch.Tensor) -> torch.Tensor:
+    product = left @ mixture
+    return product if bool(product.isfinite().all()) else left.double() @ mixture.double()
 
 
 def _holds(tensors: dict[str, Any], name: str) -> bool:

@@ -49,15 +49,14 @@ def inspect(directory: Path | str, settings: Settings | None = None) -> dict[str
         shape = Shape(rank, bank, min(bank, settings.support) * len(first))
         saved = ratios(checkpoint, families, dict.fromkeys(families, shape))
         choices.append({"rank": rank, "bank": bank, "floor": rank / first.d, "ratio": asdict(saved)})
-    expert_bytes = sum(len(family) * family.p * family.d * family.bytes_per_weight for family in everything.values())
     described = {
         name: {
             "experts": len(family),
             "layers": family.layers,
             "p": family.p,
             "d": family.d,
-            "dtype": family.experts[0].info.dtype,
-            "bytes": len(family) * family.p * family.d * family.bytes_per_weight,
+            "dtype": ", ".join(sorted({expert.info.dtype for expert in family.experts})),
+            "bytes": family.stored_bytes,
             "floor": settings.resolve_rank(family.p, family.d) / family.d,
         }
         for name, family in everything.items()
@@ -72,8 +71,8 @@ def inspect(directory: Path | str, settings: Settings | None = None) -> dict[str
         "shards": len(checkpoint.shards),
         "families": described,
         "bytes": {
-            "touched": sum(len(family) * family.p * family.d * family.bytes_per_weight for family in families.values()),
-            "experts": expert_bytes,
+            "touched": sum(family.stored_bytes for family in families.values()),
+            "experts": checkpoint.expert_bytes(),
             "checkpoint": sum(info.nbytes for info in checkpoint.tensors.values()),
         },
         "chosen": list(families),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,17 @@ def _largest(whole: dict[str, Family], settings: Settings, device: torch.device)
         offered = candidates(unit, settings.ratio, settings.scope)
         largest[name] = next((size for size in reversed(offered) if fits(name, size)), offered[0])
     return largest
+
+
+def usual_size(planned: Plan, scans: dict[str, Scan]) -> Plan:
+    """The plan with its pools, and the units that they are of, at the scale that their scans say."""
+    held = {name: scans[name].usual_size(family) for name, family in planned.families.items()}
+    scaled = {(e.tensor, e.index, e.first_row): e for family in held.values() for e in family.experts}
+    whole = {}
+    for name, unit in planned.units.items():
+        experts = tuple(scaled[e.tensor, e.index, e.first_row] for e in unit.experts)
+        whole[name] = replace(unit, experts=experts)
+    return replace(planned, units=whole, families=held)
 
 
 def plan_sizes(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -13,11 +14,13 @@ from numpy.typing import NDArray
 from globe.checkpoint import Family
 from globe.errors import GlobeError
 from globe.gemm import to_numpy
+from globe.powers import times_power, usual_exponent
 from globe.settings import Settings
 from globe.stages import Advance
 from globe.stream import Workers, ahead, expert_batches
 
 _SCANNED_AT_ONCE = 8
+_WILDEST = 2.0**20  # times the family's typical weight: beyond it nothing else would count in fp32
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,18 @@ class Scan:
     row_energy: NDArray[np.float64]
     energy: NDArray[np.float64]
 
+    def usual_size(self, family: Family) -> Family:
+        """The family, its weights times a power of two that makes an expert's root mean square about one.
+
+        Nothing changes where that is within 2^±16 already.
+        """
+        exponent = usual_exponent(math.floor(math.log2(self.typical(family))))
+        return replace(family, experts=tuple(replace(expert, exponent=exponent) for expert in family.experts))
+
+    def typical(self, family: Family) -> float:
+        """The median of the root mean squares of the experts that are not zero."""
+        return math.sqrt(float(np.median(self.energy[self.energy > 0])) / (family.p * family.d))
+
 
 def scan(family: Family, settings: Settings, advance: Advance) -> Scan:
     """Read every expert once: check that all values are finite, and sum the energies.
@@ -50,16 +65,17 @@ def scan(family: Family, settings: Settings, advance: Advance) -> Scan:
     Raises
     ------
     GlobeError
-        If an expert holds NaN or Inf; the tensor and row are named.
+        If an expert holds NaN, Inf, or a value so large that the other experts would not count; the tensor, the row
+        and the value are named.
     """
     step = -(-len(family) // settings.energy_experts)
     ranked = np.zeros(family.p)
-    energy = np.zeros(len(family))
+    energy, peaks = np.zeros(len(family)), np.zeros(len(family))
     cpu = torch.device("cpu")
     with Workers(cpu) as workers:
         for span, batch in expert_batches(family, _SCANNED_AT_ONCE, cpu):
             found = workers.map(lambda k, batch=batch: _row_energies(batch[k]), len(batch))  # type: ignore[misc]
-            for number, rows in enumerate(found, span.start):
+            for number, (rows, peaks[number]) in enumerate(found, span.start):
                 if not np.isfinite(rows).all():
                     expert, row = family.experts[number], int(np.flatnonzero(~np.isfinite(rows))[0])
                     line = "column" if expert.transposed else "row"
@@ -73,15 +89,34 @@ def scan(family: Family, settings: Settings, advance: Advance) -> Scan:
                 advance(1)
     if not energy.any():
         raise GlobeError(f"family {family.name}: all experts are zero; there is nothing to factorise")
-    return Scan(ranked, energy)
+    result = Scan(ranked, energy)
+    wildest = int(peaks.argmax())
+    if peaks[wildest] > _WILDEST * result.typical(family):
+        raise _wild(family, wildest, result.typical(family))
+    return result
 
 
-def _row_energies(weights: torch.Tensor) -> NDArray[np.float64]:
-    norms = torch.linalg.vector_norm(weights.float(), dim=1)
-    if not bool(torch.isfinite(norms).all()):  # or the squares were too large for fp32
-        norms = torch.linalg.vector_norm(weights.double(), dim=1)
-    energies: NDArray[np.float64] = norms.double().numpy() ** 2
-    return energies
+def _row_energies(weights: torch.Tensor) -> tuple[NDArray[np.float64], float]:
+    """‖W_i[k,:]‖² (p,) whatever the scale of the weights, and the largest |W_i|."""
+    weights = weights.float()
+    low, high = (float(value) for value in weights.aminmax())
+    peak = max(-low, high)
+    exponent = usual_exponent(math.frexp(peak)[1]) if math.isfinite(peak) else 0
+    norms = torch.linalg.vector_norm(times_power(weights, -exponent), dim=1)
+    energies: NDArray[np.float64] = norms.double().numpy() ** 2 * 4.0**exponent
+    return energies, peak
+
+
+def _wild(family: Family, number: int, typical: float) -> GlobeError:
+    expert, weights = family.experts[number], family.read(number).float()
+    row, column = divmod(int(weights.abs().argmax()), family.d)
+    line = "column" if expert.transposed else "row"
+    return GlobeError(
+        f"tensor {expert.tensor} (expert {expert.expert} of layer {expert.layer}) holds "
+        f"{float(weights[row, column]):g} in {line} {row} of family {family.name}, whose weights are about "
+        f"{typical:.2g}; expected none beyond "
+        f"{_WILDEST:.1e} times that, as nothing else would count: fetch the checkpoint again, or mend the tensor"
+    )
 
 
 def split_rows(p: int, rank: int, row_energy: NDArray[np.float64], settings: Settings) -> Rows:

@@ -13,6 +13,7 @@ from globe.checkpoint import Family
 from globe.gemm import matmul, mixtures, weights_operand
 from globe.lefts import fit_lefts, row_energies, squared_errors
 from globe.metric import Metric
+from globe.powers import saturated, shared, times_power
 from globe.settings import Settings
 from globe.stream import Workers, ahead
 from globe.sweep import State
@@ -26,6 +27,11 @@ class Fit:
     state: State
     metric: Metric | None = None
 
+    @property
+    def exponent(self) -> int:
+        """The power of two that the pool's weights were divided by, which the factors as written take up again."""
+        return self.family.experts[0].exponent
+
 
 def rounded(state: State) -> State:
     """The state as it is stored: atoms in bf16 on the CPU, codes in fp32 (of fp64 type)."""
@@ -35,13 +41,17 @@ def rounded(state: State) -> State:
 
 @dataclass(frozen=True)
 class Solved:
-    """A left factor as stored (p, r), and what is measured with it."""
+    """A left factor as stored (p, r), and what is measured with it, in the weights' own scale.
+
+    `beyond` are its values that bf16 does not hold, which are at its largest.
+    """
 
     left: torch.Tensor
     error: float
     energy: float
     ridged: bool
     weighted: tuple[float, float]
+    beyond: int = 0
 
 
 def solve_lefts(
@@ -60,14 +70,13 @@ def solve_lefts(
         def solving(group: list[tuple[str, int]]) -> Callable[[], list[Solved]]:
             def solve() -> list[Solved]:
                 weights, mixed = next(readings), _mixed(fits, group)
-                return list(
-                    workers.map(
-                        lambda k: _solve_one(
-                            weights[k][None].to(device), mixed[k], settings, fits[group[k][0]].metric, group[k][1]
-                        ),
-                        len(group),
-                    )
-                )
+
+                def work(k: int) -> Solved:
+                    name, number = group[k]
+                    given = weights[k][None].to(device), mixed[k]
+                    return _in_own_scale(_solve_one(*given, settings, fits[name].metric, number), fits[name].exponent)
+
+                return list(workers.map(work, len(group)))
 
             return solve
 
@@ -94,17 +103,25 @@ def _solve_one(
     energy = row_energies(weights)
     if metric is None:
         fit = fit_lefts(weights, mixed, settings)
-        stored = fit.lefts.bfloat16()
+        stored, beyond = saturated(fit.lefts, torch.bfloat16)
         errors = squared_errors(weights, energy, mixed, fit, stored.float())
         found = float(errors.sum()), float(energy.sum())
-        return Solved(stored[0].cpu(), *found, bool(fit.ridged[0]), found)
+        return Solved(stored[0].cpu(), *found, bool(fit.ridged[0]), found, beyond)
     wanted, seen = metric.seen(number, weights[0].float()), metric.seen(number, mixed[0])
     fit = fit_lefts(wanted[None], seen[None], settings)
-    stored = fit.lefts.bfloat16()
+    stored, beyond = saturated(fit.lefts, torch.bfloat16)
     lost = weights[0].float() - matmul(stored[0].float(), mixed[0])
     weighted = metric.weigh_rows(number, wanted - matmul(stored[0].float(), seen)), metric.weigh_rows(number, wanted)
     both = _square(weighted[0]), _square(weighted[1])
-    return Solved(stored[0].cpu(), _square(lost), float(energy.sum()), bool(fit.ridged[0]), both)
+    return Solved(stored[0].cpu(), _square(lost), float(energy.sum()), bool(fit.ridged[0]), both, beyond)
+
+
+def _in_own_scale(solved: Solved, exponent: int) -> Solved:
+    """What was solved for W · 2^-exponent, for W."""
+    left, beyond = saturated(times_power(solved.left.float(), shared(exponent)[0]), torch.bfloat16)
+    square, (lost, whole) = 4.0**exponent, solved.weighted
+    found = solved.error * square, solved.energy * square
+    return Solved(left, *found, solved.ridged, (lost * square, whole * square), solved.beyond + beyond)
 
 
 def _square(matrix: torch.Tensor) -> float:

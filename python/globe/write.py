@@ -24,6 +24,7 @@ from globe.factored import (
     rest_name,
     shard_name,
 )
+from globe.powers import saturated, shared, times_power
 from globe.runstore import Store
 from globe.settings import Settings
 from globe.stages import Advance, Stages
@@ -36,7 +37,7 @@ Array = NDArray[np.float64]
 @dataclass(frozen=True)
 class Written:
     """Per pool, squared error and energy (N,) of every expert as stored, the ridged left factors, and
-    error and energy (N, 2) as the metric sees them.
+    error and energy (N, 2) as the metric sees them, and values of left factors that bf16 does not hold.
 
     `files` has the size and SHA-256 of every weight file.
     """
@@ -45,6 +46,7 @@ class Written:
     energies: dict[str, Array]
     ridged: dict[str, int]
     weighted: dict[str, Array]
+    saturated: dict[str, int]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -72,6 +74,7 @@ def write_weights(
         {name: np.zeros(len(fit.family)) for name, fit in fits.items()},
         dict.fromkeys(fits, 0),
         {name: np.zeros((len(fit.family), 2)) for name, fit in fits.items()},
+        dict.fromkeys(fits, 0),
     )
     weight_map: dict[str, str] = {}
     total = sum(len(fit.family) for fit in fits.values())
@@ -90,7 +93,8 @@ def write_weights(
                 continue
             if meta is not None:
                 stages.display.log(f"{file}: not as it was written; written again")
-            before, solutions = dict(written.ridged), solve_lefts(fits, there, settings, blocks)
+            before, clipped = dict(written.ridged), dict(written.saturated)
+            solutions = solve_lefts(fits, there, settings, blocks)
             with TensorWriter(target / file, entries, shard.metadata) as writer:
                 for tensor, info in shard.tensors.items():
                     if tensor not in places:
@@ -101,7 +105,9 @@ def write_weights(
                     for family in _kept_halves(len(info.shape) == 3, parts):
                         kept = checkpoint.family(family)
                         numbers = [i for i, expert in enumerate(kept.experts) if expert.tensor == tensor]
-                        writer.write(rest_name(tensor, family), torch.stack([kept.read(i) for i in numbers]))
+                        writer.write(
+                            rest_name(tensor, family), torch.stack([kept.experts[i].read((0, kept.p)) for i in numbers])
+                        )
             written.files[file] = {"bytes": (target / file).stat().st_size, "sha256": writer.sha256}
             measured = {
                 "file": file,
@@ -110,11 +116,15 @@ def write_weights(
                 "weighted": [written.weighted[name][number].tolist() for name, number in there],
                 "energies": [written.energies[name][number] for name, number in there],
                 "ridged": {name: written.ridged[name] - before[name] for name in fits},
+                "saturated": {name: written.saturated[name] - clipped[name] for name in fits},
                 "elapsed": stages.so_far(),
             }
             store.save(result, {}, measured)
-        sha256 = _write_bank(fits, target / BANK_FILE, weight_map)
+        sha256, beyond = _write_bank(fits, target / BANK_FILE, weight_map)
         written.files[BANK_FILE] = {"bytes": (target / BANK_FILE).stat().st_size, "sha256": sha256}
+        beyond += sum(written.saturated.values())
+        if beyond:
+            stages.display.log(f"{beyond:,} values of the factors are beyond bf16 and were written as its largest")
         size = sum(entry["bytes"] for entry in written.files.values())
         index: dict[str, Any] = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_text(target / INDEX_FILE, json.dumps(index, indent=1) + "\n")
@@ -140,6 +150,8 @@ def _recall(written: Written, there: list[tuple[str, int]], meta: dict[str, Any]
         written.weighted[name][number] = weighted
     for name, ridged in meta["ridged"].items():
         written.ridged[name] += ridged
+    for name, saturated_values in meta["saturated"].items():
+        written.saturated[name] += saturated_values
     written.files[meta["file"]] = {"bytes": meta["bytes"], "sha256": meta["sha256"]}
 
 
@@ -198,16 +210,20 @@ def _write_experts(
             written.errors[name][number], written.energies[name][number] = solved.error, solved.energy
             written.weighted[name][number] = solved.weighted
             written.ridged[name] += solved.ridged
+            written.saturated[name] += solved.beyond
             lefts.append(solved.left)
             advance(1)
         fused = fits[name].family.experts[part.numbers[0]].index is not None
         writer.write(left_name(tensor, part.family), torch.stack(lefts) if fused else lefts[0])
 
 
-def _write_bank(fits: dict[str, Fit], path: Path, weight_map: dict[str, str]) -> str:
+def _write_bank(fits: dict[str, Fit], path: Path, weight_map: dict[str, str]) -> tuple[str, int]:
     tensors: dict[str, torch.Tensor] = {}
+    beyond = 0
     for name, fit in fits.items():
-        tensors[bank_name(name, "atoms")] = fit.state.bank.bfloat16().cpu()
+        atoms = times_power(fit.state.bank.float().cpu(), shared(fit.exponent)[1])
+        tensors[bank_name(name, "atoms")], count = saturated(atoms, torch.bfloat16)
+        beyond += count
         for part, values in csr_parts(fit.state.codes).items():
             tensors[bank_name(name, part)] = values
     entries = {name: (DTYPE_NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
@@ -215,4 +231,4 @@ def _write_bank(fits: dict[str, Fit], path: Path, weight_map: dict[str, str]) ->
         for name, value in tensors.items():
             writer.write(name, value)
     weight_map.update(dict.fromkeys(entries, path.name))
-    return writer.sha256
+    return writer.sha256, beyond

@@ -82,7 +82,8 @@ def floor(gram: Array) -> float:
 def too_few(task: SeedTask, found: int, what: str) -> GlobeError:
     """The refusal of more atoms than there are directions."""
     directions = "1 direction" if found == 1 else f"{found} directions"
+    remedy = f"--bank-size {found} or less" if found else "--method grouped-subspace, which makes no proxies"
     return GlobeError(
         f"family {task.family.name}: the proxies {what} {directions}, fewer than the {task.size} atoms asked for; "
-        f"use --bank-size {found} or less"
+        f"use {remedy}"
     )
