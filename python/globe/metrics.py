@@ -145,7 +145,7 @@ def _bank_report(bank: torch.Tensor, codes: Array) -> dict[str, Any]:
 
 
 def proxy_error(family: Family, rows: Rows, bank: torch.Tensor, block_bytes: int, advance: Advance) -> float:
-    """Relative error of the NNLS codes of the normalised proxies on a bank."""
+    """Relative error of the NNLS codes of the normalised proxies on a bank; 0 where all proxies are."""
     products, energy = np.zeros((len(family), len(bank))), np.zeros(len(family))
     for span, block in proxy_blocks(family, rows.proxy, bank.device, block_bytes):
         block = block.float()
@@ -156,4 +156,5 @@ def proxy_error(family: Family, rows: Rows, bank: torch.Tensor, block_bytes: int
     gram = bank_gram(bank)
     codes = kernels.nnls(gram, products).codes
     errors = 1 - 2 * (codes * products).sum(1) + np.einsum("ij,jk,ik->i", codes, gram, codes)
-    return float(errors[energy > 0].mean())
+    there = energy > 0
+    return float(errors[there].mean()) if there.any() else 0.0
