@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 from globe import Settings, compress, export
-from globe.checkpoint import Checkpoint
-from globe.codes import initial_codes
-from globe.gemm import bank_gram
-from globe.lefts import fit_lefts
-from globe.proxies import scan, split_rows
-from globe.runstore import RunStore
+from globe.checkpoint.index import Checkpoint
+from globe.compute.gemm import bank_gram
+from globe.fit.codes import initial_codes
+from globe.fit.lefts import fit_lefts
+from globe.fit.sweep import State, measure, sweep
+from globe.runs.store import RunStore
 from globe.seeds import METHODS, SeedTask
-from globe.sweep import State, measure, sweep
+from globe.seeds.proxies import scan, split_rows
 
 from .synthetic import LIKE, write_synthetic
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from globe import Settings
-from globe.checkpoint import Checkpoint
-from globe.proxies import scan, split_rows
+from globe.checkpoint.index import Checkpoint
+from globe.fit.sweep import State, measure
 from globe.seeds import METHODS, SeedTask
-from globe.sweep import State, measure
+from globe.seeds.proxies import scan, split_rows
 
 from .synthetic import LIKE, write_synthetic
 

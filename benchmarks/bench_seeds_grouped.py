@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from globe import Settings
-from globe.checkpoint import Checkpoint
-from globe.choose import choose
-from globe.proxies import scan, split_rows
+from globe.checkpoint.index import Checkpoint
+from globe.choice.choose import choose
+from globe.fit.sweep import State, measure
 from globe.seeds import METHODS, SeedTask
 from globe.seeds.grouping import balanced_groups
-from globe.sweep import State, measure
+from globe.seeds.proxies import scan, split_rows
 
 from .synthetic import LIKE, write_synthetic
 

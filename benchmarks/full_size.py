@@ -19,10 +19,10 @@ from typing import Any
 import click
 import torch
 
-from globe.checkpoint import Checkpoint, Family
-from globe.compress import compress
-from globe.display import RichDisplay
-from globe.settings_file import read_settings
+from globe.checkpoint.index import Checkpoint, Family
+from globe.pipeline.compress import compress
+from globe.runs.display import RichDisplay
+from globe.settings.yaml_file import read_settings
 
 
 @click.command()

@@ -82,9 +82,9 @@ def _measure(
     import torch
     import transformers
 
-    from globe.devices import set_threads
-    from globe.stages import peak_rss_bytes
-    from globe.texts import evaluation_text
+    from globe.compute.devices import set_threads
+    from globe.runs.stages import peak_rss_bytes
+    from globe.statistics.texts import evaluation_text
 
     set_threads(threads)
     transformers.utils.logging.disable_progress_bar()

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from globe.evaluate import evaluate_models
-from globe.models import load_model
-from globe.texts import read_text
+from globe.evaluation.evaluate import evaluate_models
+from globe.evaluation.models import load_model
+from globe.statistics.texts import read_text
 
 _MOST_BYTES = 16 << 30  # of logits kept; beyond, the original is run again for every method
 

@@ -21,14 +21,14 @@ from baselines import METHODS, Layer, Task
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from globe.calibration import Calibration, load_calibration
-from globe.checkpoint import INDEX_NAME, Checkpoint, Family
-from globe.companions import copy_companions
-from globe.devices import set_threads
+from globe.artifact.export import export
+from globe.checkpoint.companions import copy_companions
+from globe.checkpoint.index import INDEX_NAME, Checkpoint, Family
+from globe.checkpoint.tensorfile import TensorWriter, copy_chunks, read_tensor, write_text
+from globe.compute.devices import set_threads
 from globe.errors import GlobeError
-from globe.export import export
-from globe.stages import peak_rss_bytes
-from globe.tensorfile import TensorWriter, copy_chunks, read_tensor, write_text
+from globe.runs.stages import peak_rss_bytes
+from globe.statistics.calibration import Calibration, load_calibration
 
 METRICS = ("weights", "inputs", "both")
 

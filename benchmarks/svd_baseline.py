@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import torch
 
-from globe.checkpoint import Checkpoint
+from globe.checkpoint.index import Checkpoint
 
 
 @click.command()

@@ -17,9 +17,9 @@ from pathlib import Path
 import click
 import torch
 
-from globe.calibration import LayerStatistics, save_calibration
-from globe.checkpoint import Checkpoint
-from globe.tensorfile import TensorWriter, write_text
+from globe.checkpoint.index import Checkpoint
+from globe.checkpoint.tensorfile import TensorWriter, write_text
+from globe.statistics.calibration import LayerStatistics, save_calibration
 
 NOISE = 0.1  # share of the energy
 

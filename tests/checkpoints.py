@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from globe import calibrate
-from globe.calibration import Calibration
+from globe.statistics.calibration import Calibration
 
 # More rows than the 256 byte tokens: the tokenizer class of some architectures adds a special token.
 VOCABULARY = 264

@@ -20,7 +20,7 @@ hypothesis.settings.load_profile("unhurried")
 
 
 _BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-collect_ignore = [] if _BENCHMARKS.is_dir() else ["test_baselines.py", "test_quality.py"]  # the sdist has none
+collect_ignore = [] if _BENCHMARKS.is_dir() else ["benchmarks"]  # the sdist has none
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +40,7 @@ def tiny_olmoe() -> Path:
 def smollm2_mixture() -> Path:
     """Return the pretrained SmolLM2 mixture, built once into the cache directory (for slow tests)."""
     pytest.importorskip("gguf", reason="building the pretrained mixture needs gguf")
-    from globe import demo_model
+    from globe.demo import model as demo_model
     from globe.errors import GlobeError
 
     cache = demo_model.cache_directory()

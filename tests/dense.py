@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from families import CPU, Array, make_family, planted
-from globe.budget import Blocks
-from globe.checkpoint import Family
-from globe.metric import Metric
+from globe.checkpoint.index import Family
+from globe.fit.variable_projection import Problem
 from globe.settings import Settings
-from globe.variable_projection import Problem
+from globe.sizes.budget import Blocks
+from globe.statistics.metric import Metric
 
 EXPERTS, P, D, RANK, ATOMS = 6, 10, 14, 4, 5
 METRICS = ("none", "shared", "scaled", "rows")

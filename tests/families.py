@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from globe.checkpoint import Checkpoint, Family
-from globe.dictionary import unit_atoms
-from globe.proxies import Rows, scan, split_rows
+from globe.checkpoint.index import Checkpoint, Family
+from globe.fit.dictionary import unit_atoms
+from globe.fit.sweep import State
 from globe.seeds import SeedTask
+from globe.seeds.proxies import Rows, scan, split_rows
 from globe.settings import Settings
-from globe.sweep import State
 
 Array = NDArray[np.float64]
 CPU = torch.device("cpu")

@@ -73,7 +73,7 @@ def _set_trap(place: str, call: int = 1, entered: bool = False) -> None:
 
 
 def _serve() -> None:
-    from globe.compress import compress
+    from globe.pipeline.compress import compress
     from globe.settings import Settings
 
     for line in sys.stdin:

@@ -13,8 +13,8 @@ import pytest
 
 import globe
 from checkpoints import FUSED_ON_DISK, make_tiny
-from globe.checkpoint import Checkpoint
-from globe.tensorfile import read_tensor
+from globe.checkpoint.index import Checkpoint
+from globe.checkpoint.tensorfile import read_tensor
 
 DOCS = Path(__file__).parent.parent / "docs"
 MODULES = [

@@ -12,8 +12,8 @@ import pytest
 
 import globe
 from checkpoints import make_tiny
+from globe.artifact.factored import BANK_FILE, open_factored
 from globe.errors import GlobeError
-from globe.factored import BANK_FILE, open_factored
 from globe.kernels import compose
 
 EXAMPLES = Path(__file__).parent.parent / "cpp" / "examples"

@@ -41,7 +41,7 @@ def test_kernels_know_no_torch_no_files_and_no_stages(path):
         top = name.split(".")[0]
         assert top not in {"torch", "safetensors", "transformers", "huggingface_hub", "click", "rich"}, name
         if top == "globe" and name != "globe":
-            assert name.startswith(("globe.kernels", "globe._native", "globe.processors")), name
+            assert name.startswith(("globe.kernels", "globe._native", "globe.machine.processors")), name
 
 
 def test_only_the_command_line_imports_the_command_line():

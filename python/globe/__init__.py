@@ -11,46 +11,45 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from globe.waiting import wait_passively
+from globe._version import __version__ as __version__
+from globe.machine.waiting import wait_passively
 
 wait_passively()  # before anything below imports NumPy or torch
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "GlobeError": "globe.errors",
     "UsageError": "globe.errors",
     "Settings": "globe.settings",
-    "Result": "globe.compress",
-    "batch": "globe.batch",
-    "calibrate": "globe.calibrate",
-    "compare": "globe.compare",
-    "compress": "globe.compress",
-    "evaluate": "globe.evaluate",
-    "export": "globe.export",
+    "Result": "globe.pipeline.compress",
+    "batch": "globe.pipeline.batch",
+    "calibrate": "globe.statistics.calibrate",
+    "compare": "globe.pipeline.compare",
+    "compress": "globe.pipeline.compress",
+    "evaluate": "globe.evaluation.evaluate",
+    "export": "globe.artifact.export",
     "get_cmake_dir": "globe.embedding",
-    "inspect": "globe.inspect",
+    "inspect": "globe.choice.inspect",
     "load": "globe.hf.load",
     "report": "globe.report",
-    "push": "globe.push",
+    "push": "globe.artifact.push",
 }
 
 if TYPE_CHECKING:
-    from globe.batch import batch as batch
-    from globe.calibrate import calibrate as calibrate
-    from globe.compare import compare as compare
-    from globe.compress import Result as Result
-    from globe.compress import compress as compress
+    from globe.artifact.export import export as export
+    from globe.artifact.push import push as push
+    from globe.choice.inspect import inspect as inspect
     from globe.embedding import get_cmake_dir as get_cmake_dir
     from globe.errors import GlobeError as GlobeError
     from globe.errors import UsageError as UsageError
-    from globe.evaluate import evaluate as evaluate
-    from globe.export import export as export
+    from globe.evaluation.evaluate import evaluate as evaluate
     from globe.hf.load import load as load
-    from globe.inspect import inspect as inspect
-    from globe.push import push as push
+    from globe.pipeline.batch import batch as batch
+    from globe.pipeline.compare import compare as compare
+    from globe.pipeline.compress import Result as Result
+    from globe.pipeline.compress import compress as compress
     from globe.report import report as report
     from globe.settings import Settings as Settings
+    from globe.statistics.calibrate import calibrate as calibrate
 
 __all__ = [*_HOMES, "__version__"]
 

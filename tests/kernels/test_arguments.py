@@ -19,7 +19,7 @@ from globe.kernels import (
     set_num_threads,
 )
 from globe.kernels.backends import check_threads
-from globe.processors import affinity
+from globe.machine.processors import affinity
 
 EYE = np.eye(2, dtype=np.float32)
 CALLS = {  # every array argument of every kernel

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from globe import __version__
+from globe._version import __version__
 from globe.cli import about, making, using
 from globe.errors import GlobeError, UsageError
 

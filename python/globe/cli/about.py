@@ -15,7 +15,7 @@ from globe.cli.options import common
 @common
 def env(as_json: bool, quiet: bool) -> None:
     """Show versions, instruction set, devices, processors, memory and how threads wait: what a bug report needs."""
-    from globe.environment import environment
+    from globe.cli.environment import environment
 
     found = environment()
     if as_json:

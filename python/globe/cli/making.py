@@ -14,7 +14,7 @@ from rich.table import Table
 from globe.cli.headings import Headed
 from globe.cli.options import PATH, Rank, Scope, choice, common, display_for, resuming, tracking, trusting
 from globe.errors import GlobeError, UsageError
-from globe.settings_file import merge_settings, read_settings
+from globe.settings.yaml_file import merge_settings, read_settings
 
 
 @click.command(cls=Headed)
@@ -24,7 +24,7 @@ from globe.settings_file import merge_settings, read_settings
 @common
 def inspect(model: Path, families: str | None, ratio: float | None, as_json: bool, quiet: bool) -> None:
     """Show what MODEL holds and what each rank and bank size would save, from headers only."""
-    from globe.inspect import inspect as run
+    from globe.choice.inspect import inspect as run
 
     given = {"families": families, "ratio": ratio}
     found = run(model, merge_settings({key: value for key, value in given.items() if value is not None}))
@@ -88,8 +88,8 @@ def calibrate(
 
     One decoder layer is in memory at a time. The default text is the half that `globe eval` does not read.
     """
-    from globe.calibrate import calibrate as run
-    from globe.devices import pick_device, set_threads
+    from globe.compute.devices import pick_device, set_threads
+    from globe.statistics.calibrate import calibrate as run
 
     set_threads(threads)
     source = Path(text) if text is not None and text != "pydoc" else None
@@ -168,7 +168,7 @@ def compress(
     """
 
     settings = read_settings(config, {key: value for key, value in options.items() if value is not None})
-    from globe.compress import compress as run
+    from globe.pipeline.compress import compress as run
 
     display = display_for(quiet)
     kept: dict[str, Any] = {"overwrite": overwrite, "fresh": fresh, "keep_run": keep_run}
@@ -215,8 +215,8 @@ def batch(
     first begins. The same command skips jobs that are finished and continues one that was stopped. Exit status 1 if
     a job failed.
     """
-    from globe.batch import batch as run
-    from globe.batch import batch_table
+    from globe.pipeline.batch import batch as run
+    from globe.pipeline.batch import batch_table
 
     options = {"fresh": fresh, "keep_run": keep_run, "trust_remote_code": trust_remote_code}
     outcomes = run(plan, **options, log=tracker, progress=display_for(quiet))
@@ -258,7 +258,7 @@ def compare(
 ) -> None:
     """Seed and train MODEL with several methods and show errors, seconds and memory; writes no weights."""
     settings = read_settings(config, {key: value for key, value in options.items() if value is not None})
-    from globe.compare import compare as run
+    from globe.pipeline.compare import compare as run
 
     try:
         counts = [int(count) for count in outer_loops.split(",")]
@@ -302,8 +302,8 @@ def demo(directory: Path | None, outer_loops: int, max_tokens: int, as_json: boo
 
     DIR keeps the checkpoints (default: GloBE's cache folder).
     """
-    from globe.demo import demo as run
-    from globe.demo import demo_table
+    from globe.demo.run import demo as run
+    from globe.demo.run import demo_table
 
     found = run(directory, outer_loops=outer_loops, max_tokens=max_tokens, progress=display_for(quiet))
     if as_json:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from globe.runs.stages import Display, Silent
+from globe.runs.tracking import TRACKERS
 from globe.settings import Settings
-from globe.stages import Display, Silent
-from globe.tracking import TRACKERS
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
@@ -84,6 +84,6 @@ def display_for(quiet: bool) -> Display:
     """Where a command shows its stages."""
     if quiet:
         return Silent()
-    from globe.display import RichDisplay
+    from globe.runs.display import RichDisplay
 
     return RichDisplay()

@@ -43,7 +43,7 @@ def report(out: Path, other: Path | None, output: Path | None, as_json: bool, qu
 @common
 def export(out: Path, dense: Path, overwrite: bool, as_json: bool, quiet: bool) -> None:
     """Write the dense checkpoint that OUT stands for, with the source's names, dtype and shards."""
-    from globe.export import export as run
+    from globe.artifact.export import export as run
 
     done = run(out, dense, overwrite=overwrite, progress=display_for(quiet))
     if as_json:
@@ -81,8 +81,8 @@ def evaluate(
     quiet: bool,
 ) -> None:
     """Token perplexity of DIR, dense or factored, on windows that do not overlap; or tasks of lm-eval."""
-    from globe.devices import pick_device, set_threads
-    from globe.evaluate import evaluate as run
+    from globe.compute.devices import pick_device, set_threads
+    from globe.evaluation.evaluate import evaluate as run
 
     if tasks is None and (lm_eval_path is not None or limit is not None):
         raise UsageError("--lm-eval-path and --limit go with --lm-eval")
@@ -109,7 +109,7 @@ def evaluate(
 
 
 def _evaluate_tasks(directory: Path, names: list[str], options: dict[str, Any], as_json: bool, quiet: bool) -> None:
-    from globe.harness import evaluate_tasks
+    from globe.evaluation.harness import evaluate_tasks
 
     found = evaluate_tasks(directory, names, **options)
     if as_json:
@@ -139,7 +139,7 @@ def push(out: Path, repo: str, private: bool, revision: str | None, as_json: boo
 
     The token is the hub's own: HF_TOKEN, or that of `hf auth login`.
     """
-    from globe.push import push as run
+    from globe.artifact.push import push as run
 
     address = run(out, repo, private=private, revision=revision)
     if as_json:

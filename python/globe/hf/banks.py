@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from globe import kernels
+from globe.artifact.factored import bank_name
+from globe.compute.gemm import to_numpy
 from globe.errors import GlobeError
-from globe.factored import bank_name
-from globe.gemm import to_numpy
 from globe.hf.cache import MixtureCache
 
 Shapes = dict[str, tuple[int, ...]]

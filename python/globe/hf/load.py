@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import transformers
 
+from globe.artifact.factored import open_factored
 from globe.errors import UsageError
-from globe.factored import open_factored
 from globe.hf.cache import DEFAULT_BUDGET, read_budget
 from globe.hf.experts import FactoredExperts
 

@@ -11,14 +11,14 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter, We
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from globe.autoload import METHOD
+from globe.artifact.autoload import METHOD
+from globe.artifact.factored import FORMAT_VERSION, INDEX_FILE, bank_name, left_name, rest_name
+from globe.checkpoint.quantised import KEY, require_plain
+from globe.checkpoint.tensorfile import TensorInfo, read_header
 from globe.errors import GlobeError
-from globe.factored import FORMAT_VERSION, INDEX_FILE, bank_name, left_name, rest_name
 from globe.hf.banks import Banks
 from globe.hf.experts import FactoredExperts, Place
 from globe.hf.save import save_pretrained
-from globe.quantised import KEY, require_plain
-from globe.tensorfile import TensorInfo, read_header
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?experts$")
 _GATE_UP, _DOWN = "experts.gate_up_proj", "experts.down_proj"

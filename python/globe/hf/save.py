@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from globe.autoload import LOADER, marked
-from globe.checkpoint import INDEX_NAME, read_json
-from globe.companions import LOADER_FILE
+from globe.artifact.autoload import LOADER, marked
+from globe.artifact.factored import INDEX_FILE, MANIFEST, shard_name
+from globe.checkpoint.companions import LOADER_FILE
+from globe.checkpoint.index import INDEX_NAME, read_json
+from globe.checkpoint.tensorfile import write_text
 from globe.errors import UsageError
-from globe.factored import INDEX_FILE, MANIFEST, shard_name
-from globe.tensorfile import write_text
 
 _SINGLE = "model.safetensors"
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from globe import _native
 from globe.kernels.arguments import whole
-from globe.processors import affinity, usable_processors
+from globe.machine.processors import affinity, usable_processors
 
 Backend = Literal["auto", "native", "numba", "reference"]
 BACKENDS = ("native", "numba", "reference")

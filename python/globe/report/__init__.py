@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from globe.companions import REPORT
+from globe.checkpoint.companions import REPORT
+from globe.checkpoint.tensorfile import write_text
 from globe.errors import GlobeError, UsageError
 from globe.report.data import read_run
 from globe.report.page import render
-from globe.tensorfile import write_text
 
 
 def report(out_dir: Path | str, other: Path | str | None = None, *, output: Path | str | None = None) -> Path:

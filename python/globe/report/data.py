@@ -11,10 +11,10 @@ import numpy as np
 import scipy.sparse
 from numpy.typing import NDArray
 
-from globe.checkpoint import read_json
+from globe.artifact.factored import BANK_FILE, Factored, bank_name, open_factored
+from globe.checkpoint.index import read_json
+from globe.checkpoint.tensorfile import read_tensor
 from globe.errors import GlobeError
-from globe.factored import BANK_FILE, Factored, bank_name, open_factored
-from globe.tensorfile import read_tensor
 
 Array = NDArray[np.float64]
 _METRICS = "metrics.json"

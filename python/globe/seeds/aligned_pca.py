@@ -6,12 +6,12 @@ from functools import partial
 
 import torch
 
-from globe.gemm import GramSum, matmul
+from globe.compute.gemm import GramSum, matmul
+from globe.compute.stream import ahead
 from globe.seeds.gram_space import seeds_from_gram
 from globe.seeds.sources import leading_eigenvectors, stored_proxies, training_rows
 from globe.seeds.task import Seeds, SeedTask
 from globe.seeds.ts_pca import principal
-from globe.stream import ahead
 
 _FLOOR = 1e-3
 _STEPS = 12

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from globe.compute.gemm import GramSum, correlations, matmul
 from globe.errors import GlobeError
-from globe.gemm import GramSum, correlations, matmul
 from globe.seeds.sources import Proxies
 from globe.seeds.task import Seeds, SeedTask, code_seeds
 

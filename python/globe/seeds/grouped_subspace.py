@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from globe.compute.gemm import bank_gram, grams, matmul
+from globe.compute.stream import ahead
 from globe.errors import GlobeError
-from globe.gemm import bank_gram, grams, matmul
 from globe.seeds.grouping import Labels, balanced_groups
 from globe.seeds.task import Seeds, SeedTask
-from globe.stream import ahead
 
 SKETCH_COLUMNS = 32
 _TOGETHER = 8  # experts side by side in one Gram

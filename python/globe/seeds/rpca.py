@@ -7,7 +7,7 @@ import scipy.linalg
 import torch
 from numpy.typing import NDArray
 
-from globe.gemm import bank_gram, matmul
+from globe.compute.gemm import bank_gram, matmul
 from globe.seeds.gram_space import combine, correlate, signs, too_few, unit
 from globe.seeds.sources import projected_proxies
 from globe.seeds.task import Seeds, SeedTask, code_seeds

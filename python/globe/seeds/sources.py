@@ -15,11 +15,11 @@ import scipy.linalg
 import torch
 from numpy.typing import NDArray
 
+from globe.compute.gemm import GramSum, matmul, to_numpy
+from globe.compute.stream import ahead, expert_batches
 from globe.errors import GlobeError
-from globe.gemm import GramSum, matmul, to_numpy
-from globe.proxies import proxy_blocks, row_spans
+from globe.seeds.proxies import proxy_blocks, row_spans
 from globe.seeds.task import SeedTask
-from globe.stream import ahead, expert_batches
 
 Array = NDArray[np.float64]
 Blocks = Iterator[tuple[slice, torch.Tensor]]

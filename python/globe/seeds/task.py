@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from globe import kernels
-from globe.checkpoint import Family
-from globe.codes import initial_codes
-from globe.gemm import bank_gram
-from globe.proxies import Rows
+from globe.checkpoint.index import Family
+from globe.compute.gemm import bank_gram
+from globe.fit.codes import initial_codes
+from globe.runs.stages import Advance
+from globe.seeds.proxies import Rows
 from globe.settings import Settings
-from globe.stages import Advance
 
 Array = NDArray[np.float64]
 

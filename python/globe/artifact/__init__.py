@@ -1,0 +1,1 @@
+"""The factored directory: written, read, exported, shared."""

@@ -1,0 +1,138 @@
+"""The reconstructed dense checkpoint, from a factored directory alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from globe.artifact.autoload import source_config
+from globe.artifact.factored import Bank, Factored, left_name, open_factored, rest_name, shard_name
+from globe.artifact.output import output_directory
+from globe.artifact.owned import Claim, recorded
+from globe.checkpoint.companions import companions, copy_companions
+from globe.checkpoint.index import FAMILIES, INDEX_NAME, read_json
+from globe.checkpoint.powers import saturated
+from globe.checkpoint.tensorfile import TORCH_DTYPES, TensorWriter, copy_chunks, read_tensor, tensor_bytes, write_text
+from globe.errors import GlobeError
+from globe.runs.stages import Display, Stages
+
+
+def export(
+    source: Path | str, target: Path | str, *, overwrite: bool = False, progress: Display | None = None
+) -> dict[str, Any]:
+    """Write the dense checkpoint Ŵ_i = A_i Σ_j α_ij B_j with the source's own names, dtype and shards.
+
+    Parameters
+    ----------
+    source : Path or str
+        A factored directory.
+    target : Path or str
+        The dense directory; made here.
+    overwrite : bool
+        Replace the files of a target that is not empty: those of the names that are written now, and those that its
+        own index or GloBE's records there name. Others stay.
+    progress : Display, optional
+        Shows the stage.
+
+    Returns
+    -------
+    dict
+        `output`, `tensors`, `bytes`, `stages`, and `saturated`: values that were beyond their tensor's dtype and are
+        its largest.
+
+    Raises
+    ------
+    GlobeError
+        If `source` is not a whole factored directory, or `target` cannot be written.
+    """
+    source, target = Path(source), Path(target)
+    factored = open_factored(source)
+    config = read_json(source / "config.json")
+    record = factored.manifest["source"]
+    entries = [entry for shard in record["shards"] for entry in shard["tensors"].values()]
+    total = sum(tensor_bytes(entry["dtype"], entry["shape"]) for entry in entries)
+    stages, beyond = Stages(progress), 0
+    shards = [shard["file"] for shard in record["shards"]]
+    claim = Claim(("config.json", INDEX_NAME, *shards, *companions(source).carried), total)
+    left = companions(source, frozenset(recorded(source))).left
+    if left:
+        stages.display.log(f"left behind: {', '.join(left)}")
+    with output_directory(target, source, claim, overwrite=overwrite, log=stages.display.log) as directory:
+        with stages.stage("export", len(entries)) as advance:
+            banks = {name: factored.bank(name) for name in factored.manifest["banks"]}
+            for shard in record["shards"]:
+                beyond += _export_shard(factored, banks, shard, directory, advance)
+        if beyond:
+            stages.display.log(
+                f"{beyond:,} values are beyond the dtype of their tensors and were written as its largest"
+            )
+        copy_companions(source, directory)
+        if record["index_metadata"] is not None:
+            weight_map = {name: shard["file"] for shard in record["shards"] for name in shard["tensors"]}
+            index = {"metadata": record["index_metadata"], "weight_map": dict(sorted(weight_map.items()))}
+            write_text(directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+        write_text(directory / "config.json", json.dumps(source_config(config), indent=2) + "\n")
+    return {
+        "output": str(target),
+        "tensors": len(entries),
+        "bytes": total,
+        "saturated": beyond,
+        "stages": stages.as_list(),
+    }
+
+
+def _export_shard(
+    factored: Factored, banks: dict[str, Bank], shard: dict[str, Any], directory: Path, advance: Callable[[int], None]
+) -> int:
+    """Write a shard; the number of values that its dtype does not hold."""
+    beyond = 0
+    stored = factored.shards[shard_name(shard["file"])].tensors
+    entries = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in shard["tensors"].items()}
+    with TensorWriter(directory / shard["file"], entries, shard["metadata"]) as writer:
+        for name, entry in shard["tensors"].items():
+            if name in stored:
+                writer.write_chunks(name, copy_chunks(stored[name]))
+            else:
+                tensor, count = reconstruct(factored, banks, name, entry)
+                writer.write(name, tensor)
+                beyond += count
+            advance(1)
+    return beyond
+
+
+def reconstruct(
+    factored: Factored, banks: dict[str, Bank], name: str, entry: dict[str, Any]
+) -> tuple[torch.Tensor, int]:
+    """One source tensor from its factors, in the source's dtype, and how many values stand at that dtype's largest."""
+    stored = next(header.tensors for header in factored.shards.values() if _holds(header.tensors, name))
+    dtype = TORCH_DTYPES[entry["dtype"]]
+    parts, beyond = [], 0
+    for family in FAMILIES:
+        left, rest = left_name(name, family), rest_name(name, family)
+        if left in stored:
+            numbers = factored.manifest["families"][family]["tensors"][name]
+            bank = banks[factored.bank_of(family, name)]
+            lefts = read_tensor(stored[left]).float()
+            lefts = lefts if lefts.ndim == 3 else lefts[None]
+            if not lefts.isfinite().all():
+                raise GlobeError(f"{stored[left].file}: tensor {left} holds NaN or Inf; compress the source again")
+            products = torch.stack([_product(a, bank.mixture(i)) for a, i in zip(lefts, numbers, strict=True)])
+            part, count = saturated(products.mT if family == "down" else products, dtype)
+            parts.append(part)
+            beyond += count
+        elif rest in stored:
+            parts.append(read_tensor(stored[rest]))
+    return torch.cat(parts, 1).reshape(entry["shape"]), beyond
+
+
+def _product(left: torch.Tensor, mixture: torch.Tensor) -> torch.Tensor:
+    product = left @ mixture
+    return product if bool(product.isfinite().all()) else left.double() @ mixture.double()
+
+
+def _holds(tensors: dict[str, Any], name: str) -> bool:
+    return any(left_name(name, family) in tensors for family in FAMILIES)

@@ -1,0 +1,234 @@
+"""Writing the factored checkpoint, shard by shard."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from globe.artifact.factored import (
+    BANK_FILE,
+    INDEX_FILE,
+    bank_name,
+    csr_parts,
+    left_name,
+    rest_name,
+    shard_name,
+)
+from globe.checkpoint.index import Checkpoint
+from globe.checkpoint.powers import saturated, shared, times_power
+from globe.checkpoint.tensorfile import DTYPE_NAMES, TensorInfo, TensorWriter, copy_chunks, file_sha256, write_text
+from globe.fit.stored_lefts import Fit, Solved, solve_lefts
+from globe.runs.stages import Advance, Stages
+from globe.runs.store import Store
+from globe.settings import Settings
+from globe.sizes.budget import BLOCKS, Blocks
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Written:
+    """Per pool, squared error and energy (N,) of every expert as stored, the ridged left factors, and
+    error and energy (N, 2) as the metric sees them, and values of left factors that bf16 does not hold.
+
+    `files` has the size and SHA-256 of every weight file.
+    """
+
+    errors: dict[str, Array]
+    energies: dict[str, Array]
+    ridged: dict[str, int]
+    weighted: dict[str, Array]
+    saturated: dict[str, int]
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def write_weights(
+    checkpoint: Checkpoint,
+    fits: dict[str, Fit],
+    target: Path,
+    settings: Settings,
+    stages: Stages,
+    store: Store,
+    blocks: Blocks = BLOCKS,
+) -> Written:
+    """Write every shard, the bank's file and the index.
+
+    Each source shard becomes one factored shard, with the left factors in place of the expert tensors and
+    all other tensors byte for byte. What is measured of a shard goes to `store`
+    with the shard's SHA-256; a shard that is there and has it is not written again.
+    """
+    places: dict[str, list[tuple[str, int]]] = {}
+    for name, fit in fits.items():
+        for number, expert in enumerate(fit.family.experts):
+            places.setdefault(expert.tensor, []).append((name, number))
+    written = Written(
+        {name: np.zeros(len(fit.family)) for name, fit in fits.items()},
+        {name: np.zeros(len(fit.family)) for name, fit in fits.items()},
+        dict.fromkeys(fits, 0),
+        {name: np.zeros((len(fit.family), 2)) for name, fit in fits.items()},
+        dict.fromkeys(fits, 0),
+    )
+    weight_map: dict[str, str] = {}
+    total = sum(len(fit.family) for fit in fits.values())
+    with stages.stage("write", total, _written_before(store)) as advance:
+        for count, shard in enumerate(checkpoint.shards):
+            file, result = shard_name(shard.path.name), f"shard-{count}"
+            entries: dict[str, tuple[str, tuple[int, ...]]] = {}
+            for tensor, info in shard.tensors.items():
+                entries.update(_entries(fits, info, tensor, places.get(tensor, [])))
+            weight_map.update(dict.fromkeys(entries, file))
+            there = [place for tensor in shard.tensors for place in places.get(tensor, ())]
+            meta = store.check(result)
+            if meta is not None and _is_whole(target / file, meta):
+                _recall(written, there, meta)
+                advance(len(there))
+                continue
+            if meta is not None:
+                stages.display.log(f"{file}: not as it was written; written again")
+            before, clipped = dict(written.ridged), dict(written.saturated)
+            solutions = solve_lefts(fits, there, settings, blocks)
+            with TensorWriter(target / file, entries, shard.metadata) as writer:
+                for tensor, info in shard.tensors.items():
+                    if tensor not in places:
+                        writer.write_chunks(tensor, copy_chunks(info))
+                        continue
+                    parts = _parts(fits, places[tensor])
+                    _write_experts(writer, tensor, fits, parts, solutions, written, advance)
+                    for family in _kept_halves(len(info.shape) == 3, parts):
+                        kept = checkpoint.family(family)
+                        numbers = [i for i, expert in enumerate(kept.experts) if expert.tensor == tensor]
+                        writer.write(
+                            rest_name(tensor, family), torch.stack([kept.experts[i].read((0, kept.p)) for i in numbers])
+                        )
+            written.files[file] = {"bytes": (target / file).stat().st_size, "sha256": writer.sha256}
+            measured = {
+                "file": file,
+                **written.files[file],
+                "errors": [written.errors[name][number] for name, number in there],
+                "weighted": [written.weighted[name][number].tolist() for name, number in there],
+                "energies": [written.energies[name][number] for name, number in there],
+                "ridged": {name: written.ridged[name] - before[name] for name in fits},
+                "saturated": {name: written.saturated[name] - clipped[name] for name in fits},
+                "elapsed": stages.so_far(),
+            }
+            store.save(result, {}, measured)
+        sha256, beyond = _write_bank(fits, target / BANK_FILE, weight_map)
+        written.files[BANK_FILE] = {"bytes": (target / BANK_FILE).stat().st_size, "sha256": sha256}
+        beyond += sum(written.saturated.values())
+        if beyond:
+            stages.display.log(f"{beyond:,} values of the factors are beyond bf16 and were written as its largest")
+        size = sum(entry["bytes"] for entry in written.files.values())
+        index: dict[str, Any] = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        write_text(target / INDEX_FILE, json.dumps(index, indent=1) + "\n")
+    return written
+
+
+def _written_before(store: Store) -> dict[str, Any] | None:
+    """The record of the shards that an earlier process wrote."""
+    shards = (store.check(name) for name in store.names() if name.startswith("shard-"))
+    records = [meta["elapsed"] for meta in shards if meta is not None]
+    return max(records, key=lambda record: float(record["seconds"]), default=None)
+
+
+def _is_whole(path: Path, meta: dict[str, Any]) -> bool:
+    there = path.name == meta["file"] and path.is_file() and path.stat().st_size == meta["bytes"]
+    return there and file_sha256(path) == meta["sha256"]
+
+
+def _recall(written: Written, there: list[tuple[str, int]], meta: dict[str, Any]) -> None:
+    for (name, number), error, energy in zip(there, meta["errors"], meta["energies"], strict=True):
+        written.errors[name][number], written.energies[name][number] = error, energy
+    for (name, number), weighted in zip(there, meta["weighted"], strict=True):
+        written.weighted[name][number] = weighted
+    for name, ridged in meta["ridged"].items():
+        written.ridged[name] += ridged
+    for name, saturated_values in meta["saturated"].items():
+        written.saturated[name] += saturated_values
+    written.files[meta["file"]] = {"bytes": meta["bytes"], "sha256": meta["sha256"]}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The experts of one family in one source tensor: their pool, and their numbers there."""
+
+    family: str
+    pool: str
+    numbers: list[int]
+
+
+def _parts(fits: dict[str, Fit], there: list[tuple[str, int]]) -> list[_Part]:
+    """The parts of a source tensor whose experts lie `there`, in that order."""
+    runs = itertools.groupby(there, lambda place: (fits[place[0]].family.experts[place[1]].family, place[0]))
+    return [_Part(family, pool, [number for _, number in run]) for (family, pool), run in runs]
+
+
+def _kept_halves(fused: bool, parts: list[_Part]) -> list[str]:
+    """The families of a fused tensor that stay as they are."""
+    held = {part.family for part in parts}
+    if "down" in held or not fused:
+        return []
+    return [name for name in ("gate", "up") if name not in held]
+
+
+def _entries(
+    fits: dict[str, Fit], info: TensorInfo, tensor: str, there: list[tuple[str, int]]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    if not there:
+        return {tensor: (info.dtype, info.shape)}
+    fused = len(info.shape) == 3
+    entries: dict[str, tuple[str, tuple[int, ...]]] = {}
+    parts = _parts(fits, there)
+    for part in parts:
+        shape = (fits[part.pool].family.p, fits[part.pool].state.bank.shape[1])
+        entries[left_name(tensor, part.family)] = ("BF16", (info.shape[0], *shape) if fused else shape)
+    for name in _kept_halves(fused, parts):
+        entries[rest_name(tensor, name)] = (info.dtype, (info.shape[0], info.shape[1] // 2, info.shape[2]))
+    return entries
+
+
+def _write_experts(
+    writer: TensorWriter,
+    tensor: str,
+    fits: dict[str, Fit],
+    parts: list[_Part],
+    solutions: Iterator[Solved],
+    written: Written,
+    advance: Advance,
+) -> None:
+    for part in parts:
+        name, lefts = part.pool, []
+        for number in part.numbers:
+            solved = next(solutions)
+            written.errors[name][number], written.energies[name][number] = solved.error, solved.energy
+            written.weighted[name][number] = solved.weighted
+            written.ridged[name] += solved.ridged
+            written.saturated[name] += solved.beyond
+            lefts.append(solved.left)
+            advance(1)
+        fused = fits[name].family.experts[part.numbers[0]].index is not None
+        writer.write(left_name(tensor, part.family), torch.stack(lefts) if fused else lefts[0])
+
+
+def _write_bank(fits: dict[str, Fit], path: Path, weight_map: dict[str, str]) -> tuple[str, int]:
+    tensors: dict[str, torch.Tensor] = {}
+    beyond = 0
+    for name, fit in fits.items():
+        atoms = times_power(fit.state.bank.float().cpu(), shared(fit.exponent)[1])
+        tensors[bank_name(name, "atoms")], count = saturated(atoms, torch.bfloat16)
+        beyond += count
+        for part, values in csr_parts(fit.state.codes).items():
+            tensors[bank_name(name, part)] = values
+    entries = {name: (DTYPE_NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
+    with TensorWriter(path, entries, {"format": "pt"}) as writer:
+        for name, value in tensors.items():
+            writer.write(name, value)
+    weight_map.update(dict.fromkeys(entries, path.name))
+    return writer.sha256, beyond

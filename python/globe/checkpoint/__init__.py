@@ -1,0 +1,1 @@
+"""A source directory: its tensor files, its index, its layouts."""

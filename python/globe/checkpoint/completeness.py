@@ -1,0 +1,134 @@
+"""Whether every routed expert that a checkpoint must have is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from globe.checkpoint.foreign import other_names
+from globe.checkpoint.layouts import Layout
+from globe.errors import GlobeError
+
+Held = Mapping[str, Mapping[tuple[int, int], str]]  # per family: layer and number of an expert, its tensor
+
+_LAYER_KEYS = ("mlp_layer_types", "moe_layers", "mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace",
+               "moe_layer_freq")  # fmt: skip
+_MOST_LAYERS = 10_000
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the experts are judged by: directory, config.json, layout, layers counted, and all tensors' names."""
+
+    directory: object
+    config: Mapping[str, Any]
+    layout: Layout
+    layers: int | None
+    tensors: Iterable[str]
+
+
+def require_complete(source: Source, held: Held) -> list[str]:
+    """Check the numbers of the experts, that all families have the same, and that all layers have them.
+
+    A family without any expert is passed over.
+
+    Returns
+    -------
+    list of str
+        What is merely noteworthy.
+
+    Raises
+    ------
+    GlobeError
+        If an expert or a layer's experts are missing, by the name of a tensor or the number of the layer.
+    """
+    families = {name: numbers for name, numbers in held.items() if numbers}
+    _require_numbers(source, families)
+    with_experts = {layer for numbers in families.values() for layer, _ in numbers}
+    stated = stated_layers(source.config, source.layers)
+    if stated is None:
+        return []
+    for layer in sorted(stated - with_experts):
+        mine = [name for name in source.tensors if name.startswith(f"model.layers.{layer}.")]
+        told = other_names(mine)
+        said = ", ".join(f"{key} {source.config[key]}" for key in _LAYER_KEYS if key in source.config)
+        raise GlobeError(
+            f"{source.directory}: layer {layer} has no routed experts that are known, and config.json"
+            f"{f' ({said})' if said else ''} says that it has some"
+            + (f"; {told}" if told else ": fetch its tensors, or mend config.json")
+        )
+    extra = sorted(with_experts - stated)
+    if not extra:
+        return []
+    return [f"layers {_some(extra)} have routed experts, of which config.json says nothing: transformers drops them"]
+
+
+def stated_layers(config: Mapping[str, Any], layers: int | None) -> set[int] | None:
+    """The layers that have routed experts, as config.json says; None if it does not say.
+
+    The keys are those of transformers' configurations and of published files beside them.
+    """
+    if layers is None:
+        return None
+    everything = range(min(layers, _MOST_LAYERS))
+    kinds, chosen = config.get("mlp_layer_types"), config.get("moe_layers")
+    if isinstance(kinds, list) and len(kinds) == layers:
+        return {layer for layer in everything if kinds[layer] == "sparse"}
+    if isinstance(chosen, list):
+        return {layer for layer in everything if layer in chosen}
+    if "n_routed_experts" in config and not _is_count(config.get("first_k_dense_replace")):
+        return None  # transformers has a default for each architecture
+    first, step = config.get("first_k_dense_replace"), config.get("decoder_sparse_step")
+    dense, frequency = config.get("mlp_only_layers"), config.get("moe_layer_freq")
+    found = set(everything)
+    if _is_count(first):
+        found -= set(range(min(first, _MOST_LAYERS)))
+    if isinstance(dense, list):
+        found = {layer for layer in found if layer not in dense}
+    if _is_count(step) and step > 0:
+        found = {layer for layer in found if (layer + 1) % step == 0}
+    if isinstance(frequency, list) and len(frequency) == layers:
+        found = {layer for layer in found if frequency[layer]}
+    elif _is_count(frequency) and frequency > 0:
+        found = {layer for layer in found if layer % frequency == 0}
+    return found
+
+
+def _require_numbers(source: Source, families: Held) -> None:
+    count = 1 + max((number for numbers in families.values() for _, number in numbers), default=-1)
+    layers = sorted({layer for numbers in families.values() for layer, _ in numbers})
+    for family, numbers in families.items():
+        for layer in layers:
+            missing = next((number for number in range(count) if (layer, number) not in numbers), None)
+            if missing is None:
+                continue
+            elsewhere = [
+                (other, place) for other in families for place in layers if (place, missing) in families[other]
+            ]
+            if not elsewhere:
+                mine = sorted(number for held, number in numbers if held == layer)
+                raise GlobeError(
+                    f"{source.directory}: layer {layer} has experts {_some(mine)} in family {family}; expected 0 to "
+                    f"{len(mine) - 1}: fetch the missing ones, or number them anew without gaps, the router's rows too"
+                )
+            raise GlobeError(
+                f"{source.directory}: tensor {_name(source.layout, family, layer, missing)} is missing: family "
+                f"{family} of layer {layer} has no expert {missing}, which family {elsewhere[0][0]} of layer "
+                f"{elsewhere[0][1]} has; fetch the checkpoint again"
+            )
+
+
+def _name(layout: Layout, family: str, layer: int, expert: int) -> str:
+    return " or ".join(
+        template.replace("{layer}", str(layer)).replace("{expert}", str(expert)) for template in layout.names(family)
+    )
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return type(value) is int and value >= 0
+
+
+def _some(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:8]))
+    return shown + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")

@@ -1,0 +1,382 @@
+"""The index of a checkpoint directory: its tensors, its layout, and the experts of each family."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from globe.checkpoint.companions import companions
+from globe.checkpoint.completeness import Source, require_complete
+from globe.checkpoint.foreign import missing_directory, missing_weights, unknown_layout
+from globe.checkpoint.layouts import Layout, read_layouts
+from globe.checkpoint.powers import times_power
+from globe.checkpoint.tensorfile import TORCH_DTYPES, FileHeader, TensorInfo, read_header, read_tensor
+from globe.errors import GlobeError
+
+FAMILIES = ("gate", "up", "down")
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert matrix W_i: its place in the model, its tensor, and the part of it (fused layouts).
+
+    A family takes it as W_i · 2^-exponent; `read` gives it as stored.
+    """
+
+    layer: int
+    expert: int
+    tensor: str
+    info: TensorInfo
+    index: int | None
+    first_row: int
+    family: str = "gate"
+    exponent: int = 0
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """p and d: the expert's width and the model's."""
+        rows, columns = self.info.shape[-2:]
+        if self.transposed:
+            return columns, rows
+        return (rows if self.index is None else rows // 2), columns
+
+    @property
+    def transposed(self) -> bool:
+        """Whether W_i is the transpose of what is stored: down, whose left factor then has the expert's width."""
+        return self.family == "down"
+
+    def read(self, rows: tuple[int, int], out: torch.Tensor | None = None) -> torch.Tensor:
+        """Read rows of W_i from the first to before the last, contiguous and in the checkpoint's dtype.
+
+        Of a transposed expert all is read, whatever the rows: they lie scattered.
+        """
+        if not self.transposed:
+            first, last = rows
+            return read_tensor(self.info, (self.first_row + first, self.first_row + last), self.index, out)
+        stored = read_tensor(self.info, None, self.index)
+        if out is None:
+            out = torch.empty(rows[1] - rows[0], len(stored), dtype=stored.dtype)
+        if len(out) == stored.shape[1]:
+            return out.copy_(stored.T)
+        np.copyto(_bits(out), _bits(stored).T[slice(*rows)])  # on this thread; torch would wake its pool
+        return out
+
+
+@dataclass(frozen=True)
+class Family:
+    """N expert matrices of one shape p × d in order of layer and expert: all gates, ups or downs, or a pool of them.
+
+    p is the width of the experts and d that of the model: down is taken transposed.
+    """
+
+    name: str
+    experts: tuple[Expert, ...]
+    p: int
+    d: int
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The families that its experts come from."""
+        return tuple(dict.fromkeys(expert.family for expert in self.experts))
+
+    @property
+    def layers(self) -> int:
+        """The number of layers that hold routed experts."""
+        return len({expert.layer for expert in self.experts})
+
+    @property
+    def bytes_per_weight(self) -> int:
+        """2 for bf16 and fp16, 4 for fp32: in memory."""
+        return self.dtype.itemsize
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all its matrices in the checkpoint, each in its tensor's own dtype."""
+        return sum(self.p * self.d * TORCH_DTYPES[expert.info.dtype].itemsize for expert in self.experts)
+
+    def read(self, number: int, rows: tuple[int, int] | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Read W_i (or its rows from the first to before the last), in the family's dtype, into `out` if given."""
+        expert, rows = self.experts[number], rows if rows is not None else (0, self.p)
+        if not expert.exponent and TORCH_DTYPES[expert.info.dtype] == self.dtype:
+            return expert.read(rows, out)
+        found = times_power(expert.read(rows).to(self.dtype), -expert.exponent)
+        return found if out is None else out.copy_(found)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The checkpoint's dtype of the experts; fp32 where they have several, or fp16 that is scaled."""
+        stored = {expert.info.dtype for expert in self.experts}
+        if len(stored) > 1 or (stored == {"F16"} and any(expert.exponent for expert in self.experts)):
+            return torch.float32
+        return TORCH_DTYPES[stored.pop()]
+
+    def read_some(self, span: slice, out: torch.Tensor) -> torch.Tensor:
+        """Read W_i for i in a slice into the first entries of `out` (n, p, d), in the family's dtype."""
+        for place in range(span.stop - span.start):
+            self.read(span.start + place, out=out[place])
+        return out[: span.stop - span.start]
+
+    def batches(self, size: int) -> Iterator[range]:
+        """The experts' numbers in runs of at most `size`."""
+        for first in range(0, len(self), size):
+            yield range(first, min(first + size, len(self)))
+
+
+class Checkpoint:
+    """A safetensors checkpoint directory, indexed from its headers alone.
+
+    Parameters
+    ----------
+    directory : Path
+        A directory with config.json and either model.safetensors or shards with their index.
+
+    Raises
+    ------
+    GlobeError
+        If a file is missing, truncated or inconsistent with the index.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise missing_directory(self.directory)
+        factored = (self.directory / "globe.json").exists()
+        if not factored and not any((self.directory / name).exists() for name in (INDEX_NAME, SINGLE)):
+            told = missing_weights(self.directory)
+            if told is not None:
+                raise told
+        self.config = read_json(self.directory / "config.json")
+        if factored:
+            raise GlobeError(f"{directory}: this is a factored checkpoint already; pass the dense source instead")
+        self.index, names = self._shard_names()
+        self._noted: list[str] = []
+        self.shards, self.tensors = self._open(names)
+        self._check_index()
+
+    def _open(self, names: list[str]) -> tuple[list[FileHeader], dict[str, TensorInfo]]:
+        """The headers of the shards, each tensor in the one that the index names, and all tensors."""
+        named: dict[str, str] = self.index["weight_map"] if self.index is not None else {}
+        shards: list[FileHeader] = []
+        tensors: dict[str, TensorInfo] = {}
+        for header in (read_header(self.directory / name) for name in names):
+            kept = {}
+            for name, info in header.tensors.items():
+                if named.get(name, header.path.name) == header.path.name:
+                    kept[name] = info
+                if name in kept and name in tensors:
+                    raise GlobeError(f"tensor {name} is in both {tensors[name].file.name} and {header.path.name}")
+            tensors |= kept
+            shards.append(replace(header, tensors=kept))
+            for name in sorted(header.tensors.keys() - kept.keys())[:1]:
+                more = len(header.tensors) - len(kept) - 1
+                self._noted.append(
+                    f"{header.path.name}: tensor {name}{f' and {more} more are' if more else ' is'} left out, for "
+                    f"{INDEX_NAME} names {'other files' if more else named[name]}"
+                )
+        return shards, tensors
+
+    def _shard_names(self) -> tuple[dict[str, Any] | None, list[str]]:
+        index_path = self.directory / INDEX_NAME
+        if index_path.exists():
+            index = read_json(index_path)
+            weight_map = index.get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise GlobeError(f"{index_path}: weight_map is missing or empty; fetch the index again")
+            for tensor, name in weight_map.items():
+                if not isinstance(name, str):
+                    raise GlobeError(f"{index_path}: tensor {tensor} is mapped to {name!r}; expected a file name")
+            names = sorted(set(weight_map.values()))
+            for name in names:
+                if Path(name).name != name or "\0" in name:
+                    raise GlobeError(f"{index_path}: shard {name!r} lies outside the directory; expected a file name")
+                if not (self.directory / name).exists():
+                    raise GlobeError(f"{self.directory}: shard {name} named by {INDEX_NAME} is missing; fetch it")
+            if SINGLE not in names and (self.directory / SINGLE).exists():
+                raise GlobeError(
+                    f"{self.directory}: {SINGLE} is not named by {INDEX_NAME}, and transformers reads it instead of "
+                    "the files that are; remove the one or the other"
+                )
+            return index, names
+        if (self.directory / SINGLE).exists():
+            return None, [SINGLE]
+        raise GlobeError(f"{self.directory}: neither {SINGLE} nor {INDEX_NAME} found")
+
+    def _check_index(self) -> None:
+        if self.index is None:
+            return
+        for name, file in self.index["weight_map"].items():
+            if name not in self.tensors or self.tensors[name].file.name != file:
+                raise GlobeError(f"{INDEX_NAME} names tensor {name} in {file}, which does not hold it")
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The layout of config.json's model type, confirmed by the names of the tensors."""
+        model_type = self.config.get("model_type")
+        for layout in read_layouts():
+            if model_type in layout.model_types and any(
+                layout.place(family, name) is not None for name in self.tensors for family in FAMILIES
+            ):
+                return layout
+        raise unknown_layout(self.directory, self.config, self.tensors)
+
+    @property
+    def layers(self) -> int | None:
+        """The number of layers that config.json states; later ones predict further tokens."""
+        layers = self.config.get("num_hidden_layers")
+        if layers is not None and not isinstance(layers, int):
+            raise GlobeError(f"{self.directory}: config.json: num_hidden_layers is {layers!r}; expected an integer")
+        return layers
+
+    @property
+    def notes(self) -> list[str]:
+        """What is worth a word before the work: files and tensors that are left behind, layers that are not used."""
+        beside = companions(self.directory, frozenset(shard.path.name for shard in self.shards)).left
+        told = [f"left behind: {', '.join(beside)}"] if beside else []
+        return [*self._noted, *self._experts[1], *told]
+
+    @cached_property
+    def _experts(self) -> tuple[dict[str, list[Expert]], list[str]]:
+        """All families' experts in order of layer and number, complete; and what is noteworthy."""
+        found: dict[str, list[Expert]] = {family: [] for family in FAMILIES}
+        held: dict[str, dict[tuple[int, int], str]] = {family: {} for family in FAMILIES}
+        layers = self.layers
+        for tensor, info in self.tensors.items():
+            for family in FAMILIES:
+                place = self.layout.place(family, tensor)
+                if place is None or (layers is not None and place[0] >= layers):
+                    continue  # a layer past num_hidden_layers predicts further tokens and is left alone
+                for expert in _experts_of(tensor, info, family, *place):
+                    known = held[family].setdefault((expert.layer, expert.expert), tensor)
+                    if known != tensor:
+                        raise GlobeError(
+                            f"{self.directory}: expert {expert.expert} of layer {expert.layer} is in {known} and in "
+                            f"{tensor}; expected one of them"
+                        )
+                    found[family].append(expert)
+        for experts in found.values():
+            experts.sort(key=lambda expert: (expert.layer, expert.expert))
+        return found, require_complete(Source(self.directory, self.config, self.layout, layers, self.tensors), held)
+
+    def family(self, name: str) -> Family:
+        """Collect one family's experts and check their shapes against each other and config.json."""
+        experts = self._experts[0][name]
+        for expert in experts:
+            if expert.info.dtype not in ("BF16", "F16", "F32"):
+                raise GlobeError(
+                    f"tensor {expert.tensor} has dtype {expert.info.dtype}; expected BF16, F16 or F32: dequantise first"
+                )
+        if not experts:
+            raise GlobeError(f"{self.directory}: no routed experts of family {name} found")
+        return self._checked(name, experts)
+
+    def _checked(self, name: str, experts: list[Expert]) -> Family:
+        layout = self.layout
+        expected = Counter(expert.matrix for expert in experts).most_common(1)[0][0]
+        odd = next((expert for expert in experts if expert.matrix != expected), None)
+        if odd is not None:
+            usual = next(expert for expert in experts if expert.matrix == expected)
+            raise GlobeError(
+                f"tensor {odd.tensor} has shape {list(odd.info.shape)}, the other experts of family {name} have "
+                f"{list(usual.info.shape)}; one bank needs equal shapes"
+            )
+        if 0 in expected:
+            shape = list(experts[0].info.shape)
+            raise GlobeError(f"tensor {experts[0].tensor} has shape {shape}; expected a matrix with weights")
+        p, d = expected
+        per_layer = Counter(expert.layer for expert in experts)
+        counts = {
+            "experts per layer": (layout.experts_keys, set(per_layer.values())),
+            "expert width": (layout.width_keys, {p}),
+            "model width": (("hidden_size",), {d}),
+        }
+        for what, (keys, values) in counts.items():
+            stated = next((self.config[key] for key in keys if isinstance(self.config.get(key), int)), None)
+            if stated is not None and values != {stated}:
+                raise GlobeError(
+                    f"{self.directory}: config.json states {stated} as {what}, the tensors of family {name} have "
+                    f"{', '.join(map(str, sorted(values)))}; the checkpoint is incomplete or not of this architecture"
+                )
+        return Family(name, tuple(experts), p, d)
+
+    def elements(self) -> int:
+        """The number of weights in the whole checkpoint."""
+        return sum(math.prod(info.shape) for info in self.tensors.values())
+
+    def expert_elements(self) -> int:
+        """The number of weights in all routed experts: gate, up and down."""
+        return sum(math.prod(expert.matrix) for expert in self._all_experts())
+
+    def expert_bytes(self) -> int:
+        """The bytes of all routed experts, each tensor in its own dtype."""
+        return sum(
+            math.prod(expert.matrix) * TORCH_DTYPES[expert.info.dtype].itemsize for expert in self._all_experts()
+        )
+
+    def _all_experts(self) -> Iterator[Expert]:
+        for experts in self._experts[0].values():
+            yield from experts
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config.json, every header, and 16 samples of 64 KiB of every shard's data."""
+        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
+        for shard in self.shards:
+            digest.update(shard.path.name.encode() + shard.raw)
+            size = shard.path.stat().st_size
+            with shard.path.open("rb") as file:
+                for sample in range(16):
+                    file.seek(size * sample // 16)
+                    digest.update(file.read(65536))
+        return digest.hexdigest()
+
+
+def _experts_of(tensor: str, info: TensorInfo, family: str, layer: int, number: int | None) -> Iterator[Expert]:
+    """The experts of a family that a tensor holds: one, or where it has no number all of a layer."""
+    axes, halves = (2, 1) if number is not None else (3, 1 if family == "down" else 2)
+    if len(info.shape) != axes or info.shape[-2] % halves:
+        raise GlobeError(f"tensor {tensor} has shape {list(info.shape)}; expected {axes} axes")
+    if number is not None:
+        yield Expert(layer, number, tensor, info, None, 0, family)
+        return
+    first = info.shape[1] // 2 if family == "up" else 0
+    for index in range(info.shape[0]):
+        yield Expert(layer, index, tensor, info, index, first, family)
+
+
+def _bits(tensor: torch.Tensor) -> NDArray[Any]:
+    """The same memory as integers: NumPy has no bf16."""
+    return tensor.view(torch.int16 if tensor.itemsize == 2 else torch.int32).numpy()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that must hold a JSON object.
+
+    Raises
+    ------
+    GlobeError
+        If it does not.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GlobeError(f"{path}: cannot be read ({error.strerror}); expected a JSON file") from None
+    except (ValueError, RecursionError) as error:
+        raise GlobeError(f"{path}: not valid JSON ({error}); fetch the file again") from None
+    if not isinstance(value, dict):
+        raise GlobeError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value

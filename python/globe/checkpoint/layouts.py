@@ -1,0 +1,75 @@
+"""How families of architectures name the tensors of their routed experts: layouts.json."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One entry of layouts.json.
+
+    Parameters
+    ----------
+    name : str
+    model_types : tuple of str
+        What config.json says of the architectures that are named so.
+    experts_keys, width_keys : tuple of str
+        Where config.json states the experts per layer and their width.
+    templates : dict
+        Per family the name of one expert's matrix, where there is a tensor for each.
+    fused : dict
+        Per family the name of the tensor of all experts of a layer; gate's is up's too, with gate above up.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    experts_keys: tuple[str, ...]
+    width_keys: tuple[str, ...]
+    templates: dict[str, str]
+    fused: dict[str, str]
+
+    def place(self, family: str, tensor: str) -> tuple[int, int | None] | None:
+        """The layer and the expert of a family (None: all of the layer's experts) that a tensor holds, if any."""
+        for template in (self.templates.get(family), self.fused.get(family)):
+            match = _pattern(template).fullmatch(tensor) if template is not None else None
+            if match is not None:
+                expert = match.groupdict().get("expert")
+                return int(match["layer"]), int(expert) if expert is not None else None
+        return None
+
+    def names(self, family: str) -> Iterator[str]:
+        """The templates of a family."""
+        for forms in (self.templates, self.fused):
+            if family in forms:
+                yield forms[family]
+
+
+@lru_cache
+def _pattern(template: str) -> re.Pattern[str]:
+    pattern = re.escape(template)
+    for field in ("layer", "expert"):
+        pattern = pattern.replace(re.escape("{" + field + "}"), rf"(?P<{field}>[0-9]{{1,6}})")
+    return re.compile(pattern)
+
+
+@lru_cache
+def read_layouts() -> tuple[Layout, ...]:
+    """The registry of tensor-name templates, layouts.json."""
+    text = importlib.resources.files("globe.checkpoint").joinpath("layouts.json").read_text(encoding="utf-8")
+    return tuple(
+        Layout(
+            entry["name"],
+            tuple(entry["model_types"]),
+            tuple(entry["experts_keys"]),
+            tuple(entry["width_keys"]),
+            entry.get("templates", {}),
+            {"gate": entry["fused"], "up": entry["fused"], "down": entry["fused_down"]} if "fused" in entry else {},
+        )
+        for entry in json.loads(text)
+    )

@@ -1,0 +1,1 @@
+"""What to try, what it showed, and what was taken (specification, L)."""

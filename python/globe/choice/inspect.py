@@ -1,0 +1,94 @@
+"""What a checkpoint holds, and what a choice of rank and bank size would save: from headers only."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from globe.checkpoint.index import FAMILIES, Checkpoint, Family
+from globe.choice.ratio_plan import candidates
+from globe.errors import UsageError
+from globe.settings import Settings
+from globe.sizes.ratios import Shape, ratios
+
+_RANKS = (1.0, 0.75, 0.5, 0.25)
+_BANK_RATIOS = (0.125, 1 / 6, 0.25)
+
+
+def inspect(directory: Path | str, settings: Settings | None = None) -> dict[str, Any]:
+    """Describe a checkpoint and its choices of rank and bank size.
+
+    Parameters
+    ----------
+    directory : Path or str
+        A dense checkpoint directory.
+    settings : Settings, optional
+        Which families are chosen, and the target support that their codes are counted with.
+
+    Returns
+    -------
+    dict
+        `architecture`, `layout`, `families` (N, layers, p, d, dtype, bytes, floor r/d at the default rank),
+        `bytes` on three axes, `chosen` families, and `choices`: rank, bank size and the ratio on three axes with these.
+        With `settings.ratio`, the choices are those of a family that store so much of it.
+        `notes` tell what of the directory no output will have.
+
+    Raises
+    ------
+    GlobeError
+        If the directory is not a checkpoint of a known layout, or experts are missing.
+    """
+    settings = settings or Settings()
+    checkpoint = Checkpoint(Path(directory))
+    everything = {name: checkpoint.family(name) for name in FAMILIES}
+    families = {name: everything[name] for name in settings.families}
+    first = next(iter(families.values()))
+    choices = []
+    for rank, bank in _pairs(first, settings):
+        shape = Shape(rank, bank, min(bank, settings.support) * len(first))
+        saved = ratios(checkpoint, families, dict.fromkeys(families, shape))
+        choices.append({"rank": rank, "bank": bank, "floor": rank / first.d, "ratio": asdict(saved)})
+    described = {
+        name: {
+            "experts": len(family),
+            "layers": family.layers,
+            "p": family.p,
+            "d": family.d,
+            "dtype": ", ".join(sorted({expert.info.dtype for expert in family.experts})),
+            "bytes": family.stored_bytes,
+            "floor": settings.resolve_rank(family.p, family.d) / family.d,
+        }
+        for name, family in everything.items()
+    }
+    architectures = checkpoint.config.get("architectures")
+    return {
+        "model": str(directory),
+        "architecture": architectures[0] if isinstance(architectures, list) and architectures else None,
+        "model_type": checkpoint.config["model_type"],
+        "layout": checkpoint.layout.name,
+        "layers": checkpoint.layers,
+        "shards": len(checkpoint.shards),
+        "families": described,
+        "bytes": {
+            "touched": sum(family.stored_bytes for family in families.values()),
+            "experts": checkpoint.expert_bytes(),
+            "checkpoint": sum(info.nbytes for info in checkpoint.tensors.values()),
+        },
+        "chosen": list(families),
+        "choices": choices,
+        "notes": checkpoint.notes,
+    }
+
+
+def _pairs(family: Family, settings: Settings) -> list[tuple[int, int]]:
+    """Ranks and bank sizes worth showing: all that store the ratio asked for, or a grid."""
+    if settings.ratio is not None:
+        return [(size.rank, size.bank) for size in candidates(family, settings.ratio)]
+    sizes = {max(1, round(share * len(family))) for share in _BANK_RATIOS}
+    try:
+        sizes.add(settings.resolve_bank(len(family)))
+    except UsageError:
+        pass
+    ranks = [max(1, round(fraction * min(family.p, family.d))) for fraction in _RANKS]
+    return [(rank, bank) for rank in ranks for bank in sorted(sizes)]

@@ -1,0 +1,134 @@
+"""Families, banks and blocks of a compression: from settings and headers, or for a ratio of bytes by a probe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from globe.checkpoint.index import FAMILIES, Checkpoint, Family
+from globe.choice.probe import WeightProber
+from globe.choice.ratio_plan import candidates, plan_ratio, probes, sizes_of
+from globe.compute.devices import pick_device, thread_count
+from globe.compute.gemm import dictionary_dtype
+from globe.errors import UsageError
+from globe.runs.stages import Stages
+from globe.runs.store import Store
+from globe.seeds.proxies import Scan
+from globe.settings import Settings
+from globe.sizes.budget import Blocks, plan_blocks
+from globe.sizes.pools import Size, groups, pools, sizes, units
+from globe.sizes.ratios import Shape, ratios
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checkpoint and settings that fit each other, known from headers alone.
+
+    `families` are the pools of experts that share a bank, `units` what is sized as one. With a ratio asked for, the
+    shapes are the largest that `plan_sizes` may choose.
+    """
+
+    checkpoint: Checkpoint
+    units: dict[str, Family]
+    families: dict[str, Family]
+    shapes: dict[str, Shape]
+    device: torch.device
+    blocks: Blocks
+
+
+def plan(model_dir: Path, settings: Settings) -> Plan:
+    """Index a checkpoint and resolve the settings on it.
+
+    Raises
+    ------
+    UsageError
+        If a setting does not fit the checkpoint or saves nothing.
+    GlobeError
+        If the checkpoint cannot be used.
+    """
+    checkpoint = Checkpoint(model_dir)
+    everything = {name: checkpoint.family(name) for name in FAMILIES}
+    families = {name: everything[name] for name in settings.families}
+    whole = units(families, settings)
+    device = pick_device(settings.device)
+    if settings.ratio is not None:
+        return _sized(checkpoint, whole, _largest(whole, settings, device), settings, device)
+    planned = _sized(checkpoint, whole, sizes(whole, families, settings), settings, device)
+    found = ratios(checkpoint, planned.families, planned.shapes)
+    if found.touched >= 1:
+        raise UsageError(
+            f"rank {settings.rank} with these banks stores {found.touched:.3f} of the touched matrices and saves "
+            "nothing; lower --rank or --bank-size (globe inspect shows the choices)"
+        )
+    return planned
+
+
+def _sized(
+    checkpoint: Checkpoint, whole: dict[str, Family], asked: dict[str, Size], settings: Settings, device: torch.device
+) -> Plan:
+    held, shapes = pools(whole, asked, settings)
+    exact_bytes = dictionary_dtype(settings.precision, device).itemsize
+    blocks = plan_blocks(held, shapes, settings, thread_count(settings.threads), exact_bytes)
+    return Plan(checkpoint, whole, held, shapes, device, blocks)
+
+
+def _fits(whole: dict[str, Family], settings: Settings, device: torch.device) -> Callable[[str, Size], bool]:
+    """Whether there is memory for a size of a unit, if the others take no more."""
+    threads, exact_bytes = thread_count(settings.threads), dictionary_dtype(settings.precision, device)
+
+    def fits(name: str, size: Size) -> bool:
+        try:
+            plan_blocks(*pools({name: whole[name]}, {name: size}, settings), settings, threads, exact_bytes.itemsize)
+        except UsageError:
+            return False
+        return True
+
+    return fits
+
+
+def _largest(whole: dict[str, Family], settings: Settings, device: torch.device) -> dict[str, Size]:
+    """The largest bank of every unit that a plan may choose."""
+    assert settings.ratio is not None, "no ratio to plan for"
+    fits, largest = _fits(whole, settings, device), {}
+    for name, unit in whole.items():
+        offered = candidates(unit, settings.ratio, settings.scope)
+        largest[name] = next((size for size in reversed(offered) if fits(name, size)), offered[0])
+    return largest
+
+
+def usual_size(planned: Plan, scans: dict[str, Scan]) -> Plan:
+    """The plan with its pools, and the units that they are of, at the scale that their scans say."""
+    held = {name: scans[name].usual_size(family) for name, family in planned.families.items()}
+    scaled = {(e.tensor, e.index, e.first_row): e for family in held.values() for e in family.experts}
+    whole = {}
+    for name, unit in planned.units.items():
+        experts = tuple(scaled[e.tensor, e.index, e.first_row] for e in unit.experts)
+        whole[name] = replace(unit, experts=experts)
+    return replace(planned, units=whole, families=held)
+
+
+def plan_sizes(
+    planned: Plan, scans: dict[str, Scan], settings: Settings, stages: Stages, store: Store
+) -> tuple[Plan, dict[str, Any]]:
+    """Probe what is to be stored for the ratio asked for, unless `store` has it; the plan, and what was seen."""
+    meta = store.check("plan")
+    if meta is None:
+        energies = {}
+        for name, unit in planned.units.items():
+            energies[name] = np.concatenate([scans[pool.name].energy for pool in groups(unit, settings.scope)])
+        with stages.stage("plan", probes(len(planned.units))) as advance, store.scratch() as folder:
+            prober = WeightProber(settings, planned.device, planned.blocks, Path(folder))
+            fits = _fits(planned.units, settings, planned.device)
+            log = stages.display.log
+            found = plan_ratio(planned.units, energies, settings, prober, fits=fits, advance=advance, log=log)
+            meta = {"plan": found.as_dict(), "stage": stages.so_far()}
+            store.save("plan", {}, meta)
+    else:
+        stages.recall(meta["stage"])
+    sized = sizes_of(meta["plan"])
+    return _sized(planned.checkpoint, planned.units, sized, settings, planned.device), meta["plan"]

@@ -1,0 +1,84 @@
+"""Devices, threads and memory of the process."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import torch
+
+from globe import kernels
+from globe.compute.gemm import matmul
+from globe.errors import GlobeError, UsageError
+from globe.machine.processors import usable_processors
+from globe.machine.waiting import warn_of_spinning
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device of a `--device` value; auto is CUDA, then MPS, then the CPU.
+
+    Raises
+    ------
+    UsageError
+        If the device is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(device for device, available in there.items() if available))
+    if not there[name]:
+        raise UsageError(f"device {name} is not available here; use --device auto or cpu")
+    return torch.device(name)
+
+
+def check_device(device: torch.device) -> None:
+    """Multiply two matrices on a device and on the CPU, with an inner dimension that took wrong turns on some Macs.
+
+    Raises
+    ------
+    GlobeError
+        If the results differ by more than rounding.
+    """
+    if device.type == "cpu":
+        return
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(shape, generator=generator) for shape in ((64, 40_000), (40_000, 48)))
+    wanted = left.double() @ right.double()
+    found = matmul(left.to(device), right.to(device)).cpu().double()
+    error = float((found - wanted).norm() / wanted.norm())
+    if not error < 1e-4:
+        raise GlobeError(
+            f"device {device}: a product of 64 × 40,000 and 40,000 × 48 matrices is off by {error:.1e} of its norm, "
+            "expected rounding (1e-6); update torch or the system, or use --device cpu"
+        )
+
+
+def thread_count(threads: int | None) -> int:
+    """CPU threads to use: as many as given, or torch's, but no more than processors that the process may use."""
+    return threads if threads is not None else min(torch.get_num_threads(), usable_processors())
+
+
+def set_threads(threads: int | None) -> None:
+    """Let torch and the kernels use this many CPU threads; None is as for :func:`thread_count`.
+
+    Warns once where torch's threads spin on an oversubscribed machine.
+    """
+    count = thread_count(threads)
+    torch.set_num_threads(count)
+    kernels.set_num_threads(count)
+    warn_of_spinning()
+
+
+def keep_memory() -> None:
+    """Let the process keep freed memory for the next product, where its C library is glibc, and use pages of 2 MiB.
+
+    Otherwise every intermediate result of some MiB is fresh memory, and its page faults take as long as the product.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    for option, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 256 << 20), (_M_ARENA_MAX, 1)):
+        mallopt(option, value)

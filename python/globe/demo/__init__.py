@@ -1,0 +1,1 @@
+"""The demonstration: a pretrained model, compressed and compared."""

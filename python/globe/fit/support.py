@@ -1,0 +1,78 @@
+"""Which atoms an expert uses in the joint fit: let in by a Newton step, put out by the temperature of entmax."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from globe import kernels
+from globe.fit.codes import TEMPERATURE_BOUNDS
+
+Array = NDArray[np.float64]
+_DAMPING = 1e-3  # of the mean diagonal
+
+
+def newton_codes(curvature: torch.Tensor, codes: Array, slope: Array) -> Array:
+    """argmin over α_i ≥ 0 of gᵢᵀ(α_i − α⁰_i) + ½ (α_i − α⁰_i)ᵀ H_i (α_i − α⁰_i), for every expert, over all atoms.
+
+    Parameters
+    ----------
+    curvature : torch.Tensor, shape (N, m, m)
+        H.
+    codes, slope : array, shape (N, m)
+        α⁰ and g.
+    """
+    found = np.empty_like(codes)
+    for number, block in enumerate(curvature):
+        damped = _damped(block)
+        found[number] = kernels.nnls(damped, (damped @ codes[number] - slope[number])[None]).codes[0]
+    return np.where(found.max(1, keepdims=True) > 0, found, codes)
+
+
+def shrink_support(
+    curvature: torch.Tensor, codes: Array, slope: Array, grown: Array, wanted: float, alpha: float
+) -> tuple[Array, float]:
+    """Codes of a median support of at most `wanted`, and the temperature that leaves it.
+
+    The logits are those of what each atom contributes, α_ij √H_i,jj: entmax(z/T) keeps the larger contributions, the
+    fewer the lower T is. The values of those kept are refitted to the quadratic model.
+
+    Parameters
+    ----------
+    curvature, codes, slope
+        As for `newton_codes`.
+    grown : array, shape (N, m)
+        The codes to choose from.
+    wanted : float
+    alpha : float
+        Of entmax.
+    """
+    weights = np.sqrt(np.maximum(torch.diagonal(curvature, dim1=1, dim2=2).double().numpy(), 0))
+    contributions = grown * weights
+    contributions = np.where(contributions.max(1, keepdims=True) > 0, contributions, grown)
+    logits = kernels.entmax_inverse(contributions / contributions.sum(1, keepdims=True), alpha)
+    low, high = TEMPERATURE_BOUNDS[0], 1.0
+    for _ in range(40):
+        middle = np.sqrt(low * high)
+        if _median(kernels.entmax(logits, alpha, temperature=middle)) > wanted:
+            high = middle
+        else:
+            low = middle
+    kept = (kernels.entmax(logits, alpha, temperature=low) > 0) & (grown > 0)
+    found = np.zeros_like(codes)
+    for number, block in enumerate(curvature):
+        damped, some = _damped(block), np.flatnonzero(kept[number])
+        target = (damped @ codes[number] - slope[number])[some]
+        inner = np.ascontiguousarray(damped[np.ix_(some, some)])
+        found[number, some] = kernels.nnls(inner, target[None]).codes[0]
+    return np.where(found.max(1, keepdims=True) > 0, found, np.where(kept, grown, 0.0)), float(low)
+
+
+def _median(codes: Array) -> float:
+    return float(np.median(np.count_nonzero(codes, axis=1)))
+
+
+def _damped(block: torch.Tensor) -> Array:
+    dense: Array = block.double().numpy()
+    return dense + _DAMPING * max(float(np.trace(dense)) / len(dense), 1e-300) * np.eye(len(dense))

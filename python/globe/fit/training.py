@@ -1,0 +1,170 @@
+"""The alternating loop: codes, dictionary, left factors, temperature (specification, H and I)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from globe.checkpoint.index import Family
+from globe.fit.codes import one_atom_each, spread, supports, update_temperature
+from globe.fit.dictionary import mod, mod_exact, unit_atoms
+from globe.fit.dictionary_metric import mod_metric
+from globe.fit.progress import Progress, Record, States
+from globe.fit.reseed import decorrelate, reseed
+from globe.fit.sweep import Measure, State, Sums, measure, sweep
+from globe.runs.stages import Advance
+from globe.seeds.proxies import Rows
+from globe.settings import Settings
+from globe.sizes.budget import BLOCKS, Blocks
+from globe.statistics.metric import Metric
+
+
+@dataclass(frozen=True)
+class Training:
+    """The best state, what it measures and what the seeds do (None where not measured), all loops, why it ended."""
+
+    state: State
+    measure: Measure | None
+    initial: Measure | None
+    history: list[Record]
+    stopped: str
+
+
+def train(
+    family: Family,
+    rows: Rows,
+    start: State | Progress,
+    settings: Settings,
+    advance: Advance,
+    log: Callable[[str], None] = lambda line: None,
+    states: States | None = None,
+    blocks: Blocks = BLOCKS,
+    metric: Metric | None = None,
+) -> Training:
+    """Alternate codes, dictionary and left factors from `start`, and keep the best state; all errors are in the metric.
+
+    A loop is one pass over W: the pass that codes the targets of a state also measures it. The best state has
+    the lowest relative error over all rows, which is what is delivered; the held-out rows decide when to stop.
+    One state is in memory, `states` keeps the others; a `start` that is a progress goes on from those. Where every
+    expert has but one atom at the start, that state is measured, as loop -1, and the loops begin with its codes
+    spread. Where the metric mixes rows none is held out. Atoms that do no work are re-seeded after every loop
+    that another one codes.
+    """
+    if metric is not None and metric.mixes_rows:
+        rows = rows.all_trained()
+    error = "relative error" if metric is None else "weighted error"
+    started = time.perf_counter()
+    if isinstance(start, Progress):
+        assert states is not None, "progress without the states that it speaks of"
+        now, state = start, states.load(start.loop)
+        started -= now.seconds
+        advance((now.loop - now.first) * len(family))
+    else:
+        states = states if states is not None else States(device=start.bank.device)
+        now, state = first_progress(start.codes, settings), start
+        states.save(state, now)
+    del start  # a caller that has let go of it leaves one bank in memory
+    stopped = "outer_loops"
+    while True:
+        sums: Sums | None = None
+        if now.loop in (-1, settings.outer_loops):
+            measured = measure(family, rows, state, settings, advance, blocks, metric)
+        else:
+            measured, sums = sweep(family, rows, state, settings, advance, blocks, metric)
+        median = float(np.median(supports(state.codes)))
+        seconds, started = time.perf_counter() - started, time.perf_counter()
+        log(f"{family.name}: loop {now.loop}: {error} {measured.relative_error:.4f}, median support {median:g}")
+        judged = _judge(now, measured, median, state.temperature, seconds, settings)
+        off = judged.relaxation != now.relaxation
+        if off or (now.previous is not None and measured.relative_error > now.previous.relative_error):
+            end = ", over-relaxation is off from here" if off else ""
+            log(f"{family.name}: loop {now.loop}: the error rose{end}")
+        now = judged
+        if now.loop == -1:
+            state = replace(state, codes=spread(state.codes, settings.support // 2, 1.0, settings.seed))
+            now = replace(now, loop=0, seconds=0.0)
+            states.save(state, now)
+            continue
+        if sums is None:
+            break
+        if now.plateau >= settings.patience:
+            stopped = "plateau"
+            break
+        if sums.irregular:
+            lost = f"{sums.irregular} coding problems were singular or did not converge"
+            log(f"{family.name}: loop {now.loop + 1}: {lost}")
+        state = _dictionary_step(state, sums, settings, now.relaxation if now.loop else 0.0, blocks)
+        if settings.codes in ("entmax", "sparsemax") and now.loop % settings.temperature_every == 0:
+            median = float(np.median(supports(state.codes)))
+            temperature = update_temperature(state.temperature, median, settings.support, settings.temperature_rate)
+            state = replace(state, temperature=temperature)
+        reseeded = 0
+        if sums.errors is not None and now.loop + 1 < settings.outer_loops:
+            state, reseeded = reseed(family, rows, state, sums.errors, settings, metric)
+            if reseeded:
+                log(f"{family.name}: loop {now.loop + 1}: {reseeded} atoms did no work and were re-seeded")
+        spent = time.perf_counter() - started
+        now = replace(now, loop=now.loop + 1, irregular=sums.irregular, reseeded=reseeded, previous=measured)
+        now = replace(now, seconds=spent)
+        states.save(state, now)
+    if now.best != now.loop:
+        del state, sums
+        state = states.load(now.best)
+    assert now.best_measure is not None and now.initial is not None
+    return Training(state, now.best_measure, now.initial, now.history, stopped)
+
+
+def first_progress(codes: NDArray[np.float64], settings: Settings) -> Progress:
+    """Where training from these codes begins: at loop 0, or at -1 if they are to be spread first."""
+    first = -1 if settings.outer_loops > 0 and one_atom_each(codes) else 0
+    return Progress(settings.over_relaxation, loop=first, best=first, first=first)
+
+
+def _judge(
+    before: Progress, measured: Measure, median: float, temperature: float, seconds: float, settings: Settings
+) -> Progress:
+    """What the measure of the loop in hand adds: its record, whether it is best, and whether to go on as before."""
+    loop, previous, now = before.loop, before.previous, before
+    if loop > 0:
+        validation = None if math.isnan(measured.validation_error) else measured.validation_error
+        relaxed = before.relaxation if loop > 1 and settings.mod == "exact" else 0.0
+        errors = (measured.relative_error, measured.train_error, validation)
+        record = Record(loop, *errors, median, temperature, relaxed, before.irregular, before.reseeded, seconds)
+        now = replace(now, history=[*before.history, record])
+    if now.best_measure is None or measured.relative_error < now.best_measure.relative_error:
+        now = replace(now, best=loop, best_measure=measured)
+    if previous is not None:
+        if measured.train_error > previous.train_error and now.relaxation > 0:
+            now = replace(now, relaxation=0.0)
+        steady = loop > 1 and abs(median - before.history[-1].support_median) <= settings.support_tolerance
+        gained = 1 - _judged(measured) / max(_judged(previous), np.finfo(float).tiny)
+        now = replace(now, plateau=before.plateau + 1 if steady and gained < settings.tolerance else 0)
+    return now if now.initial is not None else replace(now, initial=measured)
+
+
+def _dictionary_step(state: State, sums: Sums, settings: Settings, relaxation: float, blocks: Blocks = BLOCKS) -> State:
+    if sums.left_grams is not None:
+        ridge, steps = settings.mod_ridge, settings.cg_steps
+        given = (sums.codes, sums.left_grams, sums.right_side, state.bank)
+        if sums.metric is None:
+            bank = mod_exact(*given, ridge, steps, relaxation, blocks)
+        else:
+            bank = mod_metric(*given, sums.metric, ridge, steps, relaxation, blocks)
+    else:
+        bank = mod(sums.codes, sums.right_side, state.bank, settings.mod_ridge)
+    bank, codes = unit_atoms(bank, sums.codes)
+    if settings.coherence > 0:
+        bank, codes = unit_atoms(decorrelate(bank, settings.coherence), codes)
+    if settings.codes not in ("nnls", "signed"):
+        codes = codes / codes.sum(1, keepdims=True)
+    return State(bank, codes, state.temperature)
+
+
+def _judged(measure: Measure) -> float:
+    """The plateau is that of the held-out rows, or of all rows where none are held out."""
+    return measure.relative_error if math.isnan(measure.validation_error) else measure.validation_error

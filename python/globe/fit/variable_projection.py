@@ -1,0 +1,241 @@
+"""The joint objective with the left factors eliminated, its gradient and its curvature (design, section 2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from globe.checkpoint.index import Family
+from globe.compute.gemm import correlations, grams, matmul, mixtures, scatter_add
+from globe.compute.spd import row_basis
+from globe.compute.stream import Workers, expert_batches
+from globe.runs.stages import Advance
+from globe.settings import Settings
+from globe.sizes.budget import Blocks
+from globe.statistics.metric import Metric
+
+Array = NDArray[np.float64]
+_SKETCH = 16  # random columns of the codes' curvature
+_FLOOR = 1e-3  # of an expert's fitted energy: the size of its codes is free, and what they have there is rounding
+
+
+@dataclass(frozen=True)
+class Value:
+    """f = Σ_i ‖W'_i − A_i B̃'_i‖² / Σ_i ‖W'_i‖² at its best A_i, and its gradient.
+
+    Parameters
+    ----------
+    error : float
+        f. Where a left factor is `ridged` it is that of the ridged one.
+    bank : torch.Tensor, shape (m, r, d), fp32
+        ∂f/∂B_j = −2 Σ_i α_ij A_iᵀ R_i L_iᵀ.
+    codes : array, shape (N, m)
+        ∂f/∂α_ij = −2 ⟨A_iᵀ R_i L_iᵀ, B_j⟩, for all atoms.
+    errors : array, shape (N,)
+        Every expert's share of f.
+    ridged : int
+    """
+
+    error: float
+    bank: torch.Tensor
+    codes: Array
+    errors: Array
+    ridged: int
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Blocks of the Gauss-Newton matrix of f, A_i having been eliminated.
+
+    Parameters
+    ----------
+    lefts : torch.Tensor, shape (m, r, r), fp32
+        2 Σ_i α_ij² t_i A_iᵀA_i, t_i the mean diagonal of L_i (I − Π_i) L_iᵀ and Π_i the projector on the rows of B̃'_i:
+        the atom's block is about this ⊗ `columns`.
+    columns : torch.Tensor, shape (d, d), fp64
+        Σ_i w_i L_i (I − Π_i) L_iᵀ with w_i = ‖A_i‖², of mean diagonal one.
+    codes : torch.Tensor, shape (N, m, m), fp32
+        2 ⟨A_i B_j L_i (I − Π_i), A_i B_k L_i (I − Π_i)⟩, from a sketch of its columns, and on its diagonal a little of
+        ‖A_i B̃'_i‖² / ‖α_i‖².
+    gram : torch.Tensor, shape (r, r), fp64
+        The mean of B̃'_i B̃'_iᵀ over its mean diagonal.
+    """
+
+    lefts: torch.Tensor
+    columns: torch.Tensor
+    codes: torch.Tensor
+    gram: torch.Tensor
+
+
+class Problem:
+    """The experts of a pool as the metric sees them: W'_i = D_i W_i L_i.
+
+    Parameters
+    ----------
+    family : Family
+    metric : Metric or None
+        None: W'_i = W_i.
+    settings : Settings
+        `ridge` and `ridge_rcond`.
+    blocks : Blocks
+        `experts` in hand at a time; up to `cached` bytes of W' are kept in memory.
+    device : torch.device
+    """
+
+    def __init__(
+        self, family: Family, metric: Metric | None, settings: Settings, blocks: Blocks, device: torch.device
+    ) -> None:
+        self.family, self.metric, self._settings, self._blocks, self.device = family, metric, settings, blocks, device
+        self._rcond = settings.ridge_rcond**2  # of fp64, where the setting is for Gram matrices of fp32
+        whole = 4 * len(family) * family.p * family.d
+        self._cached: list[torch.Tensor] | None = [] if whole <= blocks.cached else None
+        self._whole = False
+        self.energy = 0.0
+
+    def weighted(self) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+        """One pass over W'_i, `blocks.experts` at a time."""
+        size = self._blocks.experts
+        if self._whole and self._cached is not None:
+            for numbers in self.family.batches(size):
+                yield slice(numbers.start, numbers.stop), self._cached[numbers.start : numbers.stop]
+            return
+        with Workers(self.device) as workers:
+            for span, batch in expert_batches(self.family, size, self.device):
+
+                def weigh(k: int, batch: torch.Tensor = batch, first: int = span.start) -> torch.Tensor:
+                    if self.metric is not None:
+                        return self.metric.weigh(first + k, batch[k].float())
+                    return batch[k].clone().float()  # the batch's memory is read into again
+
+                found = list(workers.map(weigh, len(batch)))
+                if self._cached is not None:
+                    self._cached += found
+                if not self._whole:
+                    self.energy += sum(float(torch.linalg.vector_norm(matrix)) ** 2 for matrix in found)
+                yield span, found
+        self._whole = True
+
+    def evaluate(self, bank: torch.Tensor, codes: Array, advance: Advance) -> Value:
+        """f and its gradient at a bank and codes; one pass."""
+        return self._pass(bank, codes, advance, None)[0]
+
+    def curvature(self, bank: torch.Tensor, codes: Array, seed: int, advance: Advance) -> tuple[Value, Curvature]:
+        """f, its gradient and its curvature; one pass."""
+        value, curvature = self._pass(bank, codes, advance, _Gathered(self.family, bank, seed))
+        assert curvature is not None
+        return value, curvature
+
+    def _pass(
+        self, bank: torch.Tensor, codes: Array, advance: Advance, gathered: _Gathered | None
+    ) -> tuple[Value, Curvature | None]:
+        size = min(self._blocks.experts, len(self.family))
+        mixed_room, slope_room, room = (torch.empty(size, *bank.shape[1:], device=self.device) for _ in range(3))
+        slope, code_slope = torch.zeros_like(bank), np.zeros_like(codes)
+        errors, ridged = np.zeros(len(self.family)), 0
+        with Workers(self.device) as workers:
+            for span, weighted in self.weighted():
+                mixed = mixtures(codes[span], bank, mixed_room)
+
+                def work(
+                    k: int,
+                    first: int = span.start,
+                    mixed: torch.Tensor = mixed,
+                    weighted: list[torch.Tensor] = weighted,
+                ) -> tuple[float, bool, _Parts | None]:
+                    seen = mixed[k] if self.metric is None else self.metric.seen(first + k, mixed[k])
+                    if not bool(seen.isfinite().all()):  # a step far too long
+                        slope_room[k] = 0.0
+                        return math.inf, False, None
+                    inner, basis, was_ridged = row_basis(seen, self._settings.ridge, self._rcond)
+                    fitted = matmul(weighted[k], basis.mT)
+                    residual = weighted[k] - matmul(fitted, basis)
+                    moved = matmul(inner.mT, matmul(fitted.mT.contiguous(), residual))
+                    slope_room[k] = moved if self.metric is None else self.metric.unseen(first + k, moved)
+                    parts = None
+                    if gathered is not None:
+                        parts = gathered.parts(
+                            first + k, matmul(fitted, inner), basis, grams(seen[None])[0], self.metric
+                        )
+                    return float(torch.linalg.vector_norm(residual)) ** 2, was_ridged, parts
+
+                for number, (error, was_ridged, parts) in enumerate(workers.map(work, len(weighted)), span.start):
+                    errors[number] = error
+                    ridged += was_ridged
+                    if gathered is not None and parts is not None:
+                        gathered.add(number, codes[number], parts)
+                    advance(1)
+                slopes = slope_room[: len(weighted)]
+                code_slope[span] = correlations(slopes, bank)
+                scatter_add(codes[span], slopes, slope, room)
+        scale = 1 / self.energy if self.energy > 0 else 0.0
+        value = Value(
+            float(errors.sum()) * scale, slope.mul_(-2 * scale), code_slope * (-2 * scale), errors * scale, ridged
+        )
+        return value, None if gathered is None else gathered.result(scale)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    left_gram: torch.Tensor
+    mean: float
+    columns: torch.Tensor
+    codes: torch.Tensor
+    gram: torch.Tensor
+
+
+class _Gathered:
+    """Sums the curvature over experts."""
+
+    def __init__(self, family: Family, bank: torch.Tensor, seed: int) -> None:
+        m, r, d = bank.shape
+        generator = torch.Generator().manual_seed(seed)
+        self._sketch = (torch.randn(d, _SKETCH, generator=generator) / math.sqrt(_SKETCH)).to(bank.device)
+        self._bank = bank
+        self._lefts = torch.zeros(m, r, r, device=bank.device)
+        self._columns = torch.zeros(d, d, dtype=torch.float64)
+        self._codes = torch.zeros(len(family), m, m)
+        self._gram = torch.zeros(r, r, dtype=torch.float64)
+
+    def parts(
+        self, number: int, left: torch.Tensor, basis: torch.Tensor, gram: torch.Tensor, metric: Metric | None
+    ) -> _Parts:
+        """What an expert adds: Q (r, d) is the orthonormal `basis` of the rows of B̃'_i, so that Π_i = QᵀQ."""
+        m, r, d = self._bank.shape
+        free = self._sketch - matmul(basis.mT, matmul(basis, self._sketch))
+        if metric is not None:
+            free = metric.unseen(number, free.mT.contiguous()).mT.contiguous()
+        probed = matmul(self._bank.view(m * r, d), free).view(m, r, _SKETCH)
+        moved = matmul(left, probed).flatten(1)
+        codes = matmul(moved, moved.mT)
+        if metric is None:
+            columns = torch.eye(d, device=basis.device) - matmul(basis.mT, basis)
+        else:
+            hidden = metric.unseen(number, basis)
+            columns = metric.moment(number, d) - matmul(hidden.mT, hidden)
+        weight = float(torch.linalg.vector_norm(left)) ** 2
+        mean = max(float(columns.diagonal().mean()), 0.0)
+        return _Parts(matmul(left.mT.contiguous(), left), mean, columns * weight, codes, gram.cpu())
+
+    def add(self, number: int, codes: NDArray[np.float64], parts: _Parts) -> None:
+        self._columns += parts.columns.cpu().double()
+        self._codes[number] = parts.codes.cpu()
+        size = float(np.square(codes).sum())
+        if size > 0:
+            fitted = float((parts.left_gram.cpu().double() * parts.gram).sum())
+            self._codes[number].diagonal().add_(_FLOOR * max(fitted, 0.0) / size)
+        mean = float(parts.gram.diagonal().mean())
+        if mean > 0:
+            self._gram += parts.gram / mean
+        for atom in np.flatnonzero(codes):
+            self._lefts[atom].add_(parts.left_gram, alpha=float(codes[atom] ** 2 * parts.mean))
+
+    def result(self, scale: float) -> Curvature:
+        mean = float(self._columns.diagonal().mean())
+        columns = self._columns / mean if mean > 0 else torch.eye(len(self._columns), dtype=torch.float64)
+        lefts, codes = self._lefts.mul_(2 * scale), self._codes.mul_(2 * scale)
+        return Curvature(lefts, columns, codes, self._gram / len(codes))

@@ -1,0 +1,1 @@
+"""What of this machine the process may use, and how its threads wait."""

@@ -1,0 +1,1 @@
+"""The jobs that a user asks for."""

@@ -1,0 +1,179 @@
+"""Rows: which are held out for validation, and which make an expert's proxy (specification, A.1 and A.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from globe.checkpoint.index import Family
+from globe.checkpoint.powers import times_power, usual_exponent
+from globe.compute.gemm import to_numpy
+from globe.compute.stream import Workers, ahead, expert_batches
+from globe.errors import GlobeError
+from globe.runs.stages import Advance
+from globe.settings import Settings
+
+_SCANNED_AT_ONCE = 8
+_WILDEST = 2.0**20  # times the family's typical weight: beyond it nothing else would count in fp32
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The split of every expert's p rows, the same for all experts of a family.
+
+    `train` and `validation` divide the rows; `proxy` are the r training rows of which proxies are made.
+    """
+
+    train: NDArray[np.int64]
+    validation: NDArray[np.int64]
+    proxy: NDArray[np.int64]
+
+    def all_trained(self) -> Rows:
+        """The same with no row held out."""
+        return Rows(np.arange(len(self.train) + len(self.validation)), self.validation[:0], self.proxy)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What the first pass sees: the row energies Σ_i ‖W_i[k,:]‖² (p,) over the ranked experts, and ‖W_i‖² (N,)."""
+
+    row_energy: NDArray[np.float64]
+    energy: NDArray[np.float64]
+
+    def usual_size(self, family: Family) -> Family:
+        """The family, its weights times a power of two that makes an expert's root mean square about one.
+
+        Nothing changes where that is within 2^±16 already.
+        """
+        exponent = usual_exponent(math.floor(math.log2(self.typical(family))))
+        return replace(family, experts=tuple(replace(expert, exponent=exponent) for expert in family.experts))
+
+    def typical(self, family: Family) -> float:
+        """The median of the root mean squares of the experts that are not zero."""
+        return math.sqrt(float(np.median(self.energy[self.energy > 0])) / (family.p * family.d))
+
+
+def scan(family: Family, settings: Settings, advance: Advance) -> Scan:
+    """Read every expert once: check that all values are finite, and sum the energies.
+
+    Raises
+    ------
+    GlobeError
+        If an expert holds NaN, Inf, or a value so large that the other experts would not count; the tensor, the row
+        and the value are named.
+    """
+    step = -(-len(family) // settings.energy_experts)
+    ranked = np.zeros(family.p)
+    energy, peaks = np.zeros(len(family)), np.zeros(len(family))
+    cpu = torch.device("cpu")
+    with Workers(cpu) as workers:
+        for span, batch in expert_batches(family, _SCANNED_AT_ONCE, cpu):
+            found = workers.map(lambda k, batch=batch: _row_energies(batch[k]), len(batch))  # type: ignore[misc]
+            for number, (rows, peaks[number]) in enumerate(found, span.start):
+                if not np.isfinite(rows).all():
+                    expert, row = family.experts[number], int(np.flatnonzero(~np.isfinite(rows))[0])
+                    line = "column" if expert.transposed else "row"
+                    raise GlobeError(
+                        f"tensor {expert.tensor} (expert {expert.expert} of layer {expert.layer}) holds NaN or Inf in "
+                        f"{line} {row} of family {family.name}; expected finite weights: fetch the checkpoint again"
+                    )
+                energy[number] = rows.sum()
+                if number % step == 0:
+                    ranked += rows
+                advance(1)
+    if not energy.any():
+        raise GlobeError(f"family {family.name}: all experts are zero; there is nothing to factorise")
+    result = Scan(ranked, energy)
+    wildest = int(peaks.argmax())
+    if peaks[wildest] > _WILDEST * result.typical(family):
+        raise _wild(family, wildest, result.typical(family))
+    return result
+
+
+def _row_energies(weights: torch.Tensor) -> tuple[NDArray[np.float64], float]:
+    """‖W_i[k,:]‖² (p,) whatever the scale of the weights, and the largest |W_i|."""
+    weights = weights.float()
+    low, high = (float(value) for value in weights.aminmax())
+    peak = max(-low, high)
+    exponent = usual_exponent(math.frexp(peak)[1]) if math.isfinite(peak) else 0
+    norms = torch.linalg.vector_norm(times_power(weights, -exponent), dim=1)
+    energies: NDArray[np.float64] = norms.double().numpy() ** 2 * 4.0**exponent
+    return energies, peak
+
+
+def _wild(family: Family, number: int, typical: float) -> GlobeError:
+    expert, weights = family.experts[number], family.read(number).float()
+    row, column = divmod(int(weights.abs().argmax()), family.d)
+    line = "column" if expert.transposed else "row"
+    return GlobeError(
+        f"tensor {expert.tensor} (expert {expert.expert} of layer {expert.layer}) holds "
+        f"{float(weights[row, column]):g} in {line} {row} of family {family.name}, whose weights are about "
+        f"{typical:.2g}; expected none beyond "
+        f"{_WILDEST:.1e} times that, as nothing else would count: fetch the checkpoint again, or mend the tensor"
+    )
+
+
+def split_rows(p: int, rank: int, row_energy: NDArray[np.float64], settings: Settings) -> Rows:
+    """Hold rows out and select the proxy's rows among the rest.
+
+    Parameters
+    ----------
+    p, rank : int
+        Rows of an expert matrix, and of a proxy.
+    row_energy : array, shape (p,)
+        Energies that the `energy` selector ranks.
+    settings : Settings
+        `selector`, `seed` and `validation_share`.
+    """
+    share = settings.validation_share
+    held = min(max(1, round(p * share)) if share > 0 else 0, p - rank)
+    validation = np.floor((np.arange(held) + 0.5) * p / held).astype(np.int64) if held else np.empty(0, np.int64)
+    train = np.setdiff1d(np.arange(p), validation)
+    if settings.selector == "energy":
+        proxy = train[np.argsort(-row_energy[train], kind="stable")[:rank]]
+    elif settings.selector == "uniform":
+        proxy = train[np.arange(rank) * len(train) // rank]
+    else:
+        proxy = np.random.default_rng(settings.seed).choice(train, rank, replace=False)
+    return Rows(train, validation, np.sort(proxy))
+
+
+def proxy_blocks(
+    family: Family, rows: NDArray[np.int64], device: torch.device, budget: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The proxies B_i⁰ = S W_i of all experts, a block of rows at a time; the next block is read meanwhile.
+
+    Yields
+    ------
+    slice
+        The rows of the proxies in hand.
+    torch.Tensor, shape (N, block · d), in the checkpoint's dtype
+        Those rows of all proxies. With the block being read and one copy in fp32 they take `budget` bytes at most
+        (one row at least).
+    """
+    spans = row_spans(len(family), len(rows), family.d, budget)
+
+    def read(span: slice) -> torch.Tensor:
+        chosen = rows[span]
+        start, stop = int(chosen[0]), int(chosen[-1]) + 1
+        stacked = torch.empty(len(family), len(chosen), family.d, dtype=family.dtype)
+        gathered = to_numpy(stacked)  # NumPy copies on this thread; torch would wake its pool for every expert
+        for number in range(len(family)):
+            rows_read = family.read(number, (start, stop)).to(family.dtype)
+            np.take(to_numpy(rows_read), chosen - start, axis=0, out=gathered[number], mode="clip")
+        return stacked.flatten(1)
+
+    for span, block in zip(spans, ahead(partial(read, span) for span in spans), strict=True):
+        yield span, block.to(device)
+
+
+def row_spans(experts: int, rank: int, d: int, budget: int) -> list[slice]:
+    """The rows of a block of proxies: two blocks of two (four) bytes a value and one (no) copy in fp32 fit."""
+    block = max(1, budget // (8 * experts * d))
+    return [slice(first, min(first + block, rank)) for first in range(0, rank, block)]

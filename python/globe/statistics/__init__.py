@@ -1,0 +1,1 @@
+"""What the experts are given: texts, moments, and the metric that follows."""

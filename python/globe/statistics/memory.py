@@ -1,0 +1,51 @@
+"""Whether calibration fits in memory, from the headers of a checkpoint alone."""
+
+from __future__ import annotations
+
+import math
+
+from globe.checkpoint.index import Checkpoint
+from globe.errors import UsageError
+from globe.settings import Settings
+from globe.sizes.budget import BASE, memory_limit, size_text
+from globe.statistics.calibrate import stores_row_moments
+from globe.statistics.layerwise import LAYER, TOKENS_AT_ONCE
+
+_STACKING = 4  # stacks of an expert's matrix, as stored, beside the layer's weights while they are loaded
+_ACTIVATIONS = 16  # of a token, each as wide as the widest side of an expert
+
+
+def require_memory(checkpoint: Checkpoint, settings: Settings) -> None:
+    """Refuse to measure what would not fit below `max_memory`.
+
+    Raises
+    ------
+    UsageError
+        Says what would.
+    """
+    if settings.calibrate not in ("auto", "pydoc"):
+        return
+    limit, needed = memory_limit(settings), calibration_bytes(checkpoint, settings.calibration_tokens)
+    if needed > limit:
+        raise UsageError(
+            f"max_memory is {size_text(limit)}; calibration needs about {size_text(needed)}: use --max-memory "
+            f"{size_text(needed)}, a file of globe calibrate (--calibrate FILE), or --calibrate none"
+        )
+
+
+def calibration_bytes(checkpoint: Checkpoint, tokens: int) -> int:
+    """Peak memory of a calibration in float32: a layer, the states of all tokens, statistics of all layers."""
+    gates = checkpoint.family("gate")
+    count, p, d, width = len(gates), gates.p, gates.d, gates.bytes_per_weight
+    layers = len({expert.layer for expert in gates.experts})
+    weights: dict[int | None, int] = {}
+    for name, info in checkpoint.tensors.items():
+        match = LAYER.match(name)
+        key = int(match[1]) if match is not None else None
+        weights[key] = weights.get(key, 0) + math.prod(info.shape)
+    embedding = (4 + width) * weights.pop(None, 0)
+    layer = (4 + width) * max(weights.values(), default=0) + _STACKING * width * (count // layers) * p * d
+    kept = layers * d * d + count * (d + 3 * p) + (3 * count * p * p if stores_row_moments(gates) else 0)
+    summed = 4 * kept // layers  # fp64, and its symmetric part
+    activations = 4 * min(tokens, TOKENS_AT_ONCE) * _ACTIVATIONS * max(p, d)
+    return BASE + 4 * tokens * d + max(embedding, layer + 4 * summed + activations) + 4 * kept

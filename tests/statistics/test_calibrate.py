@@ -1,0 +1,277 @@
+"""Activation statistics against a whole model with plain hooks; one layer in memory."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from click.testing import CliRunner  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+import globe  # noqa: E402
+from checkpoints import TOKENS, WINDOW, calibrate_tiny  # noqa: E402
+from displays import Lines  # noqa: E402
+from globe.checkpoint.index import Checkpoint  # noqa: E402
+from globe.cli import cli  # noqa: E402
+from globe.evaluation.models import load_model  # noqa: E402
+from globe.statistics.calibration import load_calibration  # noqa: E402
+from globe.statistics.layerwise import Layerwise  # noqa: E402
+from globe.statistics.moments import Moments, value_and_slope  # noqa: E402
+from globe.statistics.texts import evaluation_text  # noqa: E402
+
+# per-expert tensors; a dense first layer; a dense layer between; fused as [E, 2p, d]; linear attention; post-norm
+ARCHITECTURES = ("mixtral", "olmoe", "deepseek_v3", "qwen3_moe", "qwen3_5_moe", "granitemoe", "minimax")
+
+
+def _windows(tokenizer: Any) -> Any:
+    return torch.tensor(tokenizer(evaluation_text("calibration"))["input_ids"][:TOKENS]).view(-1, WINDOW)
+
+
+def _weights(checkpoint: Checkpoint, layer: int) -> list[tuple[Any, Any, Any]]:
+    """Gate, up and down of every expert of a layer in fp64, read by name."""
+    layout, gates, ups = checkpoint.layout, checkpoint.family("gate"), checkpoint.family("up")
+    tensors = {name: value for shard in checkpoint.shards for name, value in load_file(shard.path).items()}
+    down: dict[int, Any] = {}
+    for name, value in tensors.items():
+        place = layout.place("down", name)
+        if place is not None and place[0] == layer:
+            down.update(enumerate(value) if place[1] is None else {place[1]: value}.items())
+    places = [place for place, expert in enumerate(gates.experts) if expert.layer == layer]
+    return [
+        (gates.read(place).double(), ups.read(place).double(), down[expert].double())
+        for expert, place in enumerate(places)
+    ]
+
+
+def _oracle(model_dir: Path, tokens_of_layer: dict[int, list[Any]], stream: Any, layer: int) -> dict[str, Any]:
+    """The definitions of LayerStatistics, token by token in fp64; `stream` is what is behind the layer."""
+    worth = 1 / stream.flatten(0, -2).double().square().sum(-1, keepdim=True)
+    x, chosen, routing = (torch.cat(parts) for parts in zip(*tokens_of_layer[layer], strict=True))
+    x, routing = x.double(), routing.double()
+    found: dict[str, list[Any]] = {}
+    common = (worth * x**2).sum(0) / worth.sum()
+
+    def own_diagonal(squares: Any, weight: Any) -> Any:
+        some = torch.arange(len(squares)) // 128 % 2 == 0
+        if not (weight[some].sum() > 0 and weight[~some].sum() > 0):
+            return common
+        one, other = ((weight * squares)[part].sum(0) / weight[part].sum() for part in (some, ~some))
+        away = [torch.linalg.norm((half - common) / common) ** 2 for half in (one, other)]
+        agree = torch.linalg.norm((one - other) / common) ** 2 < sum(away) / 2
+        return (weight * squares).sum(0) / weight.sum() if agree else common
+
+    for expert, (gate, up, down) in enumerate(_weights(Checkpoint(model_dir), layer)):
+        w = torch.where(chosen == expert, routing, 0).sum(1)
+        weight = w[:, None] ** 2 * worth
+        g, u = x @ gate.T, x @ up.T
+        sigmoid = torch.sigmoid(g)
+        phi, slope = g * sigmoid, sigmoid * (1 + g * (1 - sigmoid))
+        total = max(float(weight.sum()), 1e-300)
+
+        def mean(value: Any, weight: Any = weight, total: float = total) -> Any:
+            return (value * weight).sum(0) / total
+
+        def moment(value: Any, weight: Any = weight, total: float = total) -> Any:
+            return (value * weight).T @ value / total
+
+        gram = down.T @ down
+        for name, value in {
+            "share": weight.sum() / worth.sum(),
+            "counts": (w != 0).sum(),
+            "diagonal": own_diagonal(x**2, weight),
+            "gate_rows": mean((slope * u) ** 2) * (down**2).sum(0),
+            "up_rows": mean(phi**2) * (down**2).sum(0),
+            "hidden": mean((phi * u) ** 2),
+            "hidden_moment": moment(phi * u),
+            "gate_moment": moment(slope * u) * gram,
+            "up_moment": moment(phi) * gram,
+        }.items():
+            found.setdefault(name, []).append(value)
+    whole = {"moment": x.T @ (worth * x) / worth.sum(), "residual": 1 / worth.mean()}
+    return whole | {name: torch.stack(values) for name, values in found.items()}
+
+
+@pytest.mark.parametrize("layout", ARCHITECTURES)
+def test_statistics_are_those_of_the_whole_model(layout: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    model_dir = tiny(layout)
+    model, tokenizer = load_model(model_dir)
+    seen: dict[int, list[Any]] = {}
+    streams: dict[int, list[Any]] = {}
+    for number, layer in enumerate(model.model.layers):
+        for module in layer.modules():
+            if hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
+                module.register_forward_pre_hook(lambda _, x, n=number: seen.setdefault(n, []).append(x))
+        layer.register_forward_hook(
+            lambda _, x, y, n=number: streams.setdefault(n, []).append(y[0] if isinstance(y, tuple) else y)
+        )
+    with torch.no_grad():
+        model(_windows(tokenizer))
+    found = calibrate_tiny(model_dir, tmp_path / "statistics", row_moments="full")
+    assert found.layers == tuple(sorted(seen))
+    for number in found.layers:
+        statistics = asdict(found.layer(number))
+        expected = _oracle(model_dir, seen, torch.cat(streams[number]), number)
+        assert statistics.keys() == expected.keys()
+        for name, value in expected.items():
+            assert statistics[name].shape == value.shape
+            distance = torch.linalg.norm(statistics[name].double() - value)
+            assert distance <= 2e-5 * torch.linalg.norm(value.double()), (number, name)
+
+
+@pytest.mark.parametrize("layout", ["minimax", "deepseek_v2", "phimoe", "qwen2_moe"])
+def test_streamed_states_are_the_models_own(layout: str, tiny: Callable[[str], Path]) -> None:
+    model, tokenizer = load_model(tiny(layout))
+    windows = _windows(tokenizer)
+    expected: list[Any] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, x, y: expected.append(y))
+    with torch.no_grad():
+        model(windows)
+    streamed = Layerwise(Checkpoint(tiny(layout)), torch.device("cpu"))
+    hidden, arguments = streamed.embed(windows)
+    for number, after in enumerate(expected):
+        with streamed.layer(number) as layer:
+            for span in streamed.batches(windows):
+                hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
+        torch.testing.assert_close(hidden, after, rtol=1e-4, atol=1e-4 * float(after.abs().max()))
+
+
+def test_one_layer_has_weights_at_a_time(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[tuple[int, list[int]]] = []
+    run = Layerwise.run
+
+    def spy(self: Layerwise, number: int, *arguments: Any) -> Any:
+        there = [n for n, layer in enumerate(self.layers) if any(not part.is_meta for part in layer.parameters())]
+        others = [name for name, part in self.model.named_parameters() if ".layers." not in name and not part.is_meta]
+        assert others == []
+        held = [part for part in gc.get_objects() if type(part) in (torch.Tensor, torch.nn.Parameter)]
+        stacks = {part.data_ptr() for part in held if part.shape == (8, 64, 64) and not part.is_meta}
+        assert len(stacks) == (number != 1)  # layer 1 is dense
+        loaded.append((number, there))
+        return run(self, number, *arguments)
+
+    monkeypatch.setattr(Layerwise, "run", spy)
+    monkeypatch.setattr("globe.statistics.layerwise.TOKENS_AT_ONCE", 256)
+    calibrate_tiny(tiny("qwen3_moe"), tmp_path / "statistics")
+    assert loaded == [(number, [number]) for number in range(3) for _ in range(3)]  # 10 windows in batches of 4
+
+
+def test_batches_change_rounding_only(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = calibrate_tiny(tiny("olmoe"), tmp_path / "whole").layer(1)
+    again = calibrate_tiny(tiny("olmoe"), tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert again.about["warnings"] == []
+    monkeypatch.setattr("globe.statistics.layerwise.TOKENS_AT_ONCE", 192)
+    parts = calibrate_tiny(tiny("olmoe"), tmp_path / "parts").layer(1)
+    for name, value in asdict(whole).items():
+        torch.testing.assert_close(asdict(parts)[name], value, rtol=1e-4, atol=1e-5 * float(value.double().abs().max()))
+
+
+def test_row_moments(tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("mixtral")
+    assert calibrate_tiny(model, tmp_path / "auto").layer(0).gate_moment is not None
+    assert calibrate_tiny(model, tmp_path / "diagonal", row_moments="diagonal").layer(0).gate_moment is None
+    monkeypatch.setattr(sys.modules["globe.statistics.calibrate"], "_AUTO_BYTES", 3 * 4 * 2 * 4 * 48 * 48)
+    assert calibrate_tiny(model, tmp_path / "auto").layer(0).gate_moment is None
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
+def test_slope_of_an_activation(name: str) -> None:
+    activation = transformers.activations.ACT2FN[name]
+    at = torch.linspace(-4, 4, 41, dtype=torch.float64) + 0.01
+    value, slope = value_and_slope(activation, at)
+    torch.testing.assert_close(value, activation(at))
+    torch.testing.assert_close(slope, (activation(at + 1e-6) - activation(at - 1e-6)) / 2e-6, rtol=1e-6, atol=1e-8)
+
+
+def test_an_expert_that_is_sent_nothing() -> None:
+    random = torch.Generator().manual_seed(0)
+    gate_up, down = torch.randn(2, 6, 4, generator=random), torch.randn(2, 4, 3, generator=random)
+    moments = Moments(gate_up, down, torch.nn.functional.silu, full=True)
+    x = torch.randn(5, 4, generator=random)
+    moments.add(x, torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1), x)
+    statistics: Any = moments.statistics()
+    assert statistics.counts.tolist() == [5, 0]
+    assert all(value[1].eq(0).all() for value in (statistics.hidden, statistics.gate_moment))
+    torch.testing.assert_close(statistics.diagonal[1], statistics.moment.diagonal())
+
+
+def test_an_experts_own_inputs_are_believed_where_halves_of_them_agree() -> None:
+    random = torch.Generator().manual_seed(0)
+    gate_up, down = torch.randn(2, 6, 4, generator=random), torch.randn(2, 4, 3, generator=random)
+    moments = Moments(gate_up, down, torch.nn.functional.silu, full=False)
+    x = torch.randn(4000, 4, generator=random)
+    chosen = torch.arange(4000)[:, None] % 2
+    x[chosen[:, 0] == 0] *= torch.tensor([3.0, 1.0, 1.0, 1.0])  # expert 0 differs, always in the same way
+    x[0] *= 100
+    moments.add(x, chosen, torch.ones(4000, 1), torch.ones(4000, 4))
+    statistics = moments.statistics()
+    own = x[chosen[:, 0] == 1].square().mean(0)
+    torch.testing.assert_close(statistics.diagonal[1], own, rtol=1e-4, atol=1e-4)  # half of its inputs tell the others'
+    assert not torch.allclose(own, statistics.moment.diagonal(), rtol=0.1)
+    torch.testing.assert_close(statistics.diagonal[0], statistics.moment.diagonal())  # one token makes half of them
+
+
+def test_moments_take_only_what_mps_has() -> None:
+    from fake_mps import MPS, FakeMps
+
+    random = torch.Generator().manual_seed(0)
+    gate_up, down, x = (torch.randn(shape, generator=random) for shape in ((2, 6, 4), (2, 4, 3), (5, 4)))
+    routing = (torch.tensor([[0], [1], [1], [0], [1]]), torch.rand(5, 1, generator=random))
+    found = []
+    for place in (MPS, torch.device("cpu")):
+        with FakeMps():
+            moments = Moments(gate_up.to(place), down.to(place), torch.nn.functional.silu, full=True)
+            given = (x.to(place), *(part.to(place) for part in routing))
+            moments.add(*given, x)
+            found.append({**asdict(moments.statistics()), "output": moments.output(*given).cpu()})
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value)
+
+
+def test_the_text_is_not_the_one_evaluated(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    from pydoc_data.topics import topics
+
+    halves = [evaluation_text(half) for half in ("calibration", "evaluation")]
+    assert "".join(halves) == "\n\n".join(topics[key] for key in sorted(topics))
+    about = calibrate_tiny(tiny("mixtral"), tmp_path / "statistics").about
+    assert about["sha256"] == hashlib.sha256(halves[0].encode()).hexdigest()
+    assert "calibration half" in about["text"]
+    assert about["fingerprint"] == Checkpoint(tiny("mixtral")).fingerprint()
+    assert (about["tokens"], about["window"], about["globe_version"]) == (TOKENS, WINDOW, globe.__version__)
+
+
+def test_command(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    text, file = tmp_path / "text", tmp_path / "statistics"
+    text.write_text("A router sends every token to a few experts. " * 10, encoding="utf-8")
+    arguments = ["calibrate", str(tiny("olmoe")), str(file), "--text", str(text), "--window", "100", "--json", "-q"]
+    said = CliRunner().invoke(cli, arguments)
+    assert said.exit_code == 0, said.output
+    found = json.loads(said.stdout)
+    assert (found["tokens"], found["text"], found["layers"]) == (400, str(text), [0, 1])
+    assert load_calibration(file).about["sha256"] == found["sha256"]
+
+
+def test_few_tokens_and_unused_experts_are_told(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    lines = Lines()
+    found = calibrate_tiny(
+        tiny("deepseek_v3"), tmp_path / "statistics", text="x" * 8, tokens=8, window=4, progress=lines
+    )
+    assert found.about["warnings"] == lines.lines
+    assert "8 tokens are few for moments of 64 inputs; at least 256" in lines.lines[0]
+    assert "of 16 experts were sent no token, first expert" in lines.lines[1]

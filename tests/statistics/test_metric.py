@@ -1,0 +1,172 @@
+"""The metric of a pool from a synthetic calibration file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from families import CPU, planted, write_checkpoint
+from globe.checkpoint.index import Checkpoint, Family
+from globe.errors import GlobeError
+from globe.settings import Settings
+from globe.statistics.calibration import Calibration, LayerStatistics, save_calibration
+from globe.statistics.metric import Metric, build_metric
+
+LAYERS, EXPERTS, P, D = 2, 3, 6, 8
+
+
+def moments(generator: torch.Generator, count: int, size: int) -> torch.Tensor:
+    root = torch.randn(count, size, size, generator=generator)
+    return root @ root.mT / size
+
+
+def statistics(seed: int, *, full: bool = True) -> LayerStatistics:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = moments(generator, EXPERTS, P)
+    return LayerStatistics(
+        moment=moments(generator, 1, D)[0],
+        residual=torch.tensor(4.0 + seed),
+        share=torch.rand(EXPERTS, generator=generator) + 0.1,
+        counts=torch.tensor([1000, 10, 0]),
+        diagonal=torch.rand(EXPERTS, D, generator=generator) + 0.1,
+        gate_rows=torch.rand(EXPERTS, P, generator=generator) + 0.1,
+        up_rows=torch.rand(EXPERTS, P, generator=generator) + 0.1,
+        hidden=hidden.diagonal(dim1=1, dim2=2),
+        hidden_moment=hidden if full else None,
+    )
+
+
+def saved(path: Path, layers: dict[int, LayerStatistics]) -> Calibration:
+    return save_calibration(path / "calibration.safetensors", layers, {})
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
+    weights = planted(0, experts=LAYERS * EXPERTS, p=P, d=D, rank=3, atoms=4)
+    root = tmp_path_factory.mktemp("metric") / "model"
+    write_checkpoint(root, layers=LAYERS, gate=weights, up=weights, down=weights.swapaxes(1, 2))
+    return {name: Checkpoint(root).family(name) for name in ("gate", "up", "down")}
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
+    return saved(tmp_path_factory.mktemp("calibration"), {layer: statistics(layer) for layer in range(LAYERS)})
+
+
+def build(family: Family, calibration: Calibration, **settings: Any) -> Metric:
+    return build_metric(family, calibration, Settings(**settings), CPU)
+
+
+@pytest.mark.parametrize("name", ["gate", "up"])
+def test_columns_are_factors_of_the_damped_moments(
+    name: str, families: dict[str, Family], calibration: Calibration
+) -> None:
+    found = build(families[name], calibration)
+    assert found.layers == (0, 0, 0, 1, 1, 1) and sorted(found.columns) == [0, 1]
+    assert all(rows.shape == (P,) and rows.dtype == torch.float32 for rows in found.rows)
+    for layer, factor in found.columns.items():
+        moment = statistics(layer).moment
+        damped = moment + 1e-3 * moment.diagonal().mean() * torch.eye(D)
+        torch.testing.assert_close(factor @ factor.mT, damped, rtol=1e-4, atol=1e-5)
+    weights = families[name].read(4)
+    expected = found.rows[4][:, None] * (weights.float() @ (found.scales[4][:, None] * found.columns[1]))  # type: ignore[index]
+    torch.testing.assert_close(found.weigh(4, weights.float()), expected)
+    some, other = torch.randn(2, 5, D, generator=torch.Generator().manual_seed(0))
+    inner = (found.seen(4, some) * other).sum()
+    torch.testing.assert_close((some * found.unseen(4, other)).sum(), inner, rtol=1e-4, atol=1e-4)
+
+
+def test_down_has_rows_alone(families: dict[str, Family], calibration: Calibration) -> None:
+    found = build(families["down"], calibration)
+    assert found.columns == {} and found.layers == (None,) * 6
+    for number, rows in enumerate(found.rows):
+        layer, expert = divmod(number, EXPERTS)
+        mine = statistics(layer)
+        assert mine.hidden_moment is not None
+        weight = float(mine.share[expert] / mine.residual)
+        damped = mine.hidden_moment[expert]
+        damped = damped + 1e-3 * damped.diagonal().mean() * torch.eye(P)
+        torch.testing.assert_close(rows.mT @ rows, weight * damped, rtol=1e-4, atol=1e-6)  # ‖D W‖² = tr Wᵀ M W
+    matrix = torch.randn(P, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found.seen(0, matrix), matrix) and torch.equal(found.unseen(0, matrix), matrix)
+    torch.testing.assert_close(found.weigh(2, matrix), found.rows[2] @ matrix)
+
+
+def test_down_without_full_moments_is_diagonal(families: dict[str, Family], tmp_path: Path) -> None:
+    found = build(families["down"], saved(tmp_path, {k: statistics(k, full=False) for k in range(LAYERS)}))
+    mine = statistics(1)
+    wanted = (mine.hidden[1].clamp(min=1e-4 * float(mine.hidden[1].mean())) * mine.share[1] / mine.residual).sqrt()
+    torch.testing.assert_close(found.rows[4], wanted)
+
+
+@pytest.mark.parametrize("name", ["gate", "up"])
+def test_powers(name: str, families: dict[str, Family], calibration: Calibration) -> None:
+    mine = statistics(1)
+    diagonal, weight = getattr(mine, f"{name}_rows")[2], mine.share[2]
+    flat = build(families[name], calibration, metric_rows=0.0, metric_layers=0.0)
+    torch.testing.assert_close(flat.rows[5], weight.sqrt().expand(P))
+    whole = build(families[name], calibration, metric_rows=1.0, metric_layers=0.0)
+    torch.testing.assert_close(whole.rows[5], (diagonal * weight).sqrt())
+    half = build(families[name], calibration, metric_rows=0.5, metric_layers=0.5)
+    wanted = diagonal.sqrt() * weight / mine.residual.sqrt()
+    torch.testing.assert_close(half.rows[5], wanted.sqrt())
+
+
+def test_shrinkage(families: dict[str, Family], calibration: Calibration) -> None:
+    def squares(shrinkage: float) -> list[torch.Tensor]:
+        found = build(families["gate"], calibration, metric_shrinkage=shrinkage)
+        assert found.scales is not None
+        return [scale.double().square() for scale in found.scales]
+
+    layer = statistics(0)
+    common = layer.moment.diagonal().double()
+    floor = 1e-3 * common.mean()
+    own = (layer.diagonal.double() + floor) / (common + floor)
+    torch.testing.assert_close(squares(1e-6)[0], own[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(squares(1000.0)[0], (own[0] + 1) / 2, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(squares(1000.0)[2], torch.ones(D, dtype=torch.float64))  # it was sent no token
+    assert build(families["gate"], calibration, metric_shrinkage=1e12).scales is None  # all as the layer
+
+
+def test_no_token_and_no_shrinkage(families: dict[str, Family], calibration: Calibration) -> None:
+    found = build(families["gate"], calibration, metric_shrinkage=0.0)
+    assert found.scales is not None and torch.equal(found.scales[2], torch.ones(D))
+
+
+@pytest.mark.parametrize("name", ["gate", "up", "down"])
+def test_an_expert_that_is_sent_nothing_is_weighed_as_the_others(
+    name: str, families: dict[str, Family], tmp_path: Path
+) -> None:
+    layers = {}
+    for layer in range(LAYERS):
+        mine = statistics(layer)
+        for value in (mine.gate_rows, mine.up_rows, mine.hidden, mine.hidden_moment, mine.diagonal, mine.share):
+            assert value is not None
+            value[2] = 0
+        layers[layer] = mine
+    found = build(families[name], saved(tmp_path, layers))
+    for row in found.rows:
+        assert bool(row.isfinite().all()) and float(row.abs().max()) > 0
+    assert float(found.rows[2].norm()) < 0.1 * float(found.rows[0].norm())
+
+
+def test_inputs_of_zeros(families: dict[str, Family], tmp_path: Path) -> None:
+    nothing = {k: replace(statistics(k), moment=torch.zeros(D, D), diagonal=torch.zeros(EXPERTS, D)) for k in (0, 1)}
+    found = build(families["gate"], saved(tmp_path, nothing))
+    assert torch.equal(found.columns[0], torch.eye(D)) and found.scales is None
+
+
+def test_a_layer_that_is_not_there(families: dict[str, Family], tmp_path: Path) -> None:
+    with pytest.raises(GlobeError, match="no statistics of layer 1; calibrate this model"):
+        build(families["gate"], saved(tmp_path, {0: statistics(0)}))
+
+
+def test_damaged_statistics(families: dict[str, Family], tmp_path: Path) -> None:
+    bad = statistics(1)
+    bad.up_rows[0, 0] = torch.nan
+    with pytest.raises(GlobeError, match=r"layers\.1\.up_rows is not finite; calibrate this model again"):
+        build(families["gate"], saved(tmp_path, {0: statistics(0), 1: bad}))
