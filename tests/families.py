@@ -42,6 +42,15 @@ def planted(
     return weights + noise * weights.std() * rng.standard_normal(weights.shape)
 
 
+def clustered(seed: int, *, groups: int, each: int, noise: float, p: int = 24, d: int = 32, rank: int = 8) -> Array:
+    """Experts of `groups` kinds, kind by kind: a row space of its kind, and noise of that relative size."""
+    rng = np.random.default_rng(seed)
+    rights = np.linalg.qr(rng.standard_normal((groups, d, rank)))[0].swapaxes(1, 2)
+    weights = rng.standard_normal((groups, each, p, rank)) @ rights[:, None]
+    weights = weights.reshape(-1, p, d)
+    return weights + noise * weights.std() * rng.standard_normal(weights.shape)
+
+
 def write_checkpoint(directory: Path, dtype: torch.dtype = torch.float32, layers: int = 2, **families: Array) -> Path:
     """Write families, by name (gate, up, down), as an OLMoE checkpoint of `layers` layers."""
     directory.mkdir(parents=True, exist_ok=True)

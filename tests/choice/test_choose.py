@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_grouped_subspace import clustered
 
-from families import Array, make_family, make_rows, planted, seed_task, silent
+from families import Array, clustered, make_family, make_rows, planted, seed_task, silent
 from globe.choice.choose import ORDER, SAMPLE, Choice, choose, cost
 from globe.errors import GlobeError
 from globe.fit.dictionary import unit_atoms

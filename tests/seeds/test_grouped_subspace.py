@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from families import Array, make_family, make_rows, planted, seed_task, silent
+from families import Array, clustered, make_family, make_rows, planted, seed_task, silent
 from globe.errors import GlobeError
 from globe.fit.codes import spread, supports
 from globe.fit.sweep import State, measure
@@ -21,15 +21,6 @@ from globe.seeds.proxies import Rows
 from globe.settings import Settings
 
 RANK = 8
-
-
-def clustered(seed: int, *, groups: int, each: int, noise: float, p: int = 24, d: int = 32, rank: int = RANK) -> Array:
-    """Experts of `groups` kinds, kind by kind: a row space of its kind, and noise of that relative size."""
-    rng = np.random.default_rng(seed)
-    rights = np.linalg.qr(rng.standard_normal((groups, d, rank)))[0].swapaxes(1, 2)
-    weights = rng.standard_normal((groups, each, p, rank)) @ rights[:, None]
-    weights = weights.reshape(-1, p, d)
-    return weights + noise * weights.std() * rng.standard_normal(weights.shape)
 
 
 def seed_of(directory: Path, weights: Array, size: int, rank: int = RANK, **changed: object) -> tuple[Seeds, Rows]:
