@@ -9,8 +9,8 @@ import torch
 
 from globe import Settings, compress, export
 from globe.checkpoint.index import Checkpoint
+from globe.compute.codes import initial_codes
 from globe.compute.gemm import bank_gram
-from globe.fit.codes import initial_codes
 from globe.fit.lefts import fit_lefts
 from globe.fit.sweep import State, measure, sweep
 from globe.runs.store import RunStore

@@ -9,9 +9,9 @@ import torch
 
 from families import CPU, Array, make_family, planted
 from globe.checkpoint.index import Family
+from globe.compute.blocks import Blocks
 from globe.fit.variable_projection import Problem
 from globe.settings import Settings
-from globe.sizes.budget import Blocks
 from globe.statistics.metric import Metric
 
 EXPERTS, P, D, RANK, ATOMS = 6, 10, 14, 4, 5

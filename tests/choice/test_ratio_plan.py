@@ -21,10 +21,10 @@ from globe.checkpoint.tensorfile import TensorInfo
 from globe.choice.inspect import inspect
 from globe.choice.probe import SAMPLE, WeightProber, samples
 from globe.choice.ratio_plan import candidates, plan_ratio, probes, sizes_of
+from globe.compute.blocks import BLOCKS
 from globe.errors import UsageError
 from globe.pipeline.compare import compare
 from globe.seeds.proxies import scan
-from globe.sizes.budget import BLOCKS
 from globe.sizes.pools import Size, pools, units
 from globe.sizes.ratios import stored_elements
 from refusals import refusal

@@ -13,7 +13,8 @@ from hypothesis.extra import numpy as hnp
 
 from families import Array
 from globe import kernels
-from globe.fit.codes import TEMPERATURE_BOUNDS, Coding, coding_step, initial_codes, prune, supports, update_temperature
+from globe.compute.codes import initial_codes, supports
+from globe.fit.codes import TEMPERATURE_BOUNDS, Coding, coding_step, prune, update_temperature
 from globe.kernels import NnlsStatus
 from globe.settings import Settings
 

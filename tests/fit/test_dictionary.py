@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from families import Array
+from globe.compute.blocks import Blocks
 from globe.fit.dictionary import mod, mod_exact, unit_atoms
-from globe.sizes.budget import Blocks
 
 EXPERTS, ROWS, RANK, WIDTH, ATOMS = 24, 12, 5, 7, 6
 

@@ -18,7 +18,8 @@ from dense import dense_of, problem_of, random_metric
 from families import CPU, make_family, planted, random_state, silent
 from globe import Settings, compress, export
 from globe.checkpoint.index import Checkpoint, Family
-from globe.fit.codes import coding_step, supports
+from globe.compute.codes import supports
+from globe.fit.codes import coding_step
 from globe.fit.joint import Steps, _recentre, fit_joint
 from globe.fit.quasi_newton import Pairs, Vector
 from globe.fit.sweep import State

@@ -10,12 +10,12 @@ import torch
 
 from families import silent
 from globe.checkpoint.index import Family
+from globe.compute.blocks import Blocks
 from globe.fit import training
 from globe.fit.sweep import Measure, State, Sums
 from globe.fit.training import Training, train
 from globe.seeds.proxies import Rows
 from globe.settings import Settings
-from globe.sizes.budget import Blocks
 
 NOBODY = Family("gate", (), 1, 1)
 NO_ROWS = Rows(*[np.empty(0, np.int64)] * 3)

@@ -12,15 +12,16 @@ import torch
 
 from families import Array, make_family, make_rows, planted, random_state, seed_task, silent
 from globe.checkpoint.index import Family
+from globe.compute.blocks import Blocks
+from globe.compute.codes import initial_codes
 from globe.compute.gemm import bank_gram
 from globe.fit import sweep as sweep_module
-from globe.fit.codes import coding_step, initial_codes
+from globe.fit.codes import coding_step
 from globe.fit.sweep import State, measure, sweep
 from globe.fit.training import train
 from globe.seeds import ts_pca
 from globe.seeds.proxies import Rows
 from globe.settings import Settings
-from globe.sizes.budget import Blocks
 
 EXPERTS, ROWS, WIDTH, RANK, ATOMS = 14, 64, 20, 6, 5
 MODS = ["exact", "aligned", "fixed"]

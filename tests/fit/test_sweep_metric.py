@@ -12,7 +12,8 @@ import torch
 from fake_mps import MPS, FakeMps
 from families import Array, make_family, make_rows, planted, random_state, silent
 from globe.checkpoint.index import Family
-from globe.fit.codes import initial_codes
+from globe.compute.blocks import Blocks
+from globe.compute.codes import initial_codes
 from globe.fit.dictionary import mod_exact
 from globe.fit.dictionary_metric import mod_metric
 from globe.fit.progress import States
@@ -20,7 +21,6 @@ from globe.fit.sweep import State, measure, sweep
 from globe.fit.training import train
 from globe.runs.store import RunStore
 from globe.settings import Settings
-from globe.sizes.budget import Blocks
 from globe.statistics.metric import Metric
 
 EXPERTS, ROWS, WIDTH, RANK, ATOMS = 14, 64, 20, 6, 5

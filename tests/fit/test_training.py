@@ -14,8 +14,9 @@ import torch
 from families import make_family, make_rows, planted, random_state, seed_task, silent
 from globe import kernels
 from globe.checkpoint.index import Family
+from globe.compute.codes import supports
 from globe.fit import training
-from globe.fit.codes import entmax_alpha, supports
+from globe.fit.codes import entmax_alpha
 from globe.fit.progress import Progress, States
 from globe.fit.sweep import State, Sums, measure
 from globe.fit.training import Training, train

@@ -11,12 +11,12 @@ import torch
 from dense import ATOMS, EXPERTS, METRICS, RANK, D, dense_of, problem_of, random_metric, random_point, small_family
 from families import CPU, make_family, planted, silent
 from globe.checkpoint.index import Family
+from globe.compute.blocks import Blocks
 from globe.compute.devices import set_threads
 from globe.fit import variable_projection
 from globe.fit.quasi_newton import Point
 from globe.fit.variable_projection import Problem, Value
 from globe.settings import Settings
-from globe.sizes.budget import Blocks
 
 every_metric = pytest.mark.parametrize("kind", METRICS)
 

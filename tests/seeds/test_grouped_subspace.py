@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from families import Array, clustered, make_family, make_rows, planted, seed_task, silent
+from globe.compute.codes import supports
 from globe.errors import GlobeError
-from globe.fit.codes import spread, supports
+from globe.fit.codes import spread
 from globe.fit.sweep import State, measure
 from globe.fit.training import train
 from globe.seeds import Seeds, grouped_subspace

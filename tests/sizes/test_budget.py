@@ -16,10 +16,11 @@ from checkpoints import make_tiny
 from families import WEIGHTS_ONLY, WEIGHTS_ONLY_OPTIONS
 from globe.checkpoint.index import Checkpoint, Expert, Family
 from globe.checkpoint.tensorfile import TensorInfo
+from globe.compute.blocks import BLOCKS, Blocks
 from globe.errors import UsageError
 from globe.settings import Settings
 from globe.sizes import budget
-from globe.sizes.budget import BLOCKS, Blocks, machine_memory, plan_blocks
+from globe.sizes.budget import machine_memory, plan_blocks
 from globe.sizes.ratios import Shape
 from globe.statistics.memory import calibration_bytes, require_memory
 

@@ -25,11 +25,11 @@ from globe.artifact.factored import (
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.powers import saturated, shared, times_power
 from globe.checkpoint.tensorfile import DTYPE_NAMES, TensorInfo, TensorWriter, copy_chunks, file_sha256, write_text
+from globe.compute.blocks import BLOCKS, Blocks
 from globe.fit.stored_lefts import Fit, Solved, solve_lefts
 from globe.runs.stages import Advance, Stages
 from globe.runs.store import Store
 from globe.settings import Settings
-from globe.sizes.budget import BLOCKS, Blocks
 
 Array = NDArray[np.float64]
 

@@ -13,6 +13,7 @@ import torch
 from globe.checkpoint.index import FAMILIES, Checkpoint, Family
 from globe.choice.probe import WeightProber
 from globe.choice.ratio_plan import candidates, plan_ratio, probes, sizes_of
+from globe.compute.blocks import Blocks
 from globe.compute.devices import pick_device, thread_count
 from globe.compute.gemm import dictionary_dtype
 from globe.errors import UsageError
@@ -20,7 +21,7 @@ from globe.runs.stages import Stages
 from globe.runs.store import Store
 from globe.seeds.proxies import Scan
 from globe.settings import Settings
-from globe.sizes.budget import Blocks, plan_blocks
+from globe.sizes.budget import plan_blocks
 from globe.sizes.pools import Size, groups, pools, sizes, units
 from globe.sizes.ratios import Shape, ratios
 

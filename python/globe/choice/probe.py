@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from globe.checkpoint.index import Family
+from globe.compute.blocks import Blocks
 from globe.fit.sweep import State
 from globe.fit.training import train
 from globe.seeds import METHODS, SeedTask
 from globe.seeds.proxies import Rows
 from globe.settings import Settings
-from globe.sizes.budget import Blocks
 from globe.sizes.pools import Size, groups
 
 Array = NDArray[np.float64]

@@ -82,3 +82,16 @@ def keep_memory() -> None:
         return
     for option, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 256 << 20), (_M_ARENA_MAX, 1)):
         mallopt(option, value)
+
+
+def find_device(name: str) -> torch.device:
+    """The torch device of a name, if this torch and this machine have it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"{name!r} is not a torch device (cpu, cuda, cuda:1, mps)") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {name}: this torch finds no CUDA device")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError(f"device {name}: this torch finds no MPS device")
+    return device

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from globe.checkpoint.pretrained import first_line
 from globe.errors import GlobeError, UsageError
-from globe.evaluation.models import first_line, load_model
+from globe.evaluation.models import load_model
 
 Figures = dict[str, dict[str, float | str]]
 

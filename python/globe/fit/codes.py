@@ -10,6 +10,7 @@ import scipy.linalg
 from numpy.typing import NDArray
 
 from globe import kernels
+from globe.compute.codes import never_empty, supports
 from globe.settings import Settings
 
 Array = NDArray[np.float64]
@@ -28,16 +29,6 @@ class Coding:
     codes: Array
     logits: Array | None
     irregular: int
-
-
-def initial_codes(gram: Array, correlations: Array, kind: str) -> Array:
-    """NNLS codes of the proxies, argmin_{α ≥ 0} ‖x_i − Σ_j α_ij B_j‖², for `kind` simplex divided by their sum.
-
-    The left factor absorbs a factor of α_i, so the scale of the target is free, and the division is the
-    projection on the simplex for the scale of x_i that suits it best.
-    """
-    codes = _never_empty(kernels.nnls(gram, correlations).codes, correlations)
-    return codes / codes.sum(1, keepdims=True) if kind == "simplex" else codes
 
 
 def one_atom_each(codes: Array) -> bool:
@@ -85,7 +76,7 @@ def coding_step(gram: Array, correlations: Array, settings: Settings, temperatur
     if settings.codes == "nnls":
         penalty = settings.l1 * np.abs(correlations).max(1, keepdims=True)
         solved = kernels.nnls(gram, correlations - penalty)
-        codes = _never_empty(solved.codes, correlations)
+        codes = never_empty(solved.codes, correlations)
         return Coding(prune(codes, settings.epsilon), None, int(np.count_nonzero(solved.status)))
     if settings.codes == "simplex":
         solved = kernels.nnls(gram, correlations, simplex=True)
@@ -95,7 +86,7 @@ def coding_step(gram: Array, correlations: Array, settings: Settings, temperatur
         return Coding(prune(_least_squares(gram, correlations), settings.epsilon), None, 0)
     alpha = entmax_alpha(settings)
     solved = kernels.nnls(gram, correlations)
-    dense = _never_empty(solved.codes, correlations)
+    dense = never_empty(solved.codes, correlations)
     scale = dense.sum(1, keepdims=True)
     logits = kernels.entmax_inverse(dense / scale, alpha)
     chosen = kernels.entmax(logits, alpha, temperature=temperature, epsilon=settings.epsilon) > 0
@@ -115,12 +106,6 @@ def prune(codes: Array, epsilon: float) -> Array:
     sizes = np.abs(codes)
     kept = (sizes >= epsilon * sizes.sum(1, keepdims=True)) | (sizes == sizes.max(1, keepdims=True))
     return np.where(kept, codes, 0.0)
-
-
-def supports(codes: Array) -> NDArray[np.int64]:
-    """|supp(α_i)| of every expert."""
-    counts: NDArray[np.int64] = np.count_nonzero(codes, axis=1)
-    return counts
 
 
 def update_temperature(temperature: float, median_support: float, target: float, rate: float) -> float:
@@ -145,14 +130,4 @@ def _refit(gram: Array, correlations: Array, chosen: NDArray[np.bool_]) -> Array
         support = np.flatnonzero(mask)
         fitted = kernels.nnls(gram[np.ix_(support, support)], correlations[None, number, support])
         codes[number, support] = fitted.codes[0]
-    return _never_empty(codes, correlations)
-
-
-def _never_empty(codes: Array, correlations: Array) -> Array:
-    """Give an expert whose correlations are all negative its most (anti-)correlated atom: A_i absorbs the sign."""
-    codes = np.array(codes, dtype=np.float64)
-    empty = np.flatnonzero(codes.max(1) <= 0)
-    best = np.abs(correlations[empty]).argmax(1)
-    strength = np.abs(correlations[empty, best])
-    codes[empty, best] = np.where(strength > 0, strength, 1.0)
-    return codes
+    return never_empty(codes, correlations)

@@ -9,10 +9,11 @@ import scipy.linalg
 import torch
 from numpy.typing import NDArray
 
+from globe.compute.blocks import BLOCKS, Blocks
 from globe.compute.gemm import matmul, mixtures, scatter_add
 from globe.compute.spd import spd_inverse
 from globe.compute.stream import Workers
-from globe.sizes.budget import BLOCKS, EXPERTS_AT_ONCE, Blocks
+from globe.sizes.budget import EXPERTS_AT_ONCE
 
 Array = NDArray[np.float64]
 _ROW_BLOCK_BYTES = 64 << 20

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from globe.compute.blocks import BLOCKS, Blocks
 from globe.compute.gemm import matmul, mixtures, scatter_add
 from globe.compute.stream import Workers
 from globe.fit.dictionary import conjugate_gradients, left_blocks, mod_exact, spans
-from globe.sizes.budget import BLOCKS, Blocks
 from globe.statistics.metric import Metric
 
 Array = NDArray[np.float64]

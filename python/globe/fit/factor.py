@@ -10,6 +10,7 @@ import torch
 
 from globe.checkpoint.index import Family
 from globe.choice.choose import ORDER, choose
+from globe.compute.blocks import Blocks
 from globe.errors import GlobeError
 from globe.fit.joint import fit_joint, joint_before
 from globe.fit.progress import Progress, States
@@ -23,7 +24,6 @@ from globe.runs.store import Store
 from globe.seeds import METHODS, SeedTask
 from globe.seeds.proxies import Rows, Scan, scan, split_rows
 from globe.settings import Settings
-from globe.sizes.budget import Blocks
 from globe.sizes.ratios import Shape
 from globe.statistics.metric import Metric
 

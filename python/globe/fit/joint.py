@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from globe.compute.codes import supports
 from globe.compute.gemm import matmul
-from globe.fit.codes import entmax_alpha, one_atom_each, prune, spread, supports
+from globe.fit.codes import entmax_alpha, one_atom_each, prune, spread
 from globe.fit.dictionary import unit_atoms
 from globe.fit.quasi_newton import Pairs, Point, Preconditioner, Vector, move_atoms
 from globe.fit.support import newton_codes, shrink_support

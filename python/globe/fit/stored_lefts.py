@@ -10,12 +10,12 @@ import torch
 
 from globe.checkpoint.index import Family
 from globe.checkpoint.powers import saturated, shared, times_power
+from globe.compute.blocks import Blocks
 from globe.compute.gemm import matmul, mixtures, weights_operand
 from globe.compute.stream import Workers, ahead
 from globe.fit.lefts import fit_lefts, row_energies, squared_errors
 from globe.fit.sweep import State
 from globe.settings import Settings
-from globe.sizes.budget import Blocks
 from globe.statistics.metric import Metric
 
 

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from globe.checkpoint.index import Family
+from globe.compute.blocks import BLOCKS, Blocks
 from globe.compute.gemm import correlations, dictionary_dtype, grams, matmul, mixtures, scatter_add, storable
 from globe.compute.spd import spd_inverse
 from globe.compute.stream import Workers, expert_batches
@@ -18,7 +19,6 @@ from globe.fit.sight import Sight
 from globe.runs.stages import Advance
 from globe.seeds.proxies import Rows
 from globe.settings import Settings
-from globe.sizes.budget import BLOCKS, Blocks
 from globe.statistics.metric import Metric
 
 Array = NDArray[np.float64]

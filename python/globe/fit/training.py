@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from globe.checkpoint.index import Family
-from globe.fit.codes import one_atom_each, spread, supports, update_temperature
+from globe.compute.blocks import BLOCKS, Blocks
+from globe.compute.codes import supports
+from globe.fit.codes import one_atom_each, spread, update_temperature
 from globe.fit.dictionary import mod, mod_exact, unit_atoms
 from globe.fit.dictionary_metric import mod_metric
 from globe.fit.progress import Progress, Record, States
@@ -20,7 +22,6 @@ from globe.fit.sweep import Measure, State, Sums, measure, sweep
 from globe.runs.stages import Advance
 from globe.seeds.proxies import Rows
 from globe.settings import Settings
-from globe.sizes.budget import BLOCKS, Blocks
 from globe.statistics.metric import Metric
 
 

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from globe.checkpoint.index import Family
+from globe.compute.blocks import Blocks
 from globe.compute.gemm import correlations, grams, matmul, mixtures, scatter_add
 from globe.compute.spd import row_basis
 from globe.compute.stream import Workers, expert_batches
 from globe.runs.stages import Advance
 from globe.settings import Settings
-from globe.sizes.budget import Blocks
 from globe.statistics.metric import Metric
 
 Array = NDArray[np.float64]

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from globe import kernels
 from globe.artifact.write import Written
 from globe.checkpoint.index import Family
+from globe.compute.codes import supports
 from globe.compute.gemm import bank_gram, correlations
-from globe.fit.codes import supports
 from globe.fit.stored_lefts import Fit
 from globe.fit.training import Training
 from globe.runs.stages import Advance

@@ -15,8 +15,8 @@ from globe.compute.stream import ahead
 from globe.errors import GlobeError
 from globe.seeds.grouping import Labels, balanced_groups
 from globe.seeds.task import Seeds, SeedTask
+from globe.sizes.budget import SKETCH_COLUMNS
 
-SKETCH_COLUMNS = 32
 _TOGETHER = 8  # experts side by side in one Gram
 _PLAIN_STEPS = 2  # before the discarded spectrum is known well enough to be filtered
 _DISCARDED = 1.4  # the discarded eigenvalues lie below this times their mean, or are few

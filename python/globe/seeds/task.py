@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from globe import kernels
 from globe.checkpoint.index import Family
+from globe.compute.codes import initial_codes
 from globe.compute.gemm import bank_gram
-from globe.fit.codes import initial_codes
 from globe.runs.stages import Advance
 from globe.seeds.proxies import Rows
 from globe.settings import Settings

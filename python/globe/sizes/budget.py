@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from globe.checkpoint.index import Family
+from globe.compute.blocks import BLOCKS, SMALLEST, Blocks
 from globe.errors import UsageError
 from globe.machine import control_groups
-from globe.seeds.grouped_subspace import SKETCH_COLUMNS
 from globe.settings import Settings
 from globe.sizes.ratios import Shape
 
@@ -18,36 +18,8 @@ EXPERTS_AT_ONCE = 64  # in the exact dictionary step
 _FEW = 8  # experts, for which a pass spends some percent of its time on reading the bank
 _BANKS = 4  # of the joint fit beside its pairs, which take one each: the point, its slope, a direction, a trial's slope
 _BANKS_IN_METRIC = 7  # of the exact dictionary step in a metric, which solves for the whole bank
+SKETCH_COLUMNS = 32  # of an expert, in grouped-subspace
 SEEN_GRAM_BYTES = 64 << 20  # of a block of the bank as a layer sees it
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """What a stage takes in hand at a time.
-
-    Parameters
-    ----------
-    experts : int
-        Experts of a pass that share one reading of the bank.
-    proxy_bytes : int
-        Bytes of one block of proxies.
-    columns : int
-        Columns of the bank in the exact dictionary step.
-    pairs : int
-        Pairs of differences that the joint fit keeps.
-    cached : int
-        Bytes of experts, as its metric sees them, that the joint fit keeps in memory: all of a pool's or none.
-    """
-
-    experts: int = 32
-    proxy_bytes: int = 256 << 20
-    columns: int = 512
-    pairs: int = 10
-    cached: int = 1 << 40
-
-
-BLOCKS = Blocks()
-SMALLEST = Blocks(1, 1 << 20, 16, 1, 0)
 
 
 def machine_memory() -> int:

@@ -13,8 +13,9 @@ import torch
 
 from globe._version import __version__
 from globe.checkpoint.index import Checkpoint, Family
+from globe.checkpoint.pretrained import import_transformers, load_tokenizer, quiet
+from globe.compute.devices import find_device
 from globe.errors import GlobeError, UsageError
-from globe.evaluation.models import find_device, import_transformers, load_tokenizer, quiet
 from globe.runs.stages import Display, Stages
 from globe.statistics.calibration import Calibration, LayerStatistics, load_calibration, save_calibration
 from globe.statistics.layerwise import Arguments, Layerwise, NotFinite, own_code, require_runnable

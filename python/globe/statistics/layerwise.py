@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from globe.checkpoint.index import Checkpoint
+from globe.checkpoint.pretrained import first_line, import_transformers, quiet, refuse_own_code
 from globe.checkpoint.quantised import KEY, require_plain
 from globe.checkpoint.tensorfile import TensorInfo, read_tensor
 from globe.errors import GlobeError
-from globe.evaluation.models import first_line, import_transformers, quiet, refuse_own_code
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 TOKENS_AT_ONCE = 4096
