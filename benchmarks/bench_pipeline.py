@@ -14,17 +14,14 @@ from globe.compute.gemm import bank_gram
 from globe.fit.lefts import fit_lefts
 from globe.fit.sweep import State, measure, sweep
 from globe.runs.store import RunStore
-from globe.seeds import METHODS, SeedTask
-from globe.seeds.proxies import scan, split_rows
+from globe.seeds import METHODS
+from globe.seeds.proxies import scan
 
 from .synthetic import LIKE, write_synthetic
+from .tasks import nothing, seed_task
 
 WEIGHTS_ONLY = {"solver": "alternate", "calibrate": "none"}
 SETTINGS = Settings(rank=0.75, outer_loops=2, families=("gate",), device="cpu", **WEIGHTS_ONLY)
-
-
-def nothing(steps=1):
-    pass
 
 
 class Stages:
@@ -36,13 +33,9 @@ class Stages:
 
     def setup(self, root):
         torch.set_num_threads(1)
-        self.family = Checkpoint(root).family("gate")
-        self.scanned = scan(self.family, SETTINGS, nothing)
-        rank = SETTINGS.resolve_rank(self.family.p, self.family.d)
-        self.rows = split_rows(self.family.p, rank, self.scanned.row_energy, SETTINGS)
         self.target = Path(tempfile.mkdtemp()) / "out"
-        cpu, scratch = torch.device("cpu"), self.target.parent
-        self.task = SeedTask(self.family, self.rows, 8, SETTINGS, cpu, 1 << 28, scratch, nothing, nothing)
+        self.task = seed_task(root, SETTINGS, 8, self.target.parent)
+        self.family = self.task.family
         self.seeds = METHODS["ts-pca"](self.task)
         self.gram = bank_gram(self.seeds.bank)
         self.correlations = self.seeds.codes @ self.gram
@@ -65,13 +58,13 @@ class Stages:
 
     def time_left_factors(self, root):
         weights = torch.stack([self.family.read(0).float()])
-        fit_lefts(weights, torch.randn(1, len(self.rows.proxy), self.family.d), SETTINGS)
+        fit_lefts(weights, torch.randn(1, self.task.rank, self.family.d), SETTINGS)
 
     def time_measure(self, root):
-        measure(self.family, self.rows, self.state, SETTINGS, nothing)
+        measure(self.task.pool, self.state, self.task.job, nothing)
 
     def time_loop(self, root):
-        sweep(self.family, self.rows, self.state, SETTINGS, nothing)
+        sweep(self.task.pool, self.state, self.task.job, nothing)
 
     def time_compress(self, root):
         compress(root, self.target, SETTINGS, overwrite=True)

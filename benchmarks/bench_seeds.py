@@ -7,18 +7,13 @@ from pathlib import Path
 import torch
 
 from globe import Settings
-from globe.checkpoint.index import Checkpoint
 from globe.fit.sweep import State, measure
-from globe.seeds import METHODS, SeedTask
-from globe.seeds.proxies import scan, split_rows
+from globe.seeds import METHODS
 
 from .synthetic import LIKE, write_synthetic
+from .tasks import nothing, seed_task
 
 SETTINGS = Settings(rank=0.5, device="cpu")
-
-
-def nothing(steps=1):
-    pass
 
 
 class Seeds:
@@ -33,11 +28,7 @@ class Seeds:
     def setup(self, root, method):
         torch.set_num_threads(1)
         self.scratch = Path(tempfile.mkdtemp())
-        self.family = Checkpoint(root).family("gate")
-        rank = SETTINGS.resolve_rank(self.family.p, self.family.d)
-        self.rows = split_rows(self.family.p, rank, scan(self.family, SETTINGS, nothing).row_energy, SETTINGS)
-        cpu = torch.device("cpu")
-        self.task = SeedTask(self.family, self.rows, 8, SETTINGS, cpu, 1 << 20, self.scratch, nothing, nothing)
+        self.task = seed_task(root, SETTINGS, 8, self.scratch)
 
     def teardown(self, root, method):
         shutil.rmtree(self.scratch)
@@ -54,7 +45,7 @@ class Seeds:
     def track_relative_error(self, root, method):
         seeds = METHODS[method](self.task)
         state = State(seeds.bank, seeds.codes, 1.0)
-        return measure(self.family, self.rows, state, SETTINGS, nothing).relative_error
+        return measure(self.task.pool, state, self.task.job, nothing).relative_error
 
     track_explained_variance.unit = "share of the energy"
     track_relative_error.unit = "relative error"

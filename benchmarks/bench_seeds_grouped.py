@@ -11,20 +11,15 @@ import numpy as np
 import torch
 
 from globe import Settings
-from globe.checkpoint.index import Checkpoint
 from globe.choice.choose import choose
 from globe.fit.sweep import State, measure
-from globe.seeds import METHODS, SeedTask
+from globe.seeds import METHODS
 from globe.seeds.grouping import balanced_groups
-from globe.seeds.proxies import scan, split_rows
 
 from .synthetic import LIKE, write_synthetic
+from .tasks import nothing, seed_task
 
 SETTINGS = Settings(rank=0.75, families=("gate",), device="cpu")
-
-
-def nothing(steps=1):
-    pass
 
 
 def grouped(task):
@@ -46,11 +41,8 @@ class GroupedSeeds:
 
     def setup(self, root, method):
         torch.set_num_threads(1)
-        family = Checkpoint(root).family("gate")
-        rank, scanned = SETTINGS.resolve_rank(family.p, family.d), scan(family, SETTINGS, nothing)
-        rows = split_rows(family.p, rank, scanned.row_energy, SETTINGS)
         self.scratch = Path(tempfile.mkdtemp())
-        self.task = SeedTask(family, rows, 8, SETTINGS, torch.device("cpu"), 1 << 28, self.scratch, nothing, nothing)
+        self.task = seed_task(root, SETTINGS, 8, self.scratch)
 
     def teardown(self, root, method):
         shutil.rmtree(self.scratch)
@@ -64,7 +56,7 @@ class GroupedSeeds:
     def track_relative_error(self, root, method):
         seeds = method(self.task)
         state = State(seeds.bank, seeds.codes, 1.0)
-        return measure(self.task.family, self.task.rows, state, SETTINGS, nothing).relative_error
+        return measure(self.task.pool, state, self.task.job, nothing).relative_error
 
     track_relative_error.unit = "relative error"
 

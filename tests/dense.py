@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from families import CPU, Array, make_family, planted
+from families import Array, make_family, make_job, planted, whole_pool
 from globe.checkpoint.index import Family
 from globe.compute.blocks import Blocks
 from globe.fit.variable_projection import Problem
@@ -95,7 +95,9 @@ def small_family(directory: Path, *, noise: float = 0.5, seed: int = 0) -> Famil
 def problem_of(
     family: Family, metric: Metric | None, *, experts: int = 4, cached: int = 1 << 30, settings: Settings | None = None
 ) -> Problem:
-    return Problem(family, metric, settings or Settings(), Blocks(experts=experts, cached=cached), CPU)
+    return Problem(
+        whole_pool(family, metric), make_job(settings or Settings(), blocks=Blocks(experts=experts, cached=cached))
+    )
 
 
 def random_point(seed: int = 3, *, signed: bool = True) -> tuple[torch.Tensor, Array]:

@@ -9,8 +9,8 @@ from typing import Any
 class Lines:
     """A display that keeps the lines and the names of the stages that were run."""
 
-    def __init__(self) -> None:
-        self.lines: list[str] = []
+    def __init__(self, lines: list[str] | None = None) -> None:
+        self.lines: list[str] = lines if lines is not None else []
         self.stages: list[str] = []
 
     def stage(self, name: str, total: float) -> Any:

@@ -11,12 +11,20 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
+from displays import Lines
 from globe.checkpoint.index import Checkpoint, Family
+from globe.compute.blocks import BLOCKS, Blocks
 from globe.fit.dictionary import unit_atoms
 from globe.fit.sweep import State
+from globe.runs.job import Job
+from globe.runs.stages import Stages
+from globe.runs.store import MemoryStore, Store
 from globe.seeds import SeedTask
+from globe.seeds.pool import Pool
 from globe.seeds.proxies import Rows, scan, split_rows
 from globe.settings import Settings
+from globe.sizes.ratios import Shape
+from globe.statistics.metric import Metric
 
 Array = NDArray[np.float64]
 CPU = torch.device("cpu")
@@ -77,12 +85,37 @@ def make_rows(family: Family, rank: int, settings: Settings) -> Rows:
     return split_rows(family.p, rank, scan(family, settings, silent).row_energy, settings)
 
 
+def make_pool(family: Family, rows: Rows, metric: Metric | None = None) -> Pool:
+    """A family as the loops and the joint fit take it."""
+    return Pool(family, Shape(len(rows.proxy), 1, 0), rows, metric)
+
+
+def make_job(
+    settings: Settings,
+    *,
+    blocks: Blocks = BLOCKS,
+    store: Store | None = None,
+    lines: list[str] | None = None,
+    device: torch.device = CPU,
+) -> Job:
+    """A run that keeps its results in memory, unless told otherwise, and puts what it logs in `lines`."""
+    display = Lines(lines)
+    return Job(settings, device, blocks, Stages(display), store if store is not None else MemoryStore())
+
+
+def whole_pool(family: Family, metric: Metric | None = None) -> Pool:
+    """A family of which no row is held out."""
+    everything = np.arange(family.p)
+    return make_pool(family, Rows(everything, everything[:0], everything), metric)
+
+
 def seed_task(
     family: Family, rows: Rows, size: int, *, block_bytes: int = 1 << 28, scratch: Path = Path("."), **changed: Any
 ) -> SeedTask:
     """Seed a family on the CPU; other keywords are settings, or `advance`."""
     advance = changed.pop("advance", silent)
-    return SeedTask(family, rows, size, Settings(**changed), CPU, block_bytes, scratch, advance, lambda line: None)
+    job = make_job(Settings(**changed), blocks=Blocks(proxy_bytes=block_bytes))
+    return SeedTask(make_pool(family, rows), size, job, scratch, advance)
 
 
 def random_state(seed: int, *, experts: int, atoms: int, rank: int, d: int, temperature: float = 1.0) -> State:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from families import Array, clustered, make_family, make_rows, planted, seed_task, silent
+from families import Array, clustered, make_family, make_job, make_rows, planted, seed_task, silent
 from globe.choice.choose import ORDER, SAMPLE, Choice, choose, cost
 from globe.errors import GlobeError
 from globe.fit.dictionary import unit_atoms
@@ -79,7 +79,7 @@ def test_shuffled_rows_in_groups_are_left_to_grouped_subspace(tmp_path: Path) ->
 def test_the_best_is_kept_and_told(task: SeedTask) -> None:
     lines: list[str] = []
     methods = {"ts-pca": fake(1.0), "left-gram": fake(0.1), "grouped-subspace": fake(0.3), "rpca": fake(0.5)}
-    choice = choose(replace(task, log=lines.append, settings=Settings(seed_budget=1e6)), methods, silent)
+    choice = choose(replace(task, job=make_job(Settings(seed_budget=1e6), lines=lines)), methods, silent)
     assert tried(choice) == list(methods) and choice.chosen == "left-gram"
     assert torch.equal(choice.seeds.bank, methods["left-gram"](task).bank)
     told = choice.as_dict()
@@ -90,7 +90,7 @@ def test_the_best_is_kept_and_told(task: SeedTask) -> None:
 
 
 def test_what_the_numbers_rule_out(task: SeedTask) -> None:
-    budget = replace(task, settings=Settings(seed_budget=1e6))
+    budget = replace(task, job=make_job(Settings(seed_budget=1e6)))
     methods = {"ts-pca": fake(1.0, 0.3), "left-gram": fake(0.9), "grouped-subspace": fake(0.3)}
     methods |= {"rpca": fake(0.0), "residual-greedy": fake(0.0)}
     choice = choose(budget, methods, silent)
@@ -102,10 +102,10 @@ def test_what_the_numbers_rule_out(task: SeedTask) -> None:
 
 def test_the_budget_is_of_modelled_cost_not_of_time(task: SeedTask) -> None:
     methods = {name: fake(1.0 - 0.1 * place) for place, name in enumerate(ORDER)}
-    least = choose(replace(task, settings=Settings(seed_budget=1.0)), methods, silent)
+    least = choose(replace(task, job=make_job(Settings(seed_budget=1.0))), methods, silent)
     assert tried(least) == ["ts-pca"] and "seed_budget" in least.skipped["left-gram"]
     both = 1.01 * (cost("ts-pca", task) + cost("left-gram", task)) / cost("ts-pca", task)
-    assert tried(choose(replace(task, settings=Settings(seed_budget=both)), methods, silent))[:2] == [
+    assert tried(choose(replace(task, job=make_job(Settings(seed_budget=both))), methods, silent))[:2] == [
         "ts-pca",
         "left-gram",
     ]

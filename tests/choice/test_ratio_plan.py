@@ -20,7 +20,7 @@ from globe.checkpoint.index import Checkpoint, Expert, Family
 from globe.checkpoint.tensorfile import TensorInfo
 from globe.choice.inspect import inspect
 from globe.choice.probe import SAMPLE, WeightProber, samples
-from globe.choice.ratio_plan import candidates, plan_ratio, probes, sizes_of
+from globe.choice.ratio_plan import Probing, candidates, plan_ratio, probes, sizes_of
 from globe.compute.blocks import BLOCKS
 from globe.errors import UsageError
 from globe.pipeline.compare import compare
@@ -88,9 +88,8 @@ def test_candidates_are_as_large_as_the_ratio_lets_them(ratio: float, layers: in
 @pytest.mark.parametrize("share", [1 / 24, 1 / 12, 1 / 6, 1 / 4, 1 / 2])
 def test_the_valley_is_found(share: float) -> None:
     unit, fake, steps, lines = family(), Fake(valley(share)), [], []
-    plan = plan_ratio(
-        {"gate": unit}, {"gate": np.ones(len(unit))}, asked_for(0.7), fake, advance=steps.append, log=lines.append
-    )  # fmt: skip
+    probing = Probing(fake, asked_for(0.7), advance=steps.append, log=lines.append)
+    plan = plan_ratio({"gate": unit}, {"gate": np.ones(len(unit))}, probing)
     chosen = plan.units["gate"]
     assert chosen.size.bank == round(share * len(unit))
     assert chosen.ratio <= 0.7 and chosen.worth_it and plan.sizes == {"gate": chosen.size}
@@ -106,7 +105,7 @@ def test_the_valley_is_found(share: float) -> None:
 
 def test_of_banks_that_are_as_good_the_smallest_is_taken() -> None:
     unit, fake = family(), Fake(lambda name, rank, atoms: 0.1749 - 0.002 * (atoms - 0.25) + 10 * max(0.0, 0.25 - atoms))
-    chosen = plan_ratio({"gate": unit}, {"gate": np.ones(len(unit))}, asked_for(0.7), fake).units["gate"]
+    chosen = plan_ratio({"gate": unit}, {"gate": np.ones(len(unit))}, Probing(fake, asked_for(0.7))).units["gate"]
     assert chosen.size.bank == chosen.best.bank == len(unit) // 4
     assert [point.bank for point in chosen.frontier] == [16, 24, 32, 48]
 
@@ -114,7 +113,7 @@ def test_of_banks_that_are_as_good_the_smallest_is_taken() -> None:
 def test_a_family_that_truncation_serves_better_is_named() -> None:
     unit, lines = family(), []
     plan = plan_ratio(
-        {"up": unit}, {"up": np.ones(len(unit))}, asked_for(0.7), Fake(valley(0.25), 0.05), log=lines.append
+        {"up": unit}, {"up": np.ones(len(unit))}, Probing(Fake(valley(0.25), 0.05), asked_for(0.7), log=lines.append)
     )
     assert not plan.units["up"].worth_it
     assert lines[-1].startswith("up: not worth a bank: truncated SVD of rank 10 loses 0.0500 at the same bytes")
@@ -128,21 +127,22 @@ def test_bytes_go_to_the_family_that_needs_them() -> None:
         return float(np.exp(-steep * rank) + abs(atoms - 0.25))
 
     energies = {name: np.ones(len(unit)) for name, unit in whole.items()}
-    plan = plan_ratio(whole, energies, asked_for(0.6), Fake(error))
+    plan = plan_ratio(whole, energies, Probing(Fake(error), asked_for(0.6)))
     assert plan.units["gate"].size.bank == plan.units["up"].size.bank
     assert plan.units["gate"].ratio < 0.6 < plan.units["up"].ratio  # gate has next to nothing left to lose
     assert sum(unit.ratio for unit in plan.units.values()) <= 2 * 0.6
     energies["gate"] *= 1e3
-    heavier = plan_ratio(whole, energies, asked_for(0.6), Fake(error))
+    heavier = plan_ratio(whole, energies, Probing(Fake(error), asked_for(0.6)))
     assert heavier.units["up"].ratio < 0.6 < heavier.units["gate"].ratio
 
 
 def test_what_does_not_fit_is_not_chosen() -> None:
     unit = family()
-    arguments = ({"gate": unit}, {"gate": np.ones(len(unit))}, asked_for(0.7), Fake(valley(0.5)))
-    assert plan_ratio(*arguments, fits=lambda name, size: size.bank <= 20).sizes["gate"].bank == 16
+    energies, fake = {"gate": np.ones(len(unit))}, Fake(valley(0.5))
+    small = Probing(fake, asked_for(0.7), fits=lambda name, size: size.bank <= 20)
+    assert plan_ratio({"gate": unit}, energies, small).sizes["gate"].bank == 16
     with pytest.raises(UsageError, match=r"^ratio is 0.7: no bank of family gate .* fits --max-memory"):
-        plan_ratio(*arguments, fits=lambda name, size: False)
+        plan_ratio({"gate": unit}, energies, Probing(fake, asked_for(0.7), fits=lambda name, size: False))
 
 
 @pytest.mark.parametrize("scope", ["global", "layer", 4])
@@ -185,9 +185,9 @@ def test_a_planted_bank_is_worth_it(source: Path, tmp_path: Path) -> None:
     unit = Checkpoint(source).family("gate")
     prober = WeightProber(Settings(), torch.device("cpu"), BLOCKS, tmp_path)
     energy = scan(unit, Settings(), silent).energy
-    plan = plan_ratio({"gate": unit}, {"gate": energy}, asked_for(0.5), prober).units["gate"]
+    plan = plan_ratio({"gate": unit}, {"gate": energy}, Probing(prober, asked_for(0.5))).units["gate"]
     assert plan.worth_it and plan.bank_error < 0.5 * plan.truncated_error
-    again = plan_ratio({"gate": unit}, {"gate": energy}, asked_for(0.5), prober).units["gate"]
+    again = plan_ratio({"gate": unit}, {"gate": energy}, Probing(prober, asked_for(0.5))).units["gate"]
     assert again == plan
 
 

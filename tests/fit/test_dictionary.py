@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from families import Array
 from globe.compute.blocks import Blocks
-from globe.fit.dictionary import mod, mod_exact, unit_atoms
+from globe.fit.dictionary import Equations, Solving, mod, mod_exact, unit_atoms
 
 EXPERTS, ROWS, RANK, WIDTH, ATOMS = 24, 12, 5, 7, 6
 
@@ -56,7 +56,9 @@ class Problem:
         mixtures = np.einsum("ij,jrd->ird", self.codes, self.bank)
         residual = self.right_side - np.einsum("ij,irs,isd->jrd", self.codes, self.normal, mixtures)
         normal, vector, bank = (torch.from_numpy(a.astype(np.float32)) for a in (self.normal, residual, self.bank))
-        return mod_exact(self.codes, normal.to(dtype), vector, bank, ridge, steps, **more).double().numpy()
+        relaxation, blocks = more.get("over_relaxation", 0.0), more.get("blocks", Blocks())
+        equations = Equations(self.codes, normal.to(dtype), vector)
+        return mod_exact(equations, bank, Solving(ridge, steps, relaxation), blocks).double().numpy()
 
 
 def make(seed: int, uses: int = 3) -> Problem:

@@ -15,9 +15,10 @@ import torch
 
 from checkpoints import make_tiny
 from dense import dense_of, problem_of, random_metric
-from families import CPU, make_family, planted, random_state, silent
+from families import CPU, make_family, make_job, planted, random_state, silent
 from globe import Settings, compress, export
 from globe.checkpoint.index import Checkpoint, Family
+from globe.compute.blocks import Blocks
 from globe.compute.codes import supports
 from globe.fit.codes import coding_step
 from globe.fit.joint import Steps, _recentre, fit_joint
@@ -60,7 +61,9 @@ def fit(
     settings = Settings(**{"joint_steps": 30, "support": 3, **changed})
     start = start or random_state(1, experts=EXPERTS, atoms=ATOMS, rank=RANK, d=D)
     problem = problem_of(family, metric, settings=settings)
-    return Found(*fit_joint(problem, start, settings, pairs, store or MemoryStore(), "gate", advance=silent))
+    job = make_job(settings, blocks=Blocks(pairs=pairs), store=store)
+    with job.stages.stage("joint", 1):
+        return Found(*fit_joint(problem, start, job, silent))
 
 
 def errors(found: Found) -> list[float]:
@@ -329,7 +332,7 @@ def test_a_killed_run_ends_with_the_same_files(tmp_path: Path) -> None:
     with Killer() as killer:
         for call in (1, 2):
             assert killer.run(source, tmp_path / "out", settings, place="globe.fit.joint:_save", call=call) == -9
-        assert killer.run(source, tmp_path / "out", settings, place="globe.fit.factor:_save_fit", call=1) == -9
+        assert killer.run(source, tmp_path / "out", settings, place="globe.fit.stages:_save_fit", call=1) == -9
         assert killer.run(source, tmp_path / "out", settings) == 0
     assert digests(tmp_path / "out") == whole
     assert not (tmp_path / "out" / FOLDER).exists()

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from families import make_family, make_rows, planted, random_state, silent
+from families import make_family, make_job, make_pool, make_rows, planted, random_state, silent
 from globe.checkpoint.index import Family
 from globe.compute.gemm import bank_gram
 from globe.fit import training
@@ -60,7 +60,9 @@ def test_loops_with_the_penalty_end_less_coherent(family: Family) -> None:
     found = []
     for weight in (0.0, 1.0):
         settings = Settings(codes="nnls", coherence=weight, outer_loops=4, patience=100)
-        found.append(train(family, make_rows(family, RANK, settings), make_state(), settings, silent))
+        found.append(
+            train(make_pool(family, make_rows(family, RANK, settings)), make_state(), make_job(settings), silent)
+        )
     assert deviation(found[1].state.bank) < deviation(found[0].state.bank)
 
 
@@ -70,15 +72,17 @@ def test_dead_and_duplicate_atoms_come_back_to_life(codes: str, family: Family) 
     rows, state = make_rows(family, RANK, settings), make_state()
     state.codes[:, 4] = 0
     state.bank[5] = -state.bank[2] if codes == "signed" else state.bank[2]
-    before = measure(family, rows, state, settings, silent)
-    found, count = reseed(family, rows, State(state.bank.clone(), state.codes, 1.0), before.expert_errors, settings)
+    before = measure(make_pool(family, rows), state, make_job(settings), silent)
+    found, count = reseed(
+        make_pool(family, rows), State(state.bank.clone(), state.codes, 1.0), before.expert_errors, settings
+    )
     assert count == 2
     worst = np.argsort(-before.expert_errors)[:2]
     for atom, expert in zip((4, 5), worst, strict=True):
         assert np.flatnonzero(found.codes[:, atom]).tolist() == [expert]
     np.testing.assert_allclose(found.bank.flatten(1).norm(dim=1), 1, rtol=1e-5)
     assert np.abs(bank_gram(found.bank) - np.eye(ATOMS)).max() < 0.9
-    after = measure(family, rows, found, settings, silent)
+    after = measure(make_pool(family, rows), found, make_job(settings), silent)
     np.testing.assert_allclose(np.delete(after.expert_errors, worst), np.delete(before.expert_errors, worst), rtol=1e-3)
     assert (after.expert_errors[worst] < before.expert_errors[worst]).all()
 
@@ -87,21 +91,23 @@ def test_opposite_atoms_both_serve_non_negative_codes(family: Family) -> None:
     settings = Settings(codes="nnls")
     rows, state = make_rows(family, RANK, settings), make_state()
     state.bank[5] = -state.bank[2]
-    assert reseed(family, rows, state, np.ones(EXPERTS), settings)[1] == 0
+    assert reseed(make_pool(family, rows), state, np.ones(EXPERTS), settings)[1] == 0
 
 
 def test_what_fits_exactly_gives_no_atom(family: Family) -> None:
     settings = Settings(codes="nnls")
     state = make_state()
     state.codes[:, 4] = 0
-    found, count = reseed(family, make_rows(family, RANK, settings), state, np.zeros(EXPERTS), settings)
+    found, count = reseed(make_pool(family, make_rows(family, RANK, settings)), state, np.zeros(EXPERTS), settings)
     assert count == 0 and torch.equal(found.bank, state.bank)
 
 
 def run(family: Family, state: State, **more: Any) -> tuple[Any, list[str]]:
     settings = Settings(**{"codes": "nnls", "outer_loops": 4, "patience": 100, **more})
     lines: list[str] = []
-    return train(family, make_rows(family, RANK, settings), state, settings, silent, lines.append), lines
+    return train(
+        make_pool(family, make_rows(family, RANK, settings)), state, make_job(settings, lines=lines), silent
+    ), lines
 
 
 def test_loops_re_seed_say_so_and_never_in_the_last(family: Family) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from families import silent
+from families import make_job, make_pool, silent
 from globe.checkpoint.index import Family
 from globe.compute.blocks import Blocks
 from globe.fit import training
@@ -33,12 +33,12 @@ class Script:
         codes[:, : self.lines[number][2]] = 1
         return State(torch.full((30, 1, 1), float(number)), codes, 1.0)
 
-    def measure(self, family: Any, rows: Any, state: State, *rest: Any) -> Measure:
+    def measure(self, pool: Any, state: State, *rest: Any) -> Measure:
         error, validation, _ = self.lines[int(state.bank[0, 0, 0])]
         return Measure(error, error, validation, np.full(3, error), 0)
 
-    def sweep(self, family: Any, rows: Any, state: State, *rest: Any) -> tuple[Measure, Sums]:
-        return self.measure(family, rows, state), Sums(state.codes, self.irregular, state.bank, None)
+    def sweep(self, pool: Any, state: State, *rest: Any) -> tuple[Measure, Sums]:
+        return self.measure(pool, state), Sums(state.codes, self.irregular, state.bank, None)
 
     def step(self, state: State, sums: Sums, settings: Settings, relaxation: float, blocks: Blocks) -> State:
         self.relaxations.append(relaxation)
@@ -50,7 +50,7 @@ class Script:
             for name, fake in (("sweep", self.sweep), ("measure", self.measure), ("_dictionary_step", self.step)):
                 patch.setattr(training, name, fake)
             chosen = Settings(**{"codes": "nnls", "outer_loops": len(self.lines) - 1, **settings})
-            return train(NOBODY, NO_ROWS, self.state(0), chosen, silent, lines.append), lines
+            return train(make_pool(NOBODY, NO_ROWS), self.state(0), make_job(chosen, lines=lines), silent), lines
 
 
 def numbers(found: Training) -> tuple[int, int, str]:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from families import Array
-from globe.fit.support import _damped, newton_codes, shrink_support
+from globe.fit.support import Quadratic, _damped, newton_codes, shrink_support
 
 EXPERTS, ATOMS = 7, 9
 
@@ -35,7 +35,7 @@ def nnls(block: Array, codes: Array, slope: Array) -> Array:
 @given(st.integers(0, 1000))
 def test_newton_codes_are_those_of_nnls(seed: int) -> None:
     curvature, codes, slope = quadratic(seed)
-    found = newton_codes(curvature, codes, slope)
+    found = newton_codes(Quadratic(curvature, codes, slope))
     for number in range(EXPERTS):
         wanted = nnls(_damped(curvature[number]), codes[number], slope[number])
         np.testing.assert_allclose(found[number], wanted if wanted.max() > 0 else codes[number], atol=1e-6)
@@ -43,7 +43,7 @@ def test_newton_codes_are_those_of_nnls(seed: int) -> None:
 
 def test_newton_codes_where_the_slope_puts_all_out() -> None:
     curvature, codes, slope = quadratic(0)
-    found = newton_codes(curvature, codes, np.abs(slope) + 1e4)
+    found = newton_codes(Quadratic(curvature, codes, np.abs(slope) + 1e4))
     np.testing.assert_array_equal(found, codes)
 
 
@@ -52,8 +52,9 @@ def test_newton_codes_where_the_slope_puts_all_out() -> None:
 @given(seed=st.integers(0, 1000))
 def test_supports_are_shrunk_to_what_is_wanted(seed: int, wanted: float, alpha: float) -> None:
     curvature, codes, slope = quadratic(seed)
-    grown = newton_codes(curvature, codes, slope)
-    found, temperature = shrink_support(curvature, codes, slope, grown, wanted, alpha)
+    model = Quadratic(curvature, codes, slope)
+    grown = newton_codes(model)
+    found, temperature = shrink_support(model, grown, wanted, alpha)
     assert (found >= 0).all() and (found.max(1) > 0).all()
     assert np.median(np.count_nonzero(found, axis=1)) <= wanted
     assert 1e-3 <= temperature <= 1
@@ -77,7 +78,7 @@ def test_the_largest_contributions_are_kept() -> None:
     scales = np.linspace(1, 4, ATOMS)
     curvature = torch.diag(torch.from_numpy(scales**2)).float().repeat(EXPERTS, 1, 1)
     codes = contributions / scales
-    found, _ = shrink_support(curvature, codes, np.zeros_like(codes), codes, 3.0, 1.5)
+    found, _ = shrink_support(Quadratic(curvature, codes, np.zeros_like(codes)), codes, 3.0, 1.5)
     np.testing.assert_array_equal(found > 0, np.array([[True, False, True, False, True] + [False] * 4] * EXPERTS))
     np.testing.assert_allclose(found[found > 0], codes[found > 0], rtol=5e-3)
 
@@ -86,6 +87,7 @@ def test_an_expert_without_curvature_keeps_its_largest_code() -> None:
     curvature, codes, slope = quadratic(1)
     curvature[2] = 0
     slope[2] = 0
-    grown = newton_codes(curvature, codes, slope)
-    found, _ = shrink_support(curvature, codes, slope, grown, 2.0, 1.5)
+    model = Quadratic(curvature, codes, slope)
+    grown = newton_codes(model)
+    found, _ = shrink_support(model, grown, 2.0, 1.5)
     assert (found.max(1) > 0).all() and np.isfinite(found).all()

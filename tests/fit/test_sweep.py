@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from families import Array, make_family, make_rows, planted, random_state, seed_task, silent
+from families import Array, make_family, make_job, make_pool, make_rows, planted, random_state, seed_task, silent
 from globe.checkpoint.index import Family
 from globe.compute.blocks import Blocks
 from globe.compute.codes import initial_codes
@@ -20,7 +20,7 @@ from globe.fit.codes import coding_step
 from globe.fit.sweep import State, measure, sweep
 from globe.fit.training import train
 from globe.seeds import ts_pca
-from globe.seeds.proxies import Rows
+from globe.seeds.pool import Pool
 from globe.settings import Settings
 
 EXPERTS, ROWS, WIDTH, RANK, ATOMS = 14, 64, 20, 6, 5
@@ -82,7 +82,9 @@ def test_a_sweep_is_what_numpy_finds(mod: str, experts: int, weights: Array, fam
     rows = make_rows(family, RANK, settings)
     wanted = Reference(weights, rows, state, mod)
     steps: list[int] = []
-    found, sums = sweep(family, rows, state, settings, steps.append, Blocks(experts=experts))
+    found, sums = sweep(
+        make_pool(family, rows), state, make_job(settings, blocks=Blocks(experts=experts)), steps.append
+    )
     assert sum(steps) == EXPERTS
     assert len(rows.validation) == 6
     assert found.relative_error == pytest.approx(wanted.error(slice(None)), rel=1e-5)
@@ -104,8 +106,8 @@ def test_measuring_alone_finds_the_same(family: Family, state: State) -> None:
     settings = settings_for("exact")
     rows = make_rows(family, RANK, settings)
     alone, (swept, _) = (
-        measure(family, rows, state, settings, silent),
-        sweep(family, rows, state, settings, silent),
+        measure(make_pool(family, rows), state, make_job(settings), silent),
+        sweep(make_pool(family, rows), state, make_job(settings), silent),
     )
     assert (alone.relative_error, alone.train_error, alone.validation_error) == (
         swept.relative_error,
@@ -121,7 +123,9 @@ def test_ridged_left_factors_are_counted(family: Family, state: State) -> None:
     codes = np.zeros_like(state.codes)
     codes[:, 3] = 1
     codes[:5] = [1, 0.5, 0, 0, 0]
-    found = measure(family, make_rows(family, RANK, Settings()), State(bank, codes, 1.0), Settings(), silent)
+    found = measure(
+        make_pool(family, make_rows(family, RANK, Settings())), State(bank, codes, 1.0), make_job(Settings()), silent
+    )
     assert found.ridged == 5
 
 
@@ -131,13 +135,13 @@ def test_irregular_codes_are_counted_over_all_batches(
     monkeypatch.setattr(sweep_module, "coding_step", lambda *rest: replace(coding_step(*rest), irregular=2))
     settings = settings_for("exact")
     rows = make_rows(family, RANK, settings)
-    _, sums = sweep(family, rows, state, settings, silent, Blocks(experts=1))
+    _, sums = sweep(make_pool(family, rows), state, make_job(settings, blocks=Blocks(experts=1)), silent)
     assert sums.irregular == 2 * EXPERTS
 
 
 def test_without_held_out_rows_there_is_no_validation_error(family: Family, state: State) -> None:
     settings = settings_for("exact", validation_share=0.0)
-    found = measure(family, make_rows(family, RANK, settings), state, settings, silent)
+    found = measure(make_pool(family, make_rows(family, RANK, settings)), state, make_job(settings), silent)
     assert np.isnan(found.validation_error)
     assert found.train_error == found.relative_error
 
@@ -157,13 +161,15 @@ def everything_learnt(family: Family, settings: Settings, monkeypatch: pytest.Mo
     seeds = ts_pca(seed_task(family, rows, ATOMS, init_codes=settings.init_codes))
     states: list[State] = []
 
-    def spy(family: Family, rows: Rows, state: State, *rest: Any) -> Any:
+    def spy(pool: Pool, state: State, *rest: Any) -> Any:
         states.append(state)
-        return sweep(family, rows, state, *rest)
+        return sweep(pool, state, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr("globe.fit.training.sweep", spy)
-        training = train(family, rows, State(seeds.bank, seeds.codes, settings.temperature), settings, silent)
+        training = train(
+            make_pool(family, rows), State(seeds.bank, seeds.codes, settings.temperature), make_job(settings), silent
+        )
     return {
         "rows": [rows.proxy.tolist(), rows.validation.tolist()],
         "banks": [state.bank for state in states],
@@ -197,7 +203,9 @@ def test_experts_of_zeros_do_no_harm(weights: Array, state: State, tmp_path: Pat
     weights[3] = 0
     family = make_family(tmp_path, weights)
     for mod in MODS:
-        found, sums = sweep(family, make_rows(family, RANK, Settings()), state, settings_for(mod), silent)
+        found, sums = sweep(
+            make_pool(family, make_rows(family, RANK, Settings())), state, make_job(settings_for(mod)), silent
+        )
         assert found.expert_errors[3] == 0
         assert np.isfinite(found.relative_error)
         assert torch.isfinite(sums.right_side).all()

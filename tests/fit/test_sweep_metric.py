@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fake_mps import MPS, FakeMps
-from families import Array, make_family, make_rows, planted, random_state, silent
+from families import Array, make_family, make_job, make_pool, make_rows, planted, random_state, silent
 from globe.checkpoint.index import Family
 from globe.compute.blocks import Blocks
 from globe.compute.codes import initial_codes
-from globe.fit.dictionary import mod_exact
+from globe.fit.dictionary import Equations, Solving, mod_exact
 from globe.fit.dictionary_metric import mod_metric
 from globe.fit.progress import States
 from globe.fit.sweep import State, measure, sweep
@@ -87,8 +87,13 @@ def test_a_sweep_is_what_numpy_finds(
     metric = make_metric(2, full=full, scaled=scaled)
     settings = settings_for(mod, validation_share=0.0 if full else 0.1)
     rows = make_rows(family, RANK, settings)
-    found, sums = sweep(family, rows, state, settings, silent, Blocks(experts=experts), metric)
-    assert measure(family, rows, state, settings, silent, metric=metric).relative_error == found.relative_error
+    found, sums = sweep(
+        make_pool(family, rows, metric), state, make_job(settings, blocks=Blocks(experts=experts)), silent
+    )
+    assert (
+        measure(make_pool(family, rows, metric), state, make_job(settings), silent).relative_error
+        == found.relative_error
+    )
     d_i, l_i, common = dense(metric)
     bank = state.bank.double().numpy()
     whole, mixed = d_i @ weights @ l_i, np.einsum("ij,jrd->ird", state.codes, bank)
@@ -128,9 +133,9 @@ def test_a_sweep_is_what_numpy_finds(
 def test_identities_are_no_metric(mod: str, family: Family, state: State) -> None:
     settings = settings_for(mod, outer_loops=4, patience=1000)
     rows = make_rows(family, RANK, settings)
-    without = train(family, rows, state, settings, silent)
+    without = train(make_pool(family, rows), state, make_job(settings), silent)
     start = random_state(1, experts=EXPERTS, atoms=ATOMS, rank=RANK, d=WIDTH)
-    within = train(family, rows, start, settings, silent, metric=make_metric(0, plain=True))
+    within = train(make_pool(family, rows, make_metric(0, plain=True)), start, make_job(settings), silent)
     for one, other in zip(without.history, within.history, strict=True):
         assert other.relative_error == pytest.approx(one.relative_error, rel=1e-3)
 
@@ -151,7 +156,9 @@ def solve(metric: Metric, problem: tuple[Array, ...], ridge: float, steps: int, 
     codes, left_grams, right, bank, moments = problem
     fitted = np.einsum("ij,irs,isd,ide->jre", codes, left_grams, np.einsum("ij,jrd->ird", codes, bank), moments)
     normal, residual, start = (torch.from_numpy(a.astype(np.float32)) for a in (left_grams, right - fitted, bank))
-    return mod_metric(codes, normal, residual, start, metric, ridge, steps, **more).double().numpy()
+    how = Solving(ridge, steps, more.get("over_relaxation", 0.0))
+    equations = Equations(codes, normal, residual)
+    return mod_metric(equations, start, metric, how, more.get("blocks", Blocks())).double().numpy()
 
 
 def dense_solution(problem: tuple[Array, ...], ridge: float) -> Array:
@@ -190,8 +197,9 @@ def test_without_columns_the_step_is_the_plain_one() -> None:
     codes, left_grams, right, bank, _ = step_problem(6, plain)
     tensors = [torch.from_numpy(a.astype(np.float32)) for a in (left_grams, right, bank)]
     down = Metric(plain.rows, {}, None, (None,) * EXPERTS)
-    found = mod_metric(codes, tensors[0], tensors[1].clone(), tensors[2], down, 1e-4, 8)
-    assert torch.equal(found, mod_exact(codes, tensors[0], tensors[1].clone(), tensors[2], 1e-4, 8))
+    first, second = (Equations(codes, tensors[0], tensors[1].clone()) for _ in range(2))
+    found = mod_metric(first, tensors[2], down, Solving(1e-4, 8))
+    assert torch.equal(found, mod_exact(second, tensors[2], Solving(1e-4, 8)))
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -204,7 +212,7 @@ def test_a_planted_bank_is_found_again_from_nearby(scaled: bool, tmp_path: Path)
     bank = planted_state.bank + 0.01 * torch.from_numpy(rng.standard_normal((3, 4, WIDTH)).astype(np.float32))
     start = State(bank, rng.uniform(0.1, 1, (EXPERTS, 3)), 1.0)
     metric = make_metric(7, scaled=scaled)
-    found = train(family, make_rows(family, 4, settings), start, settings, silent, metric=metric)
+    found = train(make_pool(family, make_rows(family, 4, settings), metric), start, make_job(settings), silent)
     assert found.initial is not None and found.measure is not None
     assert found.measure.relative_error < 1e-3 * found.initial.relative_error
     assert found.measure.relative_error < 2e-4
@@ -216,7 +224,7 @@ def test_rows_that_mix_are_not_held_out(mod: str, family: Family, state: State) 
     rows = make_rows(family, RANK, settings)
     assert len(rows.validation) > 0
     start = State(state.bank.clone(), state.codes, 1.0)
-    found = train(family, rows, start, settings, silent, metric=make_metric(8, full=True))
+    found = train(make_pool(family, rows, make_metric(8, full=True)), start, make_job(settings), silent)
     assert all(record.validation_error is None for record in found.history)
     assert found.history[-1].relative_error < found.initial.relative_error  # type: ignore[union-attr]
 
@@ -230,7 +238,7 @@ def test_threads_change_no_bit(mod: str, family: Family) -> None:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             start = random_state(1, experts=EXPERTS, atoms=ATOMS, rank=RANK, d=WIDTH)
-            found.append(train(family, rows, start, settings, silent, metric=metric))
+            found.append(train(make_pool(family, rows, metric), start, make_job(settings), silent))
     finally:
         torch.set_num_threads(before)
     assert [record.relative_error for record in found[0].history] == [
@@ -245,7 +253,9 @@ def test_mps_has_all_that_the_metric_takes(mod: str, scaled: bool, family: Famil
     settings = settings_for(mod, outer_loops=2, coherence=0.1, duplicate=0.0)
     rows, metric = make_rows(family, RANK, settings), make_metric(10, scaled=scaled)
     start = random_state(1, experts=EXPERTS, atoms=ATOMS, rank=RANK, d=WIDTH)
-    here = train(family, rows, State(start.bank.clone(), start.codes, 1.0), settings, silent, metric=metric)
+    here = train(
+        make_pool(family, rows, metric), State(start.bank.clone(), start.codes, 1.0), make_job(settings), silent
+    )
     with FakeMps() as seen:
         there = Metric(
             tuple(some.to(MPS) for some in metric.rows),
@@ -255,7 +265,7 @@ def test_mps_has_all_that_the_metric_takes(mod: str, scaled: bool, family: Famil
         )
         on_device = State(start.bank.to(MPS), start.codes, 1.0)
         states = States(RunStore(tmp_path / "store", {}, {}, lambda line: None), "gate", MPS)
-        found = train(family, rows, on_device, settings, silent, states=states, metric=there)
+        found = train(make_pool(family, rows, there), on_device, make_job(settings), silent, states=states)
     assert "mm" in seen.seen
     assert [record.reseeded for record in found.history] == [record.reseeded for record in here.history]
     for one, other in zip(here.history, found.history, strict=True):

@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from families import make_family, make_rows, planted, random_state, seed_task, silent
+from families import make_family, make_job, make_pool, make_rows, planted, random_state, seed_task, silent
 from globe import kernels
 from globe.checkpoint.index import Family
 from globe.compute.codes import supports
 from globe.fit import training
 from globe.fit.codes import entmax_alpha
+from globe.fit.dictionary import Equations, Solving, mod_exact
 from globe.fit.progress import Progress, States
 from globe.fit.sweep import State, Sums, measure
 from globe.fit.training import Training, train
 from globe.runs.store import RunStore
 from globe.seeds import ts_pca
-from globe.seeds.proxies import Rows
+from globe.seeds.pool import Pool
 from globe.settings import Settings
 
 EXPERTS, ROWS, WIDTH, RANK, ATOMS = 40, 32, 28, 10, 16
@@ -45,13 +46,13 @@ def run(family: Family, **settings: Any) -> tuple[Training, list[State], list[st
         for name in ("sweep", "measure"):
             original = getattr(training, name)
 
-            def spy(family: Family, rows: Rows, state: State, *rest: Any, original: Any = original) -> Any:
+            def spy(pool: Pool, state: State, *rest: Any, original: Any = original) -> Any:
                 states.append(state)
-                return original(family, rows, state, *rest)
+                return original(pool, state, *rest)
 
             patch.setattr(training, name, spy)
         state = State(seeds.bank, seeds.codes, chosen.temperature)
-        found = train(family, rows, state, chosen, silent, lines.append)
+        found = train(make_pool(family, rows), state, make_job(chosen, lines=lines), silent)
     return found, states, lines
 
 
@@ -82,7 +83,8 @@ def test_normalising_atoms_and_codes_moves_no_mixture_but_by_a_factor(codes: str
     coded = rng.uniform(0.1, 1, (6, 5))
     right_side = torch.from_numpy(rng.standard_normal((5, 3, 4)).astype(np.float32))
     found = training._dictionary_step(state, Sums(coded, 0, right_side.clone(), left_grams), settings, 0.0)
-    raw = training.mod_exact(coded, left_grams, right_side, state.bank, settings.mod_ridge, settings.cg_steps)
+    how = Solving(settings.mod_ridge, settings.cg_steps)
+    raw = mod_exact(Equations(coded, left_grams, right_side), state.bank, how)
     before = np.einsum("ij,jrd->ird", coded, raw.double()).reshape(6, -1)
     after = np.einsum("ij,jrd->ird", found.codes, found.bank.double()).reshape(6, -1)
     factors = (before * after).sum(1) / (after**2).sum(1)
@@ -102,7 +104,8 @@ def test_the_dictionary_step_overshoots_by_its_relaxation() -> None:
     left_grams = torch.eye(3).expand(6, 3, 3).contiguous()
     right_side = torch.from_numpy(rng.standard_normal((5, 3, 4)).astype(np.float32))
     codes, settings = rng.uniform(0.1, 1, (6, 5)), Settings(codes="nnls")
-    solved = training.mod_exact(codes, left_grams, right_side.clone(), state.bank, settings.mod_ridge, 8)
+    how = Solving(settings.mod_ridge, 8)
+    solved = mod_exact(Equations(codes, left_grams, right_side.clone()), state.bank, how)
     for relaxation in (0.0, 0.6):
         sums = Sums(codes, 0, right_side.clone(), left_grams)
         found = training._dictionary_step(state, sums, settings, relaxation).bank
@@ -133,7 +136,7 @@ def test_the_best_state_is_kept(loops: int, mod: str, family: Family) -> None:
     assert torch.equal(found.state.bank, best.bank) and found.state.temperature == best.temperature
     assert (found.state.codes == best.codes).all()
     settings = Settings()
-    again = measure(family, make_rows(family, RANK, settings), found.state, settings, silent)
+    again = measure(make_pool(family, make_rows(family, RANK, settings)), found.state, make_job(settings), silent)
     assert again.relative_error == pytest.approx(min(errors), rel=1e-9)
 
 
@@ -145,7 +148,7 @@ def test_a_planted_bank_is_found_again_from_nearby(tmp_path: Path) -> None:
     settings = Settings(codes="nnls", outer_loops=40, patience=1000)
     bank = planted_state.bank + 0.01 * torch.from_numpy(rng.standard_normal((3, 4, WIDTH)).astype(np.float32))
     state = State(bank, rng.uniform(0.1, 1, (EXPERTS, 3)), 1.0)
-    found = train(family, make_rows(family, 4, settings), state, settings, silent)
+    found = train(make_pool(family, make_rows(family, 4, settings)), state, make_job(settings), silent)
     assert found.initial.relative_error > 0.1
     assert found.measure.relative_error < 1e-5
     assert found.measure.validation_error < 1e-5
@@ -180,7 +183,12 @@ def test_progress_counts_every_expert_of_every_pass(family: Family) -> None:
     steps: list[int] = []
     settings = Settings(outer_loops=3, patience=1000)
     rows = make_rows(family, RANK, settings)
-    train(family, rows, random_state(3, experts=EXPERTS, atoms=6, rank=RANK, d=WIDTH), settings, steps.append)
+    train(
+        make_pool(family, rows),
+        random_state(3, experts=EXPERTS, atoms=6, rank=RANK, d=WIDTH),
+        make_job(settings),
+        steps.append,
+    )
     assert sum(steps) == 4 * EXPERTS
 
 
@@ -202,6 +210,6 @@ def test_one_bank_is_in_memory_while_experts_pass(family: Family, tmp_path: Path
     sweep = training.sweep
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "sweep", spy)
-        train(family, rows, begin, settings, silent, states=states)
+        train(make_pool(family, rows), begin, make_job(settings), silent, states=states)
     assert alive == [1, 1, 1, 1]
     assert len(store.names()) <= 2

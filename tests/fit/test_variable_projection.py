@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dense import ATOMS, EXPERTS, METRICS, RANK, D, dense_of, problem_of, random_metric, random_point, small_family
-from families import CPU, make_family, planted, silent
+from families import make_family, make_job, planted, silent, whole_pool
 from globe.checkpoint.index import Family
 from globe.compute.blocks import Blocks
 from globe.compute.devices import set_threads
@@ -232,7 +232,9 @@ def test_a_dominating_direction_leaves_no_noise(tmp_path: Path) -> None:
     weights, bank = random.standard_normal((4, 20, 30)), random.standard_normal((4, 4, 30))
     bank = (bank + 1e3 * random.standard_normal(30)).astype(np.float32)
     family = make_family(tmp_path, weights)
-    value = Problem(family, None, Settings(), Blocks(), CPU).evaluate(torch.from_numpy(bank), np.eye(4), silent)
+    value = Problem(whole_pool(family), make_job(Settings(), blocks=Blocks())).evaluate(
+        torch.from_numpy(bank), np.eye(4), silent
+    )
     weights = np.stack([family.read(number).double().numpy() for number in range(4)])
     fitted = [
         matrix @ np.linalg.pinv(atom) @ atom for matrix, atom in zip(weights, bank.astype(np.float64), strict=True)
@@ -245,10 +247,10 @@ def test_experts_of_zeros(tmp_path: Path) -> None:
     weights = planted(0, experts=4, p=6, d=8, rank=2, atoms=3)
     weights[1] = 0
     bank, codes = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0)), np.ones((4, 3))
-    problem = Problem(make_family(tmp_path / "some", weights), None, Settings(), Blocks(), CPU)
+    problem = Problem(whole_pool(make_family(tmp_path / "some", weights)), make_job(Settings(), blocks=Blocks()))
     value, curvature = problem.curvature(bank, codes, 0, silent)
     assert value.errors[1] == 0 and value.error > 0 and bool((curvature.codes[1] == 0).all())
-    nothing = Problem(make_family(tmp_path / "none", 0 * weights), None, Settings(), Blocks(), CPU)
+    nothing = Problem(whole_pool(make_family(tmp_path / "none", 0 * weights)), make_job(Settings(), blocks=Blocks()))
     value, curvature = nothing.curvature(bank, codes, 0, silent)
     assert value.error == 0 and bool((value.bank == 0).all()) and bool(curvature.columns.isfinite().all())
 

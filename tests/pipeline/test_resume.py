@@ -84,13 +84,13 @@ def check_whole(out: Path, whole: Path) -> None:
 # of up; 17, 18 the shards.
 PLACES: dict[str, dict[str, Any]] = {
     "before anything": {"place": SAVE, "entered": True},
-    "in the second scan": {"place": "globe.fit.factor:scan", "call": 2, "entered": True},
+    "in the second scan": {"place": "globe.seeds.proxies:scan", "call": 2, "entered": True},
     "seeds done": {"place": SAVE, "call": 3},
     "in a loop": {"place": "globe.fit.training:sweep", "call": 3, "entered": True},
     "while a state is written": {"place": "globe.runs.store:_pieces", "call": 12},
     "tensors written, their manifest not": {"place": "globe.runs.store:_digest", "call": 6, "entered": True},
     "gate done": {"place": SAVE, "call": 8},
-    "before the error on proxies": {"place": "globe.fit.factor:proxy_error"},
+    "before the error on proxies": {"place": "globe.fit.stages:proxy_error"},
     "up's last loop": {"place": SAVE, "call": 14},
     "first shard half written": {"place": "globe.fit.stored_lefts:squared_errors", "call": 5},
     "first shard written and not recorded": {"place": SAVE, "call": 17, "entered": True},

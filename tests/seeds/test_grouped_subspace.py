@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from families import Array, clustered, make_family, make_rows, planted, seed_task, silent
+from families import Array, clustered, make_family, make_job, make_pool, make_rows, planted, seed_task, silent
 from globe.compute.codes import supports
 from globe.errors import GlobeError
 from globe.fit.codes import spread
@@ -59,7 +59,9 @@ def test_explained_variance_and_the_error_are_those_of_the_best_subspaces(tmp_pa
     assert seeds.explained_variance <= wanted + 1e-6
     assert seeds.proxy_error == pytest.approx(1 - seeds.explained_variance)
     family = make_family(tmp_path / "again", weights)
-    error = measure(family, rows, State(seeds.bank, seeds.codes, 1.0), Settings(), silent).relative_error
+    error = measure(
+        make_pool(family, rows), State(seeds.bank, seeds.codes, 1.0), make_job(Settings()), silent
+    ).relative_error
     assert error == pytest.approx(1 - seeds.explained_variance, rel=1e-3)
 
 
@@ -163,12 +165,12 @@ def test_loops_lower_the_error_of_one_hot_codes(tmp_path: Path) -> None:
     seeds, rows = seed_of(tmp_path, weights, 6)
     settings = Settings(outer_loops=12, codes="nnls", support=4, patience=100)
     family = make_family(tmp_path / "again", weights)
-    training = train(family, rows, State(seeds.bank, seeds.codes, 1.0), settings, silent)
+    training = train(make_pool(family, rows), State(seeds.bank, seeds.codes, 1.0), make_job(settings), silent)
     assert training.initial.relative_error == pytest.approx(seeds.proxy_error, rel=1e-3)
     assert training.measure.relative_error < 0.95 * training.initial.relative_error
     assert [record.loop for record in training.history] == list(range(1, 13))
     short = Settings(outer_loops=1, codes="nnls", support=4)
-    kept = train(family, rows, State(seeds.bank, seeds.codes, 1.0), short, silent)
+    kept = train(make_pool(family, rows), State(seeds.bank, seeds.codes, 1.0), make_job(short), silent)
     assert kept.measure.relative_error <= kept.initial.relative_error
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from families import Array, make_family, make_rows, planted, seed_task, silent
+from families import Array, make_family, make_pool, make_rows, planted, seed_task, silent
 from globe.checkpoint.index import Family
 from globe.errors import GlobeError
-from globe.pipeline.metrics import proxy_error
+from globe.fit.describe import proxy_error
 from globe.seeds import Seeds, ts_pca
 from globe.seeds.proxies import Rows
 from globe.settings import Settings
@@ -75,7 +75,7 @@ def test_proxy_error_is_that_of_scipy_nnls(case: tuple[Array, Family, Rows, Seed
     bank = seeds.bank.roll(1, 1).contiguous()  # not the seeds themselves
     atoms = bank.numpy().reshape(SIZE, -1).astype(np.float64)
     wanted = np.mean([scipy.optimize.nnls(atoms.T, row)[1] ** 2 for row in x])
-    assert proxy_error(family, rows, bank, 1 << 20, silent) == pytest.approx(wanted, abs=2e-6)
+    assert proxy_error(make_pool(family, rows), bank, 1 << 20, silent) == pytest.approx(wanted, abs=2e-6)
 
 
 def test_experts_of_zeros_weigh_nothing(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_experts_of_zeros_weigh_nothing(tmp_path: Path) -> None:
         family = make_family(tmp_path / name, experts)
         rows = make_rows(family, 4, settings)
         seeds = ts_pca(seed_task(family, rows, 3))
-        found.append((seeds, proxy_error(family, rows, seeds.bank, 1 << 20, silent)))
+        found.append((seeds, proxy_error(make_pool(family, rows), seeds.bank, 1 << 20, silent)))
     (plain, plain_error), (with_zeros, padded_error) = found
     assert with_zeros.explained_variance == pytest.approx(plain.explained_variance, rel=1e-6)
     np.testing.assert_allclose(with_zeros.bank.numpy(), plain.bank.numpy(), atol=1e-5)

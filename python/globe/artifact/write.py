@@ -25,11 +25,10 @@ from globe.artifact.factored import (
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.powers import saturated, shared, times_power
 from globe.checkpoint.tensorfile import DTYPE_NAMES, TensorInfo, TensorWriter, copy_chunks, file_sha256, write_text
-from globe.compute.blocks import BLOCKS, Blocks
 from globe.fit.stored_lefts import Fit, Solved, solve_lefts
-from globe.runs.stages import Advance, Stages
+from globe.runs.job import Job
+from globe.runs.stages import Advance
 from globe.runs.store import Store
-from globe.settings import Settings
 
 Array = NDArray[np.float64]
 
@@ -50,19 +49,11 @@ class Written:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def write_weights(
-    checkpoint: Checkpoint,
-    fits: dict[str, Fit],
-    target: Path,
-    settings: Settings,
-    stages: Stages,
-    store: Store,
-    blocks: Blocks = BLOCKS,
-) -> Written:
+def write_weights(checkpoint: Checkpoint, fits: dict[str, Fit], target: Path, job: Job) -> Written:
     """Write every shard, the bank's file and the index.
 
     Each source shard becomes one factored shard, with the left factors in place of the expert tensors and
-    all other tensors byte for byte. What is measured of a shard goes to `store`
+    all other tensors byte for byte. What is measured of a shard goes to the job's store
     with the shard's SHA-256; a shard that is there and has it is not written again.
     """
     places: dict[str, list[tuple[str, int]]] = {}
@@ -78,7 +69,7 @@ def write_weights(
     )
     weight_map: dict[str, str] = {}
     total = sum(len(fit.family) for fit in fits.values())
-    with stages.stage("write", total, _written_before(store)) as advance:
+    with job.stages.stage("write", total, _written_before(job.store)) as advance:
         for count, shard in enumerate(checkpoint.shards):
             file, result = shard_name(shard.path.name), f"shard-{count}"
             entries: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -86,22 +77,22 @@ def write_weights(
                 entries.update(_entries(fits, info, tensor, places.get(tensor, [])))
             weight_map.update(dict.fromkeys(entries, file))
             there = [place for tensor in shard.tensors for place in places.get(tensor, ())]
-            meta = store.check(result)
+            meta = job.store.check(result)
             if meta is not None and _is_whole(target / file, meta):
                 _recall(written, there, meta)
                 advance(len(there))
                 continue
             if meta is not None:
-                stages.display.log(f"{file}: not as it was written; written again")
+                job.log(f"{file}: not as it was written; written again")
             before, clipped = dict(written.ridged), dict(written.saturated)
-            solutions = solve_lefts(fits, there, settings, blocks)
+            solutions = _recorded(there, solve_lefts(fits, there, job.settings, job.blocks), written, advance)
             with TensorWriter(target / file, entries, shard.metadata) as writer:
                 for tensor, info in shard.tensors.items():
                     if tensor not in places:
                         writer.write_chunks(tensor, copy_chunks(info))
                         continue
                     parts = _parts(fits, places[tensor])
-                    _write_experts(writer, tensor, fits, parts, solutions, written, advance)
+                    _write_experts(writer, tensor, parts, solutions, fits)
                     for family in _kept_halves(len(info.shape) == 3, parts):
                         kept = checkpoint.family(family)
                         numbers = [i for i, expert in enumerate(kept.experts) if expert.tensor == tensor]
@@ -117,14 +108,14 @@ def write_weights(
                 "energies": [written.energies[name][number] for name, number in there],
                 "ridged": {name: written.ridged[name] - before[name] for name in fits},
                 "saturated": {name: written.saturated[name] - clipped[name] for name in fits},
-                "elapsed": stages.so_far(),
+                "elapsed": job.stages.so_far(),
             }
-            store.save(result, {}, measured)
+            job.store.save(result, {}, measured)
         sha256, beyond = _write_bank(fits, target / BANK_FILE, weight_map)
         written.files[BANK_FILE] = {"bytes": (target / BANK_FILE).stat().st_size, "sha256": sha256}
         beyond += sum(written.saturated.values())
         if beyond:
-            stages.display.log(f"{beyond:,} values of the factors are beyond bf16 and were written as its largest")
+            job.log(f"{beyond:,} values of the factors are beyond bf16 and were written as its largest")
         size = sum(entry["bytes"] for entry in written.files.values())
         index: dict[str, Any] = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_text(target / INDEX_FILE, json.dumps(index, indent=1) + "\n")
@@ -194,26 +185,25 @@ def _entries(
     return entries
 
 
+def _recorded(
+    there: list[tuple[str, int]], solutions: Iterator[Solved], written: Written, advance: Advance
+) -> Iterator[Solved]:
+    """The solutions in order, each noted in `written` as it is taken."""
+    for (name, number), solved in zip(there, solutions, strict=True):
+        written.errors[name][number], written.energies[name][number] = solved.error, solved.energy
+        written.weighted[name][number] = solved.weighted
+        written.ridged[name] += solved.ridged
+        written.saturated[name] += solved.beyond
+        advance(1)
+        yield solved
+
+
 def _write_experts(
-    writer: TensorWriter,
-    tensor: str,
-    fits: dict[str, Fit],
-    parts: list[_Part],
-    solutions: Iterator[Solved],
-    written: Written,
-    advance: Advance,
+    writer: TensorWriter, tensor: str, parts: list[_Part], solutions: Iterator[Solved], fits: dict[str, Fit]
 ) -> None:
     for part in parts:
-        name, lefts = part.pool, []
-        for number in part.numbers:
-            solved = next(solutions)
-            written.errors[name][number], written.energies[name][number] = solved.error, solved.energy
-            written.weighted[name][number] = solved.weighted
-            written.ridged[name] += solved.ridged
-            written.saturated[name] += solved.beyond
-            lefts.append(solved.left)
-            advance(1)
-        fused = fits[name].family.experts[part.numbers[0]].index is not None
+        lefts = [solved.left for solved in itertools.islice(solutions, len(part.numbers))]
+        fused = fits[part.pool].family.experts[part.numbers[0]].index is not None
         writer.write(left_name(tensor, part.family), torch.stack(lefts) if fused else lefts[0])
 
 

@@ -87,7 +87,7 @@ def choose(task: SeedTask, methods: Mapping[str, Method], advance: Callable[[flo
     failures: list[GlobeError] = []
     best: Try | None = None
     for name in ORDER:
-        reason = _reason_against(name, methods, tries, best, cost(name, task), left)
+        reason = _reason_against(name, methods, tries, cost(name, task), left)
         if reason is None:
             left -= cost(name, task)
             try:
@@ -102,16 +102,16 @@ def choose(task: SeedTask, methods: Mapping[str, Method], advance: Callable[[flo
                         writer.write("bank", seeds.bank)  # one bank in memory while the next is made
                 del seeds
             tries.append(tried)
-            task.log(f"{task.family.name}: auto: {_line(tried)}")
+            task.job.log(f"{task.family.name}: auto: {_line(tried)}")
         else:
             skipped[name] = reason
             if name in methods:
-                task.log(f"{task.family.name}: auto: {name} passed over: {reason}")
+                task.job.log(f"{task.family.name}: auto: {name} passed over: {reason}")
         advance(1)
     if best is None:
         raise failures[0] if failures else GlobeError(f"none of {', '.join(ORDER)} is there to try")
     why = _why(best, tries)
-    task.log(f"{task.family.name}: auto: {best.method} chosen: {why}")
+    task.job.log(f"{task.family.name}: auto: {best.method} chosen: {why}")
     bank = read_tensor(read_header(file).tensors["bank"]).to(task.device)
     file.unlink()
     return Choice(replace(kept, bank=bank), tries, skipped, best.method, why)
@@ -140,10 +140,11 @@ def cost(method: str, task: SeedTask) -> float:
 
 
 def _reason_against(
-    name: str, methods: Mapping[str, Method], tries: list[Try], best: Try | None, needed: float, left: float
+    name: str, methods: Mapping[str, Method], tries: list[Try], needed: float, left: float
 ) -> str | None:
     if name not in methods:
         return "not available"
+    best = min((tried for tried in tries if tried.error is None), key=_error, default=None)
     if best is None:
         return None
     if _error(best) <= ENOUGH:
@@ -168,7 +169,8 @@ def _try(name: str, method: Method, task: SeedTask) -> tuple[Try, Seeds]:
     sample = np.unique(np.arange(min(SAMPLE, count)) * count // min(SAMPLE, count))
     some = replace(task.family, experts=tuple(task.family.experts[number] for number in sample))
     state = State(seeds.bank, seeds.codes[sample], 1.0)
-    error = measure(some, task.rows, state, task.settings, lambda steps: None).relative_error
+    sampled = replace(task.pool, family=some, metric=None)
+    error = measure(sampled, state, task.job, lambda steps: None).relative_error
     seconds = time.perf_counter() - started
     return Try(name, seconds, seeds.explained_variance, seeds.proxy_error, error), seeds
 

@@ -12,13 +12,12 @@ import torch
 
 from globe.checkpoint.index import FAMILIES, Checkpoint, Family
 from globe.choice.probe import WeightProber
-from globe.choice.ratio_plan import candidates, plan_ratio, probes, sizes_of
+from globe.choice.ratio_plan import Probing, candidates, plan_ratio, probes, sizes_of
 from globe.compute.blocks import Blocks
 from globe.compute.devices import pick_device, thread_count
 from globe.compute.gemm import dictionary_dtype
 from globe.errors import UsageError
-from globe.runs.stages import Stages
-from globe.runs.store import Store
+from globe.runs.job import Job
 from globe.seeds.proxies import Scan
 from globe.settings import Settings
 from globe.sizes.budget import plan_blocks
@@ -113,10 +112,9 @@ def usual_size(planned: Plan, scans: dict[str, Scan]) -> Plan:
     return replace(planned, units=whole, families=held)
 
 
-def plan_sizes(
-    planned: Plan, scans: dict[str, Scan], settings: Settings, stages: Stages, store: Store
-) -> tuple[Plan, dict[str, Any]]:
-    """Probe what is to be stored for the ratio asked for, unless `store` has it; the plan, and what was seen."""
+def plan_sizes(planned: Plan, scans: dict[str, Scan], job: Job) -> tuple[Plan, dict[str, Any]]:
+    """Probe what is to be stored for the ratio asked for, unless the store has it; the plan, and what was seen."""
+    settings, stages, store = job.settings, job.stages, job.store
     meta = store.check("plan")
     if meta is None:
         energies = {}
@@ -125,8 +123,7 @@ def plan_sizes(
         with stages.stage("plan", probes(len(planned.units))) as advance, store.scratch() as folder:
             prober = WeightProber(settings, planned.device, planned.blocks, Path(folder))
             fits = _fits(planned.units, settings, planned.device)
-            log = stages.display.log
-            found = plan_ratio(planned.units, energies, settings, prober, fits=fits, advance=advance, log=log)
+            found = plan_ratio(planned.units, energies, Probing(prober, settings, fits, advance, job.log))
             meta = {"plan": found.as_dict(), "stage": stages.so_far()}
             store.save("plan", {}, meta)
     else:

@@ -15,10 +15,15 @@ from globe.checkpoint.index import Family
 from globe.compute.blocks import Blocks
 from globe.fit.sweep import State
 from globe.fit.training import train
+from globe.runs.job import Job
+from globe.runs.stages import Stages
+from globe.runs.store import MemoryStore
 from globe.seeds import METHODS, SeedTask
+from globe.seeds.pool import Pool
 from globe.seeds.proxies import Rows
 from globe.settings import Settings
 from globe.sizes.pools import Size, groups
+from globe.sizes.ratios import Shape
 
 Array = NDArray[np.float64]
 
@@ -63,10 +68,11 @@ class WeightProber:
         settings = replace(self.settings, **changed)
         everything = np.arange(sample.p)
         rows = Rows(everything, everything[:0], everything[: size.rank])
-        arguments = (settings, self.device, self.blocks.proxy_bytes, self.scratch, _NOTHING, lambda line: None)
-        seeds = METHODS[settings.method](SeedTask(sample, rows, size.bank, *arguments))
+        pool = Pool(sample, Shape(size.rank, size.bank, len(sample) * size.bank), rows)
+        job = Job(settings, self.device, self.blocks, Stages(), MemoryStore())
+        seeds = METHODS[settings.method](SeedTask(pool, size.bank, job, self.scratch, _NOTHING))
         start = State(seeds.bank, seeds.codes, settings.temperature)
-        found = train(sample, rows, start, settings, _NOTHING, blocks=self.blocks).measure
+        found = train(pool, start, job, _NOTHING).measure
         assert found is not None, "loops measure what they make"
         return found.expert_errors
 

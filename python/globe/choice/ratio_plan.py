@@ -116,17 +116,38 @@ def candidates(unit: Family, ratio: float, scope: str | int = "global") -> list[
     return list(found.values())
 
 
-def plan_ratio(
-    whole: Mapping[str, Family],
-    energies: Mapping[str, Array],
-    settings: Settings,
-    prober: Prober,
-    *,
-    fits: Callable[[str, Size], bool] = lambda name, size: True,
-    advance: Callable[[float], None] = _NOTHING,
-    log: Callable[[str], None] = lambda line: None,
-) -> RatioPlan:
-    """Choose rank and bank of every unit so that all together store at most `settings.ratio` of the touched matrices.
+@dataclass(frozen=True)
+class Probing:
+    """How choices are probed.
+
+    Parameters
+    ----------
+    prober : Prober
+    settings : Settings
+        `ratio`, `scope`.
+    fits : callable
+        Whether a size may be used at all (memory).
+    advance : callable
+        Called with 1 for every probe; `probes` says how many.
+    log : callable
+        Shows a line.
+    """
+
+    prober: Prober
+    settings: Settings
+    fits: Callable[[str, Size], bool] = lambda name, size: True
+    advance: Callable[[float], None] = _NOTHING
+    log: Callable[[str], None] = lambda line: None
+
+    @property
+    def ratio(self) -> float:
+        """What is asked for."""
+        assert self.settings.ratio is not None, "no ratio to plan for"
+        return self.settings.ratio
+
+
+def plan_ratio(whole: Mapping[str, Family], energies: Mapping[str, Array], probing: Probing) -> RatioPlan:
+    """Choose rank and bank of every unit so that all together store at most the ratio asked for.
 
     Candidates on the curve of equal bytes are fitted to a sample of experts, with as many atoms an expert as in
     the whole: from an atom for four experts on, downhill, until both neighbours are worse. Best is the smallest
@@ -140,35 +161,27 @@ def plan_ratio(
         Units by name.
     energies : mapping
         ‖W_i‖² (N,) of each unit's experts.
-    settings : Settings
-        `ratio`, `scope`.
-    prober : Prober
-    fits : callable
-        Whether a size may be used at all (memory).
-    advance : callable
-        Called with 1 for every probe; `probes` says how many.
-    log : callable
+    probing : Probing
 
     Raises
     ------
     UsageError
         If nothing fits the ratio.
     """
-    assert settings.ratio is not None, "plan_ratio without a ratio"
-    ratio, seen = settings.ratio, {}
+    ratio, seen = probing.ratio, {}
     for name, unit in whole.items():
-        sized = [size for size in candidates(unit, ratio, settings.scope) if fits(name, size)]
+        sized = [size for size in candidates(unit, ratio, probing.settings.scope) if probing.fits(name, size)]
         if not sized:
             raise UsageError(f"ratio is {ratio:g}: no bank of family {name} at that ratio fits --max-memory; raise it")
-        seen[name] = _probe_unit(unit, energies[name], sized, ratio, settings, prober, advance)
+        seen[name] = _probe_unit(unit, energies[name], sized, probing)
     if len(whole) > 1:
         for name, unit in whole.items():
-            seen[name] = _probe_around(unit, energies[name], seen[name], ratio, settings, prober, advance)
+            seen[name] = _probe_around(unit, energies[name], seen[name], probing)
         worth = {name: float(energies[name].sum()) for name in whole}
         seen = _split(whole, seen, ratio, worth)
     for name, unit_plan in seen.items():
         for line in _lines(name, len(whole[name]), unit_plan, ratio):
-            log(line)
+            probing.log(line)
     return RatioPlan(ratio, seen)
 
 
@@ -177,23 +190,16 @@ def probes(units: int) -> int:
     return units * (len(SHARES) + 1 + (2 if units > 1 else 0))
 
 
-def _probe_unit(
-    unit: Family,
-    energy: Array,
-    sized: list[Size],
-    ratio: float,
-    settings: Settings,
-    prober: Prober,
-    advance: Callable[[float], None],
-) -> UnitPlan:
-    sampled = samples(unit, energy, settings.scope)
+def _probe_unit(unit: Family, energy: Array, sized: list[Size], probing: Probing) -> UnitPlan:
+    scope, prober, ratio = probing.settings.scope, probing.prober, probing.ratio
+    sampled = samples(unit, energy, scope)
     found: dict[int, tuple[Point, list[Array]]] = {}
     refused: set[int] = set()
     place: int | None = min(range(len(sized)), key=lambda k: abs(sized[k].bank / len(unit) - 1 / 4))
     while place is not None:  # from the middle downhill: the curve has one valley
         size = sized[place]
-        errors = _errors(unit, size, sampled, settings.scope, prober)
-        advance(1)
+        errors = _errors(unit, size, sampled, scope, prober)
+        probing.advance(1)
         if errors is None:
             refused.add(place)
         else:
@@ -210,26 +216,19 @@ def _probe_unit(
     few = [(replace(sample, experts=sample.experts[::step]), energies[::step]) for sample, energies in sampled]
     rank = max(1, math.floor(ratio * unit.p * unit.d / (unit.p + unit.d)))
     truncated = _mean([prober.truncated(sample, rank) for sample, _ in few], few)
-    advance(1)
+    probing.advance(1)
     ours, size = _mean([errors[::step] for errors in best_errors], few), Size(best.rank, best.bank)
     counted = sum(len(sample) for sample, _ in sampled)
     return UnitPlan(size, best.ratio, counted, frontier, [], rank, truncated, ours, ours <= truncated)
 
 
-def _probe_around(
-    unit: Family,
-    energy: Array,
-    seen: UnitPlan,
-    ratio: float,
-    settings: Settings,
-    prober: Prober,
-    advance: Callable[[float], None],
-) -> UnitPlan:
-    sampled, others = samples(unit, energy, settings.scope), []
-    for near in (ratio - _REACH, ratio + _REACH):
+def _probe_around(unit: Family, energy: Array, seen: UnitPlan, probing: Probing) -> UnitPlan:
+    scope = probing.settings.scope
+    sampled, others = samples(unit, energy, scope), []
+    for near in (probing.ratio - _REACH, probing.ratio + _REACH):
         size = Size(_rank(unit, seen.size.bank, near), seen.size.bank)
-        errors = _errors(unit, size, sampled, settings.scope, prober) if size.rank >= 1 else None
-        advance(1)
+        errors = _errors(unit, size, sampled, scope, probing.prober) if size.rank >= 1 else None
+        probing.advance(1)
         if errors is not None:
             others.append(Point(size.rank, size.bank, _ratio(unit, size), _mean(errors, sampled)))
     return replace(seen, others=others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
@@ -47,22 +48,9 @@ def mod(codes: Array, right_side: torch.Tensor, bank: torch.Tensor, ridge: float
     return right_side
 
 
-def mod_exact(
-    codes: Array,
-    left_grams: torch.Tensor,
-    residual: torch.Tensor,
-    bank: torch.Tensor,
-    ridge: float,
-    steps: int,
-    over_relaxation: float = 0.0,
-    blocks: Blocks = BLOCKS,
-) -> torch.Tensor:
-    """B = argmin Σ_i ‖W_i − A_i Σ_j α_ij B_j‖² + Σ_j λ_j ‖B_j‖², by preconditioned conjugate gradients from `bank`.
-
-    The normal equations are Σ_i α_ij A_iᵀA_i (Σ_k α_ik B_k) + λ_j B_j = Σ_i α_ij A_iᵀW_i: an equation of its own
-    for every column of the atoms, so blocks of columns are solved one after the other. What is solved for is the
-    change of the bank, from the residual at the bank as it is. The preconditioner is the diagonal block
-    Σ_i α_ij² A_iᵀA_i + λ_j I of every atom; λ_j is `ridge` times that block's mean diagonal. Needs no pass over W.
+@dataclass(frozen=True)
+class Equations:
+    """The normal equations of the exact dictionary step, as far as a pass over the experts makes them.
 
     Parameters
     ----------
@@ -71,18 +59,53 @@ def mod_exact(
         A_iᵀA_i. In bf16, products inside the iteration are bf16 products: they change the change of the bank by
         less than a hundredth, which is below what a few CG steps leave.
     residual : torch.Tensor, shape (m, r, d), fp32
-        Σ_i α_ij (A_iᵀW_i − A_iᵀA_i Σ_k α_ik B_k). Is overwritten: the result takes its memory.
-    bank : torch.Tensor, shape (m, r, d), fp32
+        Σ_i α_ij (A_iᵀW_i − A_iᵀA_i Σ_k α_ik B_k), at the bank as it is; in a metric that of `mod_metric`. A step
+        overwrites it: its result takes the memory.
+    """
+
+    codes: Array
+    left_grams: torch.Tensor
+    residual: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Solving:
+    """How the exact step is solved.
+
+    Parameters
+    ----------
     ridge : float
+        λ_j over the mean diagonal of the atom's block.
     steps : int
         CG steps of every block; fewer are taken once the residual is at rounding.
     over_relaxation : float
         Fraction of its own step by which the result goes past the solution.
+    """
+
+    ridge: float
+    steps: int
+    over_relaxation: float = 0.0
+
+
+def mod_exact(equations: Equations, bank: torch.Tensor, how: Solving, blocks: Blocks = BLOCKS) -> torch.Tensor:
+    """B = argmin Σ_i ‖W_i − A_i Σ_j α_ij B_j‖² + Σ_j λ_j ‖B_j‖², by preconditioned conjugate gradients from `bank`.
+
+    The normal equations are Σ_i α_ij A_iᵀA_i (Σ_k α_ik B_k) + λ_j B_j = Σ_i α_ij A_iᵀW_i: an equation of its own
+    for every column of the atoms, so blocks of columns are solved one after the other. What is solved for is the
+    change of the bank, from the residual at the bank as it is. The preconditioner is the diagonal block
+    Σ_i α_ij² A_iᵀA_i + λ_j I of every atom; λ_j is `how.ridge` times that block's mean diagonal. Needs no pass over W.
+
+    Parameters
+    ----------
+    equations : Equations
+    bank : torch.Tensor, shape (m, r, d), fp32
+    how : Solving
     blocks : Blocks
         `columns` in hand at a time.
     """
+    codes, left_grams, residual = equations.codes, equations.left_grams, equations.residual
     rank = bank.shape[1]
-    inverse, shift, used = left_blocks(codes**2, left_grams, ridge)
+    inverse, shift, used = left_blocks(codes**2, left_grams, how.ridge)
     with Workers(bank.device) as workers:
         for span in spans(bank.shape[2], blocks.columns):
             start = bank[:, :, span].contiguous()
@@ -112,9 +135,10 @@ def mod_exact(
                 return total
 
             change = conjugate_gradients(
-                operator, lambda vector: matmul(inverse, vector), residual[:, :, span] - shift * start, steps
+                operator, lambda vector: matmul(inverse, vector), residual[:, :, span] - shift * start, how.steps
             )
-            residual[:, :, span] = start + torch.where(used, (1 + over_relaxation) * change, torch.zeros_like(change))
+            change = torch.where(used, (1 + how.over_relaxation) * change, torch.zeros_like(change))
+            residual[:, :, span] = start + change
     return residual
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from globe.compute.blocks import BLOCKS, Blocks
 from globe.compute.gemm import matmul, mixtures, scatter_add
 from globe.compute.stream import Workers
-from globe.fit.dictionary import conjugate_gradients, left_blocks, mod_exact, spans
+from globe.fit.dictionary import Equations, Solving, conjugate_gradients, left_blocks, mod_exact, spans
 from globe.statistics.metric import Metric
 
 Array = NDArray[np.float64]
@@ -17,15 +17,7 @@ _COLUMN_DAMPING = 1e-3  # of the mean diagonal, which is one
 
 
 def mod_metric(
-    codes: Array,
-    left_grams: torch.Tensor,
-    residual: torch.Tensor,
-    bank: torch.Tensor,
-    metric: Metric,
-    ridge: float,
-    steps: int,
-    over_relaxation: float = 0.0,
-    blocks: Blocks = BLOCKS,
+    equations: Equations, bank: torch.Tensor, metric: Metric, how: Solving, blocks: Blocks = BLOCKS
 ) -> torch.Tensor:
     """B = argmin Σ_i ‖D_i W_i L_i − A_i Σ_j α_ij B_j L_i‖² + Σ_j λ_j ‖B_j‖², by preconditioned CG from `bank`.
 
@@ -37,32 +29,26 @@ def mod_metric(
 
     Parameters
     ----------
-    codes : array, shape (N, m)
-    left_grams : torch.Tensor, shape (N, r, r), fp32 or bf16
-        C_i.
-    residual : torch.Tensor, shape (m, r, d), fp32
-        Σ_i α_ij (A_iᵀ D_i W_i − C_i Σ_k α_ik B_k) M_i. Is overwritten: the result takes its memory.
+    equations : Equations
+        Of D_i A_i: `left_grams` are C_i, the residual is Σ_i α_ij (A_iᵀ D_i W_i − C_i Σ_k α_ik B_k) M_i.
     bank : torch.Tensor, shape (m, r, d), fp32
     metric : Metric
         L_i.
-    ridge : float
-        λ_j is `ridge` times the mean diagonal of Σ_i α_ij² t_i C_i.
-    steps : int
-        CG steps; fewer are taken once the residual is at rounding.
-    over_relaxation : float
-        Fraction of its own step by which the result goes past the solution.
+    how : Solving
+        λ_j is `how.ridge` times the mean diagonal of Σ_i α_ij² t_i C_i.
     blocks : Blocks
         `experts` in hand at a time.
     """
     if not metric.columns:
-        return mod_exact(codes, left_grams, residual, bank, ridge, steps, over_relaxation, blocks)
+        return mod_exact(equations, bank, how, blocks)
+    codes, left_grams, residual = equations.codes, equations.left_grams, equations.residual
     traces = left_grams.diagonal(dim1=1, dim2=2).float().sum(1).cpu().double().numpy()
     size = min(blocks.experts, len(codes))
     mixed, products, room = (torch.empty(size, *bank.shape[1:], device=bank.device) for _ in range(3))
     with Workers(bank.device) as workers:
         moments = Moments(metric, workers)
         columns = moments.inverse_columns((codes**2).sum(1) * traces, workers)
-        inverse, shift, used = left_blocks(codes**2 * moments.means[:, None], left_grams, ridge)
+        inverse, shift, used = left_blocks(codes**2 * moments.means[:, None], left_grams, how.ridge)
 
         def operator(atoms: torch.Tensor) -> torch.Tensor:
             total: torch.Tensor = shift * atoms
@@ -88,8 +74,8 @@ def mod_metric(
             return found
 
         residual -= shift * bank
-        change = conjugate_gradients(operator, precondition, residual, steps)
-    change.mul_(1 + over_relaxation).mul_(used)
+        change = conjugate_gradients(operator, precondition, residual, how.steps)
+    change.mul_(1 + how.over_relaxation).mul_(used)
     return torch.add(bank, change, out=residual)
 
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ from globe.compute.gemm import matmul
 from globe.fit.codes import entmax_alpha, one_atom_each, prune, spread
 from globe.fit.dictionary import unit_atoms
 from globe.fit.quasi_newton import Pairs, Point, Preconditioner, Vector, move_atoms
-from globe.fit.support import newton_codes, shrink_support
+from globe.fit.support import Quadratic, newton_codes, shrink_support
 from globe.fit.sweep import State
 from globe.fit.variable_projection import Curvature, Problem, Value
+from globe.runs.job import Job
 from globe.runs.stages import Advance
 from globe.runs.store import Store
 from globe.settings import Settings
@@ -78,17 +80,7 @@ class Steps:
         }
 
 
-def fit_joint(
-    problem: Problem,
-    start: State,
-    settings: Settings,
-    pairs: int,
-    store: Store,
-    name: str,
-    elapsed: Callable[[], dict[str, Any]] = dict,
-    advance: Advance = lambda steps: None,
-    log: Callable[[str], None] = lambda line: None,
-) -> tuple[State, Steps]:
+def fit_joint(problem: Problem, start: State, job: Job, advance: Advance) -> tuple[State, Steps]:
     """Minimise Σ_i ‖W'_i − A_i Σ_j α_ij B'_j‖² over bank and codes, every A_i being the best for them.
 
     Variable projection (Golub & Pereyra, 1973) with L-BFGS (Nocedal, 1980). Every `_SEGMENT` steps one more pass finds
@@ -103,26 +95,19 @@ def fit_joint(
     problem : Problem
     start : State
         The warm start. The memory of its bank is taken.
-    settings : Settings
-        `joint_steps`, `codes`, `support`, `epsilon`, `tolerance`.
-    pairs : int
-        Most stored pairs of differences.
-    store : Store
-        Keeps the state of the last segment; a fit that is found there goes on.
-    name : str
-        The pool's.
-    elapsed : callable
-        The record so far of the stage.
-    advance, log : callable
+    job : Job
+        Settings `joint_steps`, `codes`, `support`, `epsilon`, `tolerance`; at most `blocks.pairs` pairs of differences
+        are stored; the store keeps the state of the last segment, and a fit that is found there goes on.
+    advance : callable
     """
-    started = time.perf_counter()
-    state, now, memory = _recall(store, name, start, problem, pairs)
+    started, settings, name = time.perf_counter(), job.settings, problem.family.name
+    state, now, memory = _recall(job, start, problem)
     bank, codes = state.bank, state.codes
     del start, state  # banks are what takes the memory: here and below they change in place
     started -= now.seconds
     signed = settings.codes == "signed"
     while now.stopped is None:
-        _save(store, name, bank, codes, now, memory, elapsed())
+        _save(job, name, State(bank, codes, now.temperature), now, memory)
         codes = _sized(codes, memory, signed)
         value, curvature = problem.curvature(bank, codes, settings.seed + now.step, advance)
         if value.ridged and now.step == 0:  # the warm start's coordinates may be far from the metric's
@@ -140,7 +125,7 @@ def fit_joint(
             value.ridged,
             time.perf_counter() - started,
         )
-        log(f"{name}: step {now.step}: error {value.error:.5f}, median support {median:g}")
+        job.log(f"{name}: step {now.step}: error {value.error:.5f}, median support {median:g}")
         now = replace(now, history=[*now.history, line], evaluations=now.evaluations + 1, seconds=line.seconds)
         wanted = _wanted_support(now, settings)
         met = wanted is None or median <= settings.support
@@ -157,48 +142,48 @@ def fit_joint(
             value, curvature = problem.curvature(bank, codes, settings.seed, advance)
             now = replace(now, evaluations=now.evaluations + 1)
         elif wanted is not None and median > wanted:
-            model = (curvature.codes, codes, value.codes)
-            codes, temperature = shrink_support(*model, newton_codes(*model), wanted, entmax_alpha(settings))
+            model = Quadratic(curvature.codes, codes, value.codes)
+            codes, temperature = shrink_support(model, newton_codes(model), wanted, entmax_alpha(settings))
             memory.clear()
-            del value
+            del value, model
             value = problem.evaluate(bank, codes, advance)
             now = replace(now, temperature=temperature, evaluations=now.evaluations + 1)
         _recentre(bank, memory, value, curvature)
         preconditioner = Preconditioner(curvature, problem.metric is not None)
         steps = min(_SEGMENT, settings.joint_steps - now.step)
-        codes, taken, evaluations = _descend(
-            problem, Point(bank, codes, signed), value, preconditioner, memory, steps, advance
-        )
-        del value, curvature, preconditioner
+        descent = _Descent(partial(problem.evaluate, advance=advance), preconditioner, memory)
+        codes, taken, evaluations = _descend(descent, Point(bank, codes, signed), value, steps)
+        del value, curvature, preconditioner, descent
         now = replace(now, step=now.step + steps, evaluations=now.evaluations + evaluations)
         if taken == 0 and met:
-            log(f"{name}: step {now.step}: no step lowers the error")
+            job.log(f"{name}: step {now.step}: no step lowers the error")
             now = replace(now, stopped="no descent")
     state = _finished(State(bank, codes, now.temperature), settings)
     return state, replace(now, seconds=time.perf_counter() - started)
 
 
-def _descend(
-    problem: Problem,
-    point: Point,
-    value: Value,
-    preconditioner: Preconditioner,
-    memory: Pairs,
-    steps: int,
-    advance: Advance,
-) -> tuple[Array, int, int]:
+@dataclass(frozen=True)
+class _Descent:
+    """What steps are taken with: f at a bank and codes, the preconditioner, and the pairs of differences so far."""
+
+    evaluate: Callable[[torch.Tensor, Array], Value]
+    preconditioner: Preconditioner
+    memory: Pairs
+
+
+def _descend(descent: _Descent, point: Point, value: Value, steps: int) -> tuple[Array, int, int]:
     """L-BFGS steps from a point, whose bank moves in place, as does the value's: codes, steps, evaluations."""
-    error, slope = value.error, point.slope(value)
+    error, slope, memory = value.error, point.slope(value), descent.memory
     taken = evaluations = 0
     while taken < steps:
-        direction = memory.direction(slope, lambda vector, here=point: preconditioner(vector, here))  # type: ignore[misc]
+        direction = memory.direction(slope, partial(descent.preconditioner, point=point))
         decrease = slope.dot(direction)
         if decrease >= 0:
             if not len(memory):
                 break
             memory.clear()
             continue
-        trial, found, size, tried = _search(problem, point, error, direction, decrease, advance)
+        trial, found, size, tried = _search(descent, point, error, direction, decrease)
         evaluations += tried
         if found is None:
             if not len(memory):
@@ -215,7 +200,7 @@ def _descend(
 
 
 def _search(
-    problem: Problem, point: Point, error: float, direction: Vector, decrease: float, advance: Advance
+    descent: _Descent, point: Point, error: float, direction: Vector, decrease: float
 ) -> tuple[Point, Value | None, float, int]:
     """A point on a line at which the error falls enough (Armijo, 1966), its value, the step's size, evaluations.
 
@@ -224,7 +209,7 @@ def _search(
     size, gone = point.reach(direction), 0.0
     for tried in range(1, _TRIALS + 1):
         trial = point.moved(direction, size, gone)
-        found = problem.evaluate(trial.bank, trial.codes, advance)
+        found = descent.evaluate(trial.bank, trial.codes)
         if found.error <= error + _ARMIJO * size * decrease:
             return trial, found, size, tried
         gone, rise = size, found.error - error - size * decrease
@@ -279,19 +264,17 @@ def _finished(state: State, settings: Settings) -> State:
     return State(bank, codes / np.abs(codes).sum(1, keepdims=True), state.temperature)
 
 
-def _save(
-    store: Store, name: str, bank: torch.Tensor, codes: Array, now: Steps, memory: Pairs, elapsed: dict[str, Any]
-) -> None:
-    tensors = {"bank": bank, "codes": torch.from_numpy(codes)}
+def _save(job: Job, name: str, state: State, now: Steps, memory: Pairs) -> None:
+    tensors = {"bank": state.bank, "codes": torch.from_numpy(state.codes)}
     for place, (step, slope) in enumerate(zip(memory.steps, memory.slopes, strict=True)):
         tensors |= {f"step-{place}": step.bank, f"step-{place}.codes": torch.from_numpy(step.codes)}
         tensors |= {f"slope-{place}": slope.bank, f"slope-{place}.codes": torch.from_numpy(slope.codes)}
-    store.save(_key(name), tensors, {**asdict(now), "pairs": len(memory), "elapsed": elapsed})
+    job.store.save(_key(name), tensors, {**asdict(now), "pairs": len(memory), "elapsed": job.stages.so_far()})
 
 
-def _recall(store: Store, name: str, start: State, problem: Problem, pairs: int) -> tuple[State, Steps, Pairs]:
-    memory = Pairs(pairs)
-    saved = store.load(_key(name))
+def _recall(job: Job, start: State, problem: Problem) -> tuple[State, Steps, Pairs]:
+    memory = Pairs(job.blocks.pairs)
+    saved = job.store.load(_key(problem.family.name))
     if saved is None:
         return start, Steps(start.temperature), memory
     meta = {key: value for key, value in saved.meta.items() if key != "elapsed"}

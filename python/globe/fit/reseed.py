@@ -6,16 +6,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from globe.checkpoint.index import Family
 from globe.compute.gemm import bank_gram, grams, matmul, mixtures
 from globe.compute.spd import spd_inverse
 from globe.fit.dictionary import spans
 from globe.fit.lefts import fit_lefts
 from globe.fit.sight import Sight
 from globe.fit.sweep import State
-from globe.seeds.proxies import Rows
+from globe.seeds.pool import Pool
 from globe.settings import Settings
-from globe.statistics.metric import Metric
 
 Array = NDArray[np.float64]
 _ROW_BLOCK_BYTES = 64 << 20
@@ -37,9 +35,7 @@ def decorrelate(bank: torch.Tensor, weight: float) -> torch.Tensor:
     return bank
 
 
-def reseed(
-    family: Family, rows: Rows, state: State, errors: Array, settings: Settings, metric: Metric | None = None
-) -> tuple[State, int]:
+def reseed(pool: Pool, state: State, errors: Array, settings: Settings) -> tuple[State, int]:
     """Give every atom that does no work to an expert with a large error; the bank is changed in place.
 
     Atoms that no expert uses, and the later of two with ⟨B_j, B_k⟩ above `duplicate` (of either sign where codes are
@@ -49,15 +45,13 @@ def reseed(
 
     Parameters
     ----------
-    family : Family
-    rows : Rows
+    pool : Pool
     state : State
         Unit atoms.
     errors : array, shape (N,)
         Relative errors on the training rows.
     settings : Settings
         `codes`, `duplicate`.
-    metric : Metric, optional
 
     Returns
     -------
@@ -75,7 +69,7 @@ def reseed(
             number = next(worst, None)
             if number is None or errors[number] <= _FITTED:
                 break
-            found = _residual(family, rows, State(state.bank, codes, state.temperature), int(number), settings, metric)
+            found = _residual(pool, State(state.bank, codes, state.temperature), int(number), settings)
         if number is None or found is None:
             break
         norm = float(torch.linalg.vector_norm(found))
@@ -100,16 +94,14 @@ def _idle(gram: Array, codes: Array, settings: Settings) -> list[int]:
     return [int(atom) for atom in np.flatnonzero(~used)]
 
 
-def _residual(
-    family: Family, rows: Rows, state: State, number: int, settings: Settings, metric: Metric | None
-) -> torch.Tensor | None:
+def _residual(pool: Pool, state: State, number: int, settings: Settings) -> torch.Tensor | None:
     """A_i⁺(W_i − A_i B̃_i) (r, d) of an expert, A_i from its training rows; None where it is rounding."""
-    device = state.bank.device
-    weights = family.read(number).to(device)[None]
+    metric, device = pool.metric, state.bank.device
+    weights = pool.family.read(number).to(device)[None]
     mixed = mixtures(state.codes[number][None], state.bank)
     seen, seen_mixed = Sight(state.bank, metric, settings).look(number, weights, mixed)
     fit = fit_lefts(seen, seen_mixed, settings)
-    held = torch.from_numpy(rows.validation).to(device)
+    held = torch.from_numpy(pool.rows.validation).to(device)
     transposed = fit.lefts.index_fill(1, held, 0.0).mT.contiguous()
     inverse, _ = spd_inverse(grams(transposed), settings.ridge, settings.ridge_rcond)
     plain = weights[0].float()

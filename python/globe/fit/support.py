@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,8 +15,9 @@ Array = NDArray[np.float64]
 _DAMPING = 1e-3  # of the mean diagonal
 
 
-def newton_codes(curvature: torch.Tensor, codes: Array, slope: Array) -> Array:
-    """argmin over α_i ≥ 0 of gᵢᵀ(α_i − α⁰_i) + ½ (α_i − α⁰_i)ᵀ H_i (α_i − α⁰_i), for every expert, over all atoms.
+@dataclass(frozen=True)
+class Quadratic:
+    """gᵢᵀ(α_i − α⁰_i) + ½ (α_i − α⁰_i)ᵀ H_i (α_i − α⁰_i), for every expert.
 
     Parameters
     ----------
@@ -23,16 +26,23 @@ def newton_codes(curvature: torch.Tensor, codes: Array, slope: Array) -> Array:
     codes, slope : array, shape (N, m)
         α⁰ and g.
     """
-    found = np.empty_like(codes)
-    for number, block in enumerate(curvature):
+
+    curvature: torch.Tensor
+    codes: Array
+    slope: Array
+
+
+def newton_codes(model: Quadratic) -> Array:
+    """argmin over α_i ≥ 0 of a quadratic model, for every expert, over all atoms."""
+    found = np.empty_like(model.codes)
+    for number, block in enumerate(model.curvature):
         damped = _damped(block)
-        found[number] = kernels.nnls(damped, (damped @ codes[number] - slope[number])[None]).codes[0]
-    return np.where(found.max(1, keepdims=True) > 0, found, codes)
+        target = damped @ model.codes[number] - model.slope[number]
+        found[number] = kernels.nnls(damped, target[None]).codes[0]
+    return np.where(found.max(1, keepdims=True) > 0, found, model.codes)
 
 
-def shrink_support(
-    curvature: torch.Tensor, codes: Array, slope: Array, grown: Array, wanted: float, alpha: float
-) -> tuple[Array, float]:
+def shrink_support(model: Quadratic, grown: Array, wanted: float, alpha: float) -> tuple[Array, float]:
     """Codes of a median support of at most `wanted`, and the temperature that leaves it.
 
     The logits are those of what each atom contributes, α_ij √H_i,jj: entmax(z/T) keeps the larger contributions, the
@@ -40,15 +50,14 @@ def shrink_support(
 
     Parameters
     ----------
-    curvature, codes, slope
-        As for `newton_codes`.
+    model : Quadratic
     grown : array, shape (N, m)
         The codes to choose from.
     wanted : float
     alpha : float
         Of entmax.
     """
-    weights = np.sqrt(np.maximum(torch.diagonal(curvature, dim1=1, dim2=2).double().numpy(), 0))
+    weights = np.sqrt(np.maximum(torch.diagonal(model.curvature, dim1=1, dim2=2).double().numpy(), 0))
     contributions = grown * weights
     contributions = np.where(contributions.max(1, keepdims=True) > 0, contributions, grown)
     logits = kernels.entmax_inverse(contributions / contributions.sum(1, keepdims=True), alpha)
@@ -60,10 +69,10 @@ def shrink_support(
         else:
             low = middle
     kept = (kernels.entmax(logits, alpha, temperature=low) > 0) & (grown > 0)
-    found = np.zeros_like(codes)
-    for number, block in enumerate(curvature):
+    found = np.zeros_like(model.codes)
+    for number, block in enumerate(model.curvature):
         damped, some = _damped(block), np.flatnonzero(kept[number])
-        target = (damped @ codes[number] - slope[number])[some]
+        target = (damped @ model.codes[number] - model.slope[number])[some]
         inner = np.ascontiguousarray(damped[np.ix_(some, some)])
         found[number, some] = kernels.nnls(inner, target[None]).codes[0]
     return np.where(found.max(1, keepdims=True) > 0, found, np.where(kept, grown, 0.0)), float(low)

@@ -9,14 +9,16 @@ import torch
 from numpy.typing import NDArray
 
 from globe.checkpoint.index import Family
-from globe.compute.blocks import BLOCKS, Blocks
+from globe.compute.blocks import Blocks
 from globe.compute.gemm import correlations, dictionary_dtype, grams, matmul, mixtures, scatter_add, storable
 from globe.compute.spd import spd_inverse
 from globe.compute.stream import Workers, expert_batches
 from globe.fit.codes import coding_step
 from globe.fit.lefts import LeftFit, fit_lefts, row_energies, squared_errors
 from globe.fit.sight import Sight
+from globe.runs.job import Job
 from globe.runs.stages import Advance
+from globe.seeds.pool import Pool
 from globe.seeds.proxies import Rows
 from globe.settings import Settings
 from globe.statistics.metric import Metric
@@ -67,20 +69,13 @@ class Sums:
     errors: Array | None = None
 
 
-def measure(
-    family: Family,
-    rows: Rows,
-    state: State,
-    settings: Settings,
-    advance: Advance,
-    blocks: Blocks = BLOCKS,
-    metric: Metric | None = None,
-) -> Measure:
-    """Refit every left factor and measure the error, in a metric if given; one pass."""
-    meter, sight = _Meter(family, rows), Sight(state.bank, metric, settings)
-    mixed_room = _room(family, state, blocks)
+def measure(pool: Pool, state: State, job: Job, advance: Advance) -> Measure:
+    """Refit every left factor and measure the error, in the pool's metric if it has one; one pass."""
+    family, settings = pool.family, job.settings
+    meter, sight = _Meter(family, pool.rows), Sight(state.bank, pool.metric, settings)
+    mixed_room = _room(family, state, job.blocks)
     with Workers(state.bank.device) as workers:
-        for span, batch in expert_batches(family, blocks.experts, state.bank.device):
+        for span, batch in expert_batches(family, job.blocks.experts, state.bank.device):
             mixed = mixtures(state.codes[span], state.bank, mixed_room)
 
             def refit(
@@ -94,15 +89,7 @@ def measure(
     return meter.result()
 
 
-def sweep(
-    family: Family,
-    rows: Rows,
-    state: State,
-    settings: Settings,
-    advance: Advance,
-    blocks: Blocks = BLOCKS,
-    metric: Metric | None = None,
-) -> tuple[Measure, Sums]:
+def sweep(pool: Pool, state: State, job: Job, advance: Advance) -> tuple[Measure, Sums]:
     """Measure a state, code the targets that its left factors imply, and sum the dictionary step's right side.
 
     The targets are T_i = A_i⁺ W_i on the training rows (`exact`, `aligned`), or the normalised proxies
@@ -110,7 +97,7 @@ def sweep(
     mix where some are held out, experts and mixtures are seen through it (:class:`globe.fit.sight.Sight`). `aligned`
     then sums T_i = (D_i A_i)⁺ D_i W_i as they are: argmin Σ_i ‖(T_i − Σ_j α_ij B_j) L‖² with one L for all is MOD.
     """
-    device = state.bank.device
+    family, rows, metric, settings, device = pool.family, pool.rows, pool.metric, job.settings, state.bank.device
     meter, sight = _Meter(family, rows), Sight(state.bank, metric, settings)
     proxy, held = (torch.from_numpy(index).to(device) for index in (rows.proxy, rows.validation))
     codes, irregular = np.zeros_like(state.codes), 0
@@ -119,12 +106,12 @@ def sweep(
     exact = settings.mod == "exact"
     kept = dictionary_dtype(settings.precision, device)
     left_grams = torch.empty(len(family), rank, rank, dtype=kept, device=device) if exact else None
-    mixed_room, target_room = _room(family, state, blocks), _room(family, state, blocks)
+    mixed_room, target_room = _room(family, state, job.blocks), _room(family, state, job.blocks)
     apart = exact or (metric is not None and settings.mod == "aligned")
-    summand_room = _room(family, state, blocks) if apart else target_room
+    summand_room = _room(family, state, job.blocks) if apart else target_room
     gram_room = torch.empty(len(target_room), rank, rank, device=device) if exact else None
     with Workers(device) as workers:
-        for span, batch in expert_batches(family, blocks.experts, device):
+        for span, batch in expert_batches(family, job.blocks.experts, device):
             mixed = mixtures(state.codes[span], state.bank, mixed_room)
             targets, summands = target_room[: len(batch)], summand_room[: len(batch)]
 

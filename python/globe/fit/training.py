@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from globe.checkpoint.index import Family
 from globe.compute.blocks import BLOCKS, Blocks
 from globe.compute.codes import supports
 from globe.fit.codes import one_atom_each, spread, update_temperature
-from globe.fit.dictionary import mod, mod_exact, unit_atoms
+from globe.fit.dictionary import Equations, Solving, mod, mod_exact, unit_atoms
 from globe.fit.dictionary_metric import mod_metric
 from globe.fit.progress import Progress, Record, States
 from globe.fit.reseed import decorrelate, reseed
 from globe.fit.sweep import Measure, State, Sums, measure, sweep
+from globe.runs.job import Job
 from globe.runs.stages import Advance
-from globe.seeds.proxies import Rows
+from globe.seeds.pool import Pool
 from globe.settings import Settings
-from globe.statistics.metric import Metric
 
 
 @dataclass(frozen=True)
@@ -36,17 +34,7 @@ class Training:
     stopped: str
 
 
-def train(
-    family: Family,
-    rows: Rows,
-    start: State | Progress,
-    settings: Settings,
-    advance: Advance,
-    log: Callable[[str], None] = lambda line: None,
-    states: States | None = None,
-    blocks: Blocks = BLOCKS,
-    metric: Metric | None = None,
-) -> Training:
+def train(pool: Pool, start: State | Progress, job: Job, advance: Advance, states: States | None = None) -> Training:
     """Alternate codes, dictionary and left factors from `start`, and keep the best state; all errors are in the metric.
 
     A loop is one pass over W: the pass that codes the targets of a state also measures it. The best state has
@@ -56,9 +44,10 @@ def train(
     spread. Where the metric mixes rows none is held out. Atoms that do no work are re-seeded after every loop
     that another one codes.
     """
-    if metric is not None and metric.mixes_rows:
-        rows = rows.all_trained()
-    error = "relative error" if metric is None else "weighted error"
+    family, settings, log = pool.family, job.settings, job.log
+    if pool.metric is not None and pool.metric.mixes_rows:
+        pool = pool.all_trained()
+    error = "relative error" if pool.metric is None else "weighted error"
     started = time.perf_counter()
     if isinstance(start, Progress):
         assert states is not None, "progress without the states that it speaks of"
@@ -74,13 +63,13 @@ def train(
     while True:
         sums: Sums | None = None
         if now.loop in (-1, settings.outer_loops):
-            measured = measure(family, rows, state, settings, advance, blocks, metric)
+            measured = measure(pool, state, job, advance)
         else:
-            measured, sums = sweep(family, rows, state, settings, advance, blocks, metric)
+            measured, sums = sweep(pool, state, job, advance)
         median = float(np.median(supports(state.codes)))
         seconds, started = time.perf_counter() - started, time.perf_counter()
         log(f"{family.name}: loop {now.loop}: {error} {measured.relative_error:.4f}, median support {median:g}")
-        judged = _judge(now, measured, median, state.temperature, seconds, settings)
+        judged = _judge(replace(now, seconds=seconds), measured, median, state.temperature, settings)
         off = judged.relaxation != now.relaxation
         if off or (now.previous is not None and measured.relative_error > now.previous.relative_error):
             end = ", over-relaxation is off from here" if off else ""
@@ -99,14 +88,14 @@ def train(
         if sums.irregular:
             lost = f"{sums.irregular} coding problems were singular or did not converge"
             log(f"{family.name}: loop {now.loop + 1}: {lost}")
-        state = _dictionary_step(state, sums, settings, now.relaxation if now.loop else 0.0, blocks)
+        state = _dictionary_step(state, sums, settings, now.relaxation if now.loop else 0.0, job.blocks)
         if settings.codes in ("entmax", "sparsemax") and now.loop % settings.temperature_every == 0:
             median = float(np.median(supports(state.codes)))
             temperature = update_temperature(state.temperature, median, settings.support, settings.temperature_rate)
             state = replace(state, temperature=temperature)
         reseeded = 0
         if sums.errors is not None and now.loop + 1 < settings.outer_loops:
-            state, reseeded = reseed(family, rows, state, sums.errors, settings, metric)
+            state, reseeded = reseed(pool, state, sums.errors, settings)
             if reseeded:
                 log(f"{family.name}: loop {now.loop + 1}: {reseeded} atoms did no work and were re-seeded")
         spent = time.perf_counter() - started
@@ -126,16 +115,14 @@ def first_progress(codes: NDArray[np.float64], settings: Settings) -> Progress:
     return Progress(settings.over_relaxation, loop=first, best=first, first=first)
 
 
-def _judge(
-    before: Progress, measured: Measure, median: float, temperature: float, seconds: float, settings: Settings
-) -> Progress:
+def _judge(before: Progress, measured: Measure, median: float, temperature: float, settings: Settings) -> Progress:
     """What the measure of the loop in hand adds: its record, whether it is best, and whether to go on as before."""
     loop, previous, now = before.loop, before.previous, before
     if loop > 0:
         validation = None if math.isnan(measured.validation_error) else measured.validation_error
         relaxed = before.relaxation if loop > 1 and settings.mod == "exact" else 0.0
         errors = (measured.relative_error, measured.train_error, validation)
-        record = Record(loop, *errors, median, temperature, relaxed, before.irregular, before.reseeded, seconds)
+        record = Record(loop, *errors, median, temperature, relaxed, before.irregular, before.reseeded, before.seconds)
         now = replace(now, history=[*before.history, record])
     if now.best_measure is None or measured.relative_error < now.best_measure.relative_error:
         now = replace(now, best=loop, best_measure=measured)
@@ -150,12 +137,12 @@ def _judge(
 
 def _dictionary_step(state: State, sums: Sums, settings: Settings, relaxation: float, blocks: Blocks = BLOCKS) -> State:
     if sums.left_grams is not None:
-        ridge, steps = settings.mod_ridge, settings.cg_steps
-        given = (sums.codes, sums.left_grams, sums.right_side, state.bank)
+        how = Solving(settings.mod_ridge, settings.cg_steps, relaxation)
+        equations = Equations(sums.codes, sums.left_grams, sums.right_side)
         if sums.metric is None:
-            bank = mod_exact(*given, ridge, steps, relaxation, blocks)
+            bank = mod_exact(equations, state.bank, how, blocks)
         else:
-            bank = mod_metric(*given, sums.metric, ridge, steps, relaxation, blocks)
+            bank = mod_metric(equations, state.bank, sums.metric, how, blocks)
     else:
         bank = mod(sums.codes, sums.right_side, state.bank, settings.mod_ridge)
     bank, codes = unit_atoms(bank, sums.codes)

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from globe.checkpoint.index import Family
-from globe.compute.blocks import Blocks
 from globe.compute.gemm import correlations, grams, matmul, mixtures, scatter_add
 from globe.compute.spd import row_basis
 from globe.compute.stream import Workers, expert_batches
+from globe.runs.job import Job
 from globe.runs.stages import Advance
-from globe.settings import Settings
+from globe.seeds.pool import Pool
 from globe.statistics.metric import Metric
 
 Array = NDArray[np.float64]
@@ -77,23 +77,19 @@ class Problem:
 
     Parameters
     ----------
-    family : Family
-    metric : Metric or None
-        None: W'_i = W_i.
-    settings : Settings
-        `ridge` and `ridge_rcond`.
-    blocks : Blocks
-        `experts` in hand at a time; up to `cached` bytes of W' are kept in memory.
-    device : torch.device
+    pool : Pool
+        Without a metric W'_i = W_i.
+    job : Job
+        Settings `ridge` and `ridge_rcond`; `blocks.experts` in hand at a time, up to `blocks.cached` bytes of W' are
+        kept in memory.
     """
 
-    def __init__(
-        self, family: Family, metric: Metric | None, settings: Settings, blocks: Blocks, device: torch.device
-    ) -> None:
-        self.family, self.metric, self._settings, self._blocks, self.device = family, metric, settings, blocks, device
-        self._rcond = settings.ridge_rcond**2  # of fp64, where the setting is for Gram matrices of fp32
-        whole = 4 * len(family) * family.p * family.d
-        self._cached: list[torch.Tensor] | None = [] if whole <= blocks.cached else None
+    def __init__(self, pool: Pool, job: Job) -> None:
+        self.family, self.metric, self.device = pool.family, pool.metric, job.device
+        self._settings, self._blocks = job.settings, job.blocks
+        self._rcond = job.settings.ridge_rcond**2  # of fp64, where the setting is for Gram matrices of fp32
+        whole = 4 * len(pool.family) * pool.family.p * pool.family.d
+        self._cached: list[torch.Tensor] | None = [] if whole <= job.blocks.cached else None
         self._whole = False
         self.energy = 0.0
 

@@ -13,13 +13,17 @@ from typing import Any
 
 from globe.checkpoint.tensorfile import write_text
 from globe.choice.plan import plan
+from globe.choice.seeding import seed
 from globe.compute.devices import check_device, keep_memory, set_threads
 from globe.compute.gemm import pick_precision, working_precision
 from globe.errors import GlobeError, UsageError
-from globe.fit.factor import factor, scan_family
+from globe.fit.stages import alternate, fit_report
+from globe.runs.job import Job
 from globe.runs.stages import Display, Stages, peak_rss_bytes
 from globe.runs.store import RunStore
 from globe.seeds import METHODS
+from globe.seeds.pool import pool_of
+from globe.seeds.proxies import scan_family
 from globe.settings import Settings
 
 _LOOPS = (0, 6)
@@ -122,11 +126,13 @@ def run_one(model: Path, settings: Settings, counts: Sequence[int]) -> list[dict
     precision = working_precision(pick_precision(settings.precision, planned.device))
     with precision, tempfile.TemporaryDirectory(prefix="globe-compare-") as folder:
         store = RunStore(Path(folder) / "run", {}, {}, lambda line: None)
+        job = Job(settings, planned.device, planned.blocks, stages, store)
         for name, stored in planned.families.items():
-            scanned = scan_family(stored, settings, stages, store)
-            family = scanned.usual_size(stored)
-            shape = planned.shapes[name]
-            report = factor(family, shape, scanned, settings, planned.device, stages, store, planned.blocks)
+            scanned = scan_family(stored, job)
+            pool = pool_of(scanned.usual_size(stored), planned.shapes[name], scanned, settings)
+            seed(pool, job)
+            alternate(pool, job)
+            report = fit_report(pool, job)
             rows += [_row(settings.method, name, report, count) for count in counts]
             store.drop(f"{name}.fit")
     for row in rows:

@@ -25,16 +25,20 @@ from globe.checkpoint.quantised import KEY, quantised_dtypes
 from globe.checkpoint.quantised import told as told_quantised
 from globe.checkpoint.tensorfile import write_text
 from globe.choice.plan import Plan, plan, plan_sizes, usual_size
+from globe.choice.seeding import seed
 from globe.compute.devices import check_device, keep_memory, set_threads
 from globe.compute.gemm import pick_precision, precision_report, working_precision
 from globe.errors import GlobeError
-from globe.fit.factor import factor, load_fit, scan_family
+from globe.fit.stages import alternate, fit_jointly, fit_report, load_fit
 from globe.fit.stored_lefts import Fit
 from globe.pipeline.metrics import families_report, stored_report
 from globe.report import report as draw
+from globe.runs.job import Job
 from globe.runs.stages import Display, Stages
 from globe.runs.store import FOLDER
 from globe.runs.tracking import require_tracker, track
+from globe.seeds.pool import pool_of
+from globe.seeds.proxies import scan_family
 from globe.settings import Settings
 from globe.sizes.ratios import Ratios, Shape, ratios, stored_elements
 from globe.statistics.calibrate import calibration_for, is_file, named_calibration
@@ -167,13 +171,14 @@ def _compress(
             if not (target / REPORT).exists():
                 _draw_report(target, stages.display.log)
             return found
-        scans = {}
-        for name, family in planned.families.items():  # all before the first is trained: a bad tensor ends it early
-            scans[name] = scan_family(family, settings, stages, store)
+        job = Job(settings, planned.device, planned.blocks, stages, store)
+        # All before the first is trained: a bad tensor ends it early.
+        scans = {name: scan_family(family, job) for name, family in planned.families.items()}
         planned = usual_size(planned, scans)
         seen: dict[str, Any] | None = None
         if settings.ratio is not None:
-            planned, seen = plan_sizes(planned, scans, settings, stages, store)
+            planned, seen = plan_sizes(planned, scans, job)
+            job = replace(job, blocks=planned.blocks)
             environment["blocks"] = asdict(planned.blocks)
         calibration = calibration_for(
             planned.checkpoint,
@@ -184,18 +189,16 @@ def _compress(
             device=str(planned.device),
             trust_remote_code=trust_remote_code,
         )
-        reports, metrics_of = {}, {}
+        reports, pools = {}, {}
         for name, family in planned.families.items():
-            shape = planned.shapes[name]
             metric = build_metric(family, calibration, settings, planned.device) if calibration is not None else None
-            arguments = (family, shape, scans[name], settings, planned.device, stages, store, planned.blocks, metric)
-            reports[name] = factor(*arguments, to_be_written=True)
-            metrics_of[name] = metric
-        fits = {
-            name: replace(load_fit(family, store, planned.device), metric=metrics_of[name])
-            for name, family in planned.families.items()
-        }
-        written = write_weights(planned.checkpoint, fits, target, settings, stages, store, planned.blocks)
+            pool = pool_of(family, planned.shapes[name], scans[name], settings, metric)
+            seed(pool, job)
+            alternate(pool, job, measured=False)
+            fit_jointly(pool, job)
+            pools[name], reports[name] = pool, fit_report(pool, job)
+        fits = {name: load_fit(pool, job) for name, pool in pools.items()}
+        written = write_weights(planned.checkpoint, fits, target, job)
         for name, report in reports.items():
             report.update(stored_report(name, fits[name], written))
             if report["init"]["relative_error"] is None:  # no loops: what is written are the seeds

@@ -6,59 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from globe import kernels
 from globe.artifact.write import Written
-from globe.checkpoint.index import Family
 from globe.compute.codes import supports
-from globe.compute.gemm import bank_gram, correlations
+from globe.fit.describe import bank_report
 from globe.fit.stored_lefts import Fit
-from globe.fit.training import Training
-from globe.runs.stages import Advance
-from globe.seeds import Seeds
-from globe.seeds.proxies import Rows, proxy_blocks
-from globe.sizes.ratios import Shape
 
 Array = NDArray[np.float64]
-
-COHERENT = 0.95  # |cosine| from which two atoms are told as the same
-_MOST_PAIRS = 16
-
-
-def seeds_report(seeds: Seeds) -> dict[str, Any]:
-    """Supports, popularity of atoms, norms and coherence of the seeds."""
-    return _bank_report(seeds.bank, seeds.codes)
-
-
-def training_report(shape: Shape, rows: Rows, notes: Mapping[str, Any], training: Training) -> dict[str, Any]:
-    """Seeds and loops: explained variance, errors at the start, what `seeds_report` found, and every loop.
-
-    Parameters
-    ----------
-    shape, rows, training
-    notes : mapping
-        "seeds", all fields of the seeds but bank and codes, their report and the "choice" of the method; and "stage",
-        the record of the stage that made them.
-    """
-    seeds, stage = notes["seeds"], notes["stage"]
-    return {
-        "rank": shape.rank,
-        "bank": shape.bank,
-        "validation_rows": len(rows.validation),
-        "explained_variance": seeds["explained_variance"],
-        "init": {
-            "relative_error": training.initial.relative_error if training.initial is not None else None,
-            **{key: value for key, value in seeds.items() if key != "choice"},
-            "seconds": stage["seconds"],
-            "peak_rss_bytes": stage["peak_rss_bytes"],
-        },
-        "seeds": seeds["choice"],
-        "temperature": training.state.temperature,
-        "stopped": training.stopped,
-        "history": [record.as_dict() for record in training.history],
-    }
 
 
 def stored_report(name: str, fit: Fit, written: Written) -> dict[str, Any]:
@@ -69,7 +24,7 @@ def stored_report(name: str, fit: Fit, written: Written) -> dict[str, Any]:
         "expert_errors": _quotients(errors, energies),
         **_weighted_report([written.weighted[name]] if fit.metric is not None else []),
         "ridged_left_factors": written.ridged[name],
-        **_bank_report(fit.state.bank, fit.state.codes),
+        **bank_report(fit.state.bank, fit.state.codes),
     }
 
 
@@ -123,38 +78,3 @@ def _weighted_report(parts: Sequence[Array]) -> dict[str, Any]:
 def _quotients(errors: Array, energies: Array) -> list[float]:
     quotients: list[float] = (errors / np.where(energies > 0, energies, 1.0)).tolist()
     return quotients
-
-
-def _bank_report(bank: torch.Tensor, codes: Array) -> dict[str, Any]:
-    gram = bank_gram(bank)
-    norms = np.sqrt(np.diag(gram))
-    unit = gram / np.outer(norms, norms)
-    off = unit - np.diag(np.diag(unit))
-    sizes = supports(codes)
-    first, second = np.nonzero(np.triu(np.abs(off) >= COHERENT))
-    closest = np.argsort(-np.abs(off[first, second]), kind="stable")[:_MOST_PAIRS]
-    return {
-        "support_median": float(np.median(sizes)),
-        "support_histogram": np.bincount(sizes, minlength=len(gram) + 1).tolist(),
-        "atom_popularity": np.count_nonzero(codes, axis=0).tolist(),
-        "coherence": float(np.linalg.norm(unit - np.eye(len(gram)))),
-        "coherence_max": float(np.abs(off).max()),
-        "coherent_pairs": [[int(first[k]), int(second[k]), float(off[first[k], second[k]])] for k in closest],
-        "atom_norm_max_deviation": float(np.abs(norms - 1).max()),
-    }
-
-
-def proxy_error(family: Family, rows: Rows, bank: torch.Tensor, block_bytes: int, advance: Advance) -> float:
-    """Relative error of the NNLS codes of the normalised proxies on a bank; 0 where all proxies are."""
-    products, energy = np.zeros((len(family), len(bank))), np.zeros(len(family))
-    for span, block in proxy_blocks(family, rows.proxy, bank.device, block_bytes):
-        block = block.float()
-        products += correlations(block, bank[:, span].contiguous())
-        advance((span.stop - span.start) / len(rows.proxy))
-        energy += block.pow(2).sum(1).cpu().double().numpy()
-    products /= np.sqrt(np.where(energy > 0, energy, 1.0))[:, None]
-    gram = bank_gram(bank)
-    codes = kernels.nnls(gram, products).codes
-    errors = 1 - 2 * (codes * products).sum(1) + np.einsum("ij,jk,ik->i", codes, gram, codes)
-    there = energy > 0
-    return float(errors[there].mean()) if there.any() else 0.0

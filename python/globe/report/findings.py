@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from globe.fit.codes import TEMPERATURE_BOUNDS
-from globe.pipeline.metrics import COHERENT
+from globe.fit.describe import COHERENT
 from globe.report.data import Array, FamilyView, PoolView, Run
 from globe.report.svg import number, percent
 

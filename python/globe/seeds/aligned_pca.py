@@ -58,7 +58,7 @@ def polar(matrix: torch.Tensor) -> torch.Tensor:
 def _shared_right_subspace(task: SeedTask) -> torch.Tensor:
     family = task.family
     some = range(0, len(family), -(-len(family) // task.settings.energy_experts))
-    train = torch.from_numpy(task.rows.train)
+    train = torch.from_numpy(task.pool.rows.train)
     summed = GramSum(family.d)
     for weights in ahead(partial(family.read, number) for number in some):
         summed.add(weights[train].to(task.device).T.contiguous())

@@ -16,6 +16,7 @@ from globe.checkpoint.powers import times_power, usual_exponent
 from globe.compute.gemm import to_numpy
 from globe.compute.stream import Workers, ahead, expert_batches
 from globe.errors import GlobeError
+from globe.runs.job import Job
 from globe.runs.stages import Advance
 from globe.settings import Settings
 
@@ -57,6 +58,20 @@ class Scan:
     def typical(self, family: Family) -> float:
         """The median of the root mean squares of the experts that are not zero."""
         return math.sqrt(float(np.median(self.energy[self.energy > 0])) / (family.p * family.d))
+
+
+def scan_family(family: Family, job: Job) -> Scan:
+    """The energies of a family, from the job's store or by a pass over it."""
+    name = f"{family.name}.scan"
+    saved = job.store.load(name)
+    if saved is not None:
+        job.stages.recall(saved.meta["stage"])
+        return Scan(saved.array("row_energy"), saved.array("energy"))
+    with job.stages.stage(f"{family.name}: scan", len(family)) as advance:
+        found = scan(family, job.settings, advance)
+        tensors = {"row_energy": torch.from_numpy(found.row_energy), "energy": torch.from_numpy(found.energy)}
+        job.store.save(name, tensors, {"stage": job.stages.so_far()})
+    return found
 
 
 def scan(family: Family, settings: Settings, advance: Advance) -> Scan:

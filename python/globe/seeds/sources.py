@@ -53,7 +53,9 @@ def proxies_of(task: SeedTask) -> Proxies:
 
 def row_proxies(task: SeedTask) -> Proxies:
     """B_i⁰ = S W_i, rows of the checkpoint itself (specification, A)."""
-    return Proxies(task, partial(proxy_blocks, task.family, task.rows.proxy, task.device, task.block_bytes))
+    return Proxies(
+        task, partial(proxy_blocks, task.family, task.pool.rows.proxy, task.device, task.job.blocks.proxy_bytes)
+    )
 
 
 def projected_proxies(task: SeedTask) -> tuple[Proxies, Array]:
@@ -61,7 +63,7 @@ def projected_proxies(task: SeedTask) -> tuple[Proxies, Array]:
 
     Of the training rows alone: a bank that has seen the rows held out would look best before it is trained.
     """
-    summed = GramSum(len(task.rows.train))
+    summed = GramSum(len(task.pool.rows.train))
     for _, weights in training_rows(task):
         for matrix in weights:
             summed.add(matrix)
@@ -81,8 +83,8 @@ def training_rows(task: SeedTask) -> Blocks:
 
     As many experts as fit into a block: in the checkpoint's dtype three times, in fp32, and what is made of them.
     """
-    family, train = task.family, torch.from_numpy(task.rows.train).to(task.device)
-    count = max(1, task.block_bytes // (16 * family.p * family.d))
+    family, train = task.family, torch.from_numpy(task.pool.rows.train).to(task.device)
+    count = max(1, task.job.blocks.proxy_bytes // (16 * family.p * family.d))
     for span, weights in expert_batches(family, count, task.device):
         yield span, weights[:, train] if len(train) < family.p else weights
         task.advance(len(weights) / len(family))
@@ -104,7 +106,7 @@ def stored_proxies(task: SeedTask, make: Callable[[torch.Tensor], torch.Tensor])
     dtype = torch.float32 if family.dtype == torch.float32 else torch.bfloat16
     path = task.scratch / f"proxies-{family.name}"
     _check_room(path, count * rank * d * dtype.itemsize)
-    spans = row_spans(count, rank, d, task.block_bytes)
+    spans = row_spans(count, rank, d, task.job.blocks.proxy_bytes)
     energy = np.zeros(count)
     with path.open("wb", buffering=0) as file:
         for experts, weights in training_rows(task):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +13,9 @@ from globe import kernels
 from globe.checkpoint.index import Family
 from globe.compute.codes import initial_codes
 from globe.compute.gemm import bank_gram
+from globe.runs.job import Job
 from globe.runs.stages import Advance
-from globe.seeds.proxies import Rows
+from globe.seeds.pool import Pool
 from globe.settings import Settings
 
 Array = NDArray[np.float64]
@@ -23,43 +23,48 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class SeedTask:
-    """A family to be seeded with a bank of `size` atoms.
+    """A pool to be seeded with a bank of `size` atoms.
 
     Parameters
     ----------
-    family : Family
-    rows : Rows
-        The r rows that make a row-sampled proxy are `rows.proxy`; r is the rank of the bank.
+    pool : Pool
+        The r rows that make a row-sampled proxy are `pool.rows.proxy`; r is the rank of the bank.
     size : int
         Atoms m.
-    settings : Settings
-    device : torch.device
-        Where the large products run.
-    block_bytes : int
-        What one block of proxies, of whatever kind, may take in memory.
+    job : Job
+        `blocks.proxy_bytes` is what one block of proxies, of whatever kind, may take in memory.
     scratch : Path
         A directory for files of the method's own; the caller removes it.
     advance : callable
         Called with the passes over the family, or over a scratch file of its proxies, done since the last call, as a
         fraction (0.1 is a tenth of a pass).
-    log : callable
-        Shows a line.
     """
 
-    family: Family
-    rows: Rows
+    pool: Pool
     size: int
-    settings: Settings
-    device: torch.device
-    block_bytes: int
+    job: Job
     scratch: Path
     advance: Advance
-    log: Callable[[str], None]
+
+    @property
+    def family(self) -> Family:
+        """The expert matrices."""
+        return self.pool.family
 
     @property
     def rank(self) -> int:
         """r, the rows of a proxy and of an atom."""
-        return len(self.rows.proxy)
+        return len(self.pool.rows.proxy)
+
+    @property
+    def settings(self) -> Settings:
+        """The run's."""
+        return self.job.settings
+
+    @property
+    def device(self) -> torch.device:
+        """Where the large products run."""
+        return self.job.device
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,151 @@
+"""The stages of a pool's fit, each from what the run's store has to what the next one needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from globe.errors import GlobeError
+from globe.fit.describe import proxy_error, training_report
+from globe.fit.joint import fit_joint, joint_before
+from globe.fit.progress import States
+from globe.fit.stored_lefts import Fit, rounded
+from globe.fit.sweep import State
+from globe.fit.training import Training, train
+from globe.fit.variable_projection import Problem
+from globe.runs.job import Job
+from globe.seeds import METHODS
+from globe.seeds.pool import Pool
+from globe.settings import Settings
+
+
+def recalled(pool: Pool, job: Job) -> bool:
+    """Whether the store has the pool's fit, or what its loops leave to the joint fit; if so, recall their stages."""
+    for result in ("fit", "warm"):
+        meta = job.store.check(f"{pool.name}.{result}")
+        if meta is not None:
+            for record in meta["stages"]:
+                job.stages.recall(record)
+            return True
+    return False
+
+
+def alternate(pool: Pool, job: Job, *, measured: bool = True) -> None:
+    """Alternate codes, bank and left factors from the seeds in the store (specification, H), as far as it is not done.
+
+    Where there are no loops the seeds are kept as they are, not `measured` if writing them will do that.
+    """
+    name, loops = pool.name, job.settings.outer_loops
+    if {f"{name}.fit", f"{name}.warm"} & set(job.store.names()):
+        return
+    states = States(job.store, name, job.device, job.stages.so_far)
+    progress = states.find()
+    if progress is None:
+        raise GlobeError(f"family {name}: its seeds were damaged during the run; run it again")
+    mixed = pool.metric is not None and pool.metric.mixes_rows
+    if _is_joint(job.settings) or mixed or METHODS[states.notes["seeds"]["choice"]["chosen"]].sees_all_rows:
+        pool = pool.all_trained()
+    seeded = states.notes["stage"]
+    if loops == 0 and not measured:
+        _keep(pool, Training(states.load(progress.loop), None, None, [], "outer_loops"), [seeded], states, job)
+        return
+    passes = loops + 1 - progress.first
+    with job.stages.stage(f"{name}: loops", passes * len(pool.family), states.before) as advance:
+        training = train(pool, progress, job, advance, states)
+        if training.measure is not None and training.measure.ridged:
+            job.log(f"{name}: {training.measure.ridged} left factors were ill-conditioned and took a ridge")
+        _keep(pool, training, [seeded, job.stages.so_far()], states, job)
+
+
+def _is_joint(settings: Settings) -> bool:
+    return settings.solver == "joint" and settings.outer_loops > 0
+
+
+def _keep(pool: Pool, training: Training, records: list[dict[str, Any]], states: States, job: Job) -> None:
+    """Save what the loops made, as the fit or as the start of the joint fit, and drop their states."""
+    state, report = training.state, training_report(pool, states.notes, training)
+    if _is_joint(job.settings):
+        meta = {"report": report, "stages": records, "temperature": state.temperature}
+        tensors = {"bank": state.bank, "codes": torch.from_numpy(state.codes)}
+        job.store.save(f"{pool.name}.warm", tensors, meta)
+    else:
+        _save_fit(pool, state, report, records, job)
+    states.clear()
+
+
+def fit_jointly(pool: Pool, job: Job) -> None:
+    """Fit bank and codes together from the state that the loops left in the store, if asked for and not done."""
+    name, store = pool.name, job.store
+    if not _is_joint(job.settings) or f"{name}.fit" in store.names():
+        return
+    warm = store.check(f"{name}.warm")
+    if warm is None:
+        raise _damaged(name)
+    problem = Problem(pool, job)
+    passes = job.settings.joint_steps + job.settings.joint_steps // 10 + 2
+    with job.stages.stage(f"{name}: joint", passes * len(pool.family), joint_before(store, name)) as advance:
+        state, steps = fit_joint(problem, _warm_start(pool, job), job, advance)
+        if steps.lost:
+            job.log(f"{name}: the joint fit was too short for codes that were spread: its start is kept")
+            del state
+            state = _warm_start(pool, job)
+        report = {**warm["report"], "joint": steps.report(), "temperature": state.temperature}
+        _save_fit(pool, state, report, [*warm["stages"], job.stages.so_far()], job)
+    for key in ("joint", "warm"):
+        store.drop(f"{name}.{key}")
+
+
+def _warm_start(pool: Pool, job: Job) -> State:
+    saved = job.store.load(f"{pool.name}.warm")
+    if saved is None:
+        raise _damaged(pool.name)
+    return State(saved.tensors["bank"].to(job.device), saved.array("codes"), saved.meta["temperature"])
+
+
+def _damaged(name: str) -> GlobeError:
+    return GlobeError(f"family {name}: the state that its loops left was damaged during the run; run it again")
+
+
+def _save_fit(pool: Pool, state: State, report: dict[str, Any], records: list[dict[str, Any]], job: Job) -> None:
+    state = rounded(state)
+    codes = torch.from_numpy(state.codes.astype("float32"))
+    job.store.save(f"{pool.name}.fit", {"atoms": state.bank, "codes": codes}, {"report": report, "stages": records})
+
+
+def load_fit(pool: Pool, job: Job) -> Fit:
+    """The factors that the fit left: on the CPU the atoms are in bf16, elsewhere in fp32."""
+    saved = job.store.load(f"{pool.name}.fit")
+    if saved is None:
+        raise _fit_damaged(pool.name)
+    atoms = saved.tensors["atoms"]
+    if job.device.type != "cpu":
+        atoms = atoms.float().to(job.device)
+    state = State(atoms, saved.tensors["codes"].double().numpy(), saved.meta["report"]["temperature"])
+    return Fit(pool.family, state, pool.metric)
+
+
+def fit_report(pool: Pool, job: Job) -> dict[str, Any]:
+    """The pool's part of metrics.json but for what is measured on the factors as stored."""
+    meta = job.store.check(f"{pool.name}.fit")
+    if meta is None:
+        raise _fit_damaged(pool.name)
+    return {**meta["report"], "proxy_error": _proxies(pool, job)}
+
+
+def _fit_damaged(name: str) -> GlobeError:
+    return GlobeError(f"family {name}: its factors were damaged during the run; run it again")
+
+
+def _proxies(pool: Pool, job: Job) -> float:
+    name = f"{pool.name}.proxies"
+    meta = job.store.check(name)
+    if meta is None:
+        with job.stages.stage(f"{pool.name}: proxies", 1) as advance:
+            bank = load_fit(pool, job).state.bank.float()
+            error = proxy_error(pool, bank, job.blocks.proxy_bytes, advance)
+            meta = {"proxy_error": error, "stage": job.stages.so_far()}
+            job.store.save(name, {}, meta)
+    else:
+        job.stages.recall(meta["stage"])
+    return float(meta["proxy_error"])
