@@ -18,8 +18,8 @@ from globe.checkpoint.tensorfile import read_tensor
 
 DOCS = Path(__file__).parent.parent / "docs"
 MODULES = [
-    "ratios",
-    "settings",
+    "sizes.ratios",
+    "settings.keys",
     "kernels.compose",
     "kernels.entmax",
     "kernels.gram",

@@ -48,7 +48,7 @@ def test_the_distribution_is_this_version_with_its_command():
 
 def test_the_package_holds_its_data_types_and_the_library():
     package = Path(globe.__file__).parent
-    assert (package / "py.typed").is_file() and (package / "layouts.json").is_file()
+    assert (package / "py.typed").is_file() and (package / "checkpoint" / "layouts.json").is_file()
     assert (Path(globe.get_cmake_dir()) / "globeConfig.cmake").is_file()
 
 

@@ -21,6 +21,7 @@ from globe.fit.sweep import State, measure, sweep
 from globe.fit.training import train
 from globe.seeds import ts_pca
 from globe.seeds.pool import Pool
+from globe.seeds.proxies import Rows
 from globe.settings import Settings
 
 EXPERTS, ROWS, WIDTH, RANK, ATOMS = 14, 64, 20, 6, 5

@@ -18,14 +18,14 @@ from globe.seeds import METHODS, SeedTask
 from globe.seeds.pool import Pool
 
 
-def seed(pool: Pool, job: Job) -> None:
-    """Leave seeds in the store, as the state that the first loop begins with, unless it has what follows from them."""
+def seed(pool: Pool, job: Job) -> States | None:
+    """The state that the loops go on from: seeds, or what an earlier process left; None if the loops are done."""
     if recalled(pool, job):
-        return
+        return None
     states = States(job.store, pool.name, job.device, job.stages.so_far)
     if states.find() is not None:
         job.stages.recall(states.notes["stage"])
-        return
+        return states
     settings = job.settings
     auto = settings.method == "auto"
     passes = len(ORDER) if auto else METHODS[settings.method].passes(settings)
@@ -43,3 +43,4 @@ def seed(pool: Pool, job: Job) -> None:
         report = {key: getattr(seeds, key) for key in told} | bank_report(seeds.bank, seeds.codes) | {"choice": choice}
         states.notes = {"seeds": report, "stage": job.stages.so_far()}
         states.save(State(seeds.bank, seeds.codes, settings.temperature), first_progress(seeds.codes, settings))
+    return states

@@ -95,6 +95,8 @@ class States:
         Saved with every state, and read back by `find`: what a later process needs of the stages before.
     before : dict, optional
         The record of the loops that an earlier process did, read back by `find`.
+    progress : Progress, optional
+        That of the newest state, saved or found.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class States:
         self._elapsed = elapsed
         self.notes: dict[str, Any] = {}
         self.before: dict[str, Any] | None = None
+        self.progress: Progress | None = None
 
     def save(self, state: State, progress: Progress) -> None:
         """Save the state that loop `progress.loop` begins with, and drop what is neither it nor the best."""
@@ -121,6 +124,7 @@ class States:
         }
         tensors = {"bank": state.bank, "codes": torch.from_numpy(state.codes)}
         self._store.save(self._key(progress.loop), tensors, meta)
+        self.progress = progress
         for loop in self._loops():
             if loop not in (progress.loop, progress.best):
                 self._store.drop(self._key(loop))
@@ -142,6 +146,7 @@ class States:
                     continue
             self.notes = meta["notes"]
             self.before = meta["elapsed"] if loop != progress.first else None
+            self.progress = progress
             return progress
         return None
 

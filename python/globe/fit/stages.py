@@ -31,18 +31,16 @@ def recalled(pool: Pool, job: Job) -> bool:
     return False
 
 
-def alternate(pool: Pool, job: Job, *, measured: bool = True) -> None:
-    """Alternate codes, bank and left factors from the seeds in the store (specification, H), as far as it is not done.
+def alternate(pool: Pool, states: States | None, job: Job, *, measured: bool = True) -> None:
+    """Alternate codes, bank and left factors from a state (specification, H); None where that is done.
 
     Where there are no loops the seeds are kept as they are, not `measured` if writing them will do that.
     """
     name, loops = pool.name, job.settings.outer_loops
-    if {f"{name}.fit", f"{name}.warm"} & set(job.store.names()):
+    if states is None:
         return
-    states = States(job.store, name, job.device, job.stages.so_far)
-    progress = states.find()
-    if progress is None:
-        raise GlobeError(f"family {name}: its seeds were damaged during the run; run it again")
+    progress = states.progress
+    assert progress is not None, "states without a state"
     mixed = pool.metric is not None and pool.metric.mixes_rows
     if _is_joint(job.settings) or mixed or METHODS[states.notes["seeds"]["choice"]["chosen"]].sees_all_rows:
         pool = pool.all_trained()

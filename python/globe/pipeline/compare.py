@@ -130,8 +130,7 @@ def run_one(model: Path, settings: Settings, counts: Sequence[int]) -> list[dict
         for name, stored in planned.families.items():
             scanned = scan_family(stored, job)
             pool = pool_of(scanned.usual_size(stored), planned.shapes[name], scanned, settings)
-            seed(pool, job)
-            alternate(pool, job)
+            alternate(pool, seed(pool, job), job)
             report = fit_report(pool, job)
             rows += [_row(settings.method, name, report, count) for count in counts]
             store.drop(f"{name}.fit")

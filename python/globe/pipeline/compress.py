@@ -193,8 +193,7 @@ def _compress(
         for name, family in planned.families.items():
             metric = build_metric(family, calibration, settings, planned.device) if calibration is not None else None
             pool = pool_of(family, planned.shapes[name], scans[name], settings, metric)
-            seed(pool, job)
-            alternate(pool, job, measured=False)
+            alternate(pool, seed(pool, job), job, measured=False)
             fit_jointly(pool, job)
             pools[name], reports[name] = pool, fit_report(pool, job)
         fits = {name: load_fit(pool, job) for name, pool in pools.items()}

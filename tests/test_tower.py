@@ -1,0 +1,121 @@
+"""The rooms of the package (docs/map.md): imports run down the tower, and what travels together travels whole."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import globe
+from test_layers import PACKAGE, imported_modules
+
+# From the roof to the ground; the modules at the ground belong to no folder.
+TOWER = (
+    "cli",
+    "demo",
+    "pipeline",
+    "report",
+    "evaluation",
+    "hf",
+    "artifact",
+    "choice",
+    "fit",
+    "seeds",
+    "statistics",
+    "sizes",
+    "runs",
+    "compute",
+    "checkpoint",
+    "autograd",
+    "kernels",
+    "settings",
+    "ground",
+)
+GROUND = {"errors", "_version", "embedding", "_native"}
+DOORS = {
+    "__init__",
+    "__main__",
+}  # the package's face and `python -m globe`: they lead to every room, none leads to them
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem not in DOORS or path.parent != PACKAGE)
+
+# More than five parameters, each for its reason.
+MANY = {
+    "globe.cli": "click hands a command its options one by one",
+    "globe.kernels": "kernels take arrays, and where to put the result",
+    "globe.report.charts": "a drawing's own options, by keyword",
+}
+PUBLIC = {name for name in globe.__all__ if name.islower()} | {"evaluate_models", "evaluate_tasks"}
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path) for path in FILES} | {f"globe.{name}" for name in GROUND}
+
+
+def room_of(module: str) -> str:
+    top = module.split(".")[1]
+    return "ground" if top in GROUND else top
+
+
+def imported_rooms(path: Path) -> set[tuple[str, str]]:
+    """The modules of the package that a file imports, with their rooms."""
+    found = set()
+    for name in imported_modules(path):
+        while name not in MODULES and name.startswith("globe."):
+            name = name.rpartition(".")[0]  # a function of a module
+        if name in MODULES:
+            found.add((name, room_of(name)))
+    return found
+
+
+def runs_up(path: Path) -> list[str]:
+    mine = TOWER.index(room_of(module_of(path)))
+    return [
+        f"{path.relative_to(PACKAGE)} ({TOWER[mine]}) imports {name.replace('.', '/')} ({room})"
+        for name, room in sorted(imported_rooms(path))
+        if TOWER.index(room) < mine
+    ]
+
+
+def test_every_module_has_its_room():
+    assert len(FILES) > 100
+    assert {room_of(module) for module in MODULES} == set(TOWER)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_run_down_the_tower(path):
+    assert not runs_up(path)
+
+
+def test_nothing_imports_the_face_of_the_package():
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                assert "globe" not in [alias.name for alias in node.names], path
+            if isinstance(node, ast.ImportFrom) and node.module == "globe":
+                assert {f"globe.{alias.name}" for alias in node.names} <= MODULES | {"globe.kernels"}, path
+
+
+def test_an_import_that_runs_up_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("test_tower.PACKAGE", tmp_path / "globe")
+    monkeypatch.setattr("test_layers.PACKAGE", tmp_path / "globe")
+    path = tmp_path / "globe" / "fit" / "low.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("from globe.pipeline.compress import compress\n", encoding="utf-8")
+    assert runs_up(path) == ["fit/low.py (fit) imports globe/pipeline/compress (pipeline)"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_no_function_takes_more_than_five_things(path):
+    if any(module_of(path).startswith(name) for name in MANY):
+        return
+    many = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name not in PUBLIC:
+            names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            if len([name for name in names if name not in ("self", "cls")]) > 5:
+                many.append(f"{path.relative_to(PACKAGE)}: {node.name}({', '.join(names)})")
+    assert not many
