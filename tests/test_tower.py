@@ -1,6 +1,7 @@
 """The rooms of the package (docs/map.md): imports run down the tower, and what travels together travels whole."""
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -31,10 +32,7 @@ TOWER = (
     "ground",
 )
 GROUND = {"errors", "_version", "embedding", "_native"}
-DOORS = {
-    "__init__",
-    "__main__",
-}  # the package's face and `python -m globe`: they lead to every room, none leads to them
+DOORS = {"__init__", "__main__"}  # the face of the package and `python -m globe` lead to every room
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem not in DOORS or path.parent != PACKAGE)
 
 # More than five parameters, each for its reason.
@@ -119,3 +117,29 @@ def test_no_function_takes_more_than_five_things(path):
             if len([name for name in names if name not in ("self", "cls")]) > 5:
                 many.append(f"{path.relative_to(PACKAGE)}: {node.name}({', '.join(names)})")
     assert not many
+
+
+def rows_of_the_map(columns: int) -> list[list[str]]:
+    """The lines of the map's table of so many columns, without its head."""
+    lines = (PACKAGE.parents[1] / "docs" / "map.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| ")]
+    return [row for row in rows if len(row) == columns and set(row[0]) != {"-"} and row[0] not in ("room", "section")]
+
+
+def test_the_map_has_every_room_in_order():
+    named = [row[0].replace("`", "") for row in rows_of_the_map(2)]
+    assert [name.rstrip("/").removesuffix(".py") for name in named[1:]] == list(reversed(TOWER[:-1]))
+
+
+@pytest.mark.parametrize("row", rows_of_the_map(4), ids=lambda row: f"{row[0]} {row[3]}")
+def test_the_map_leads_to_what_is_there(row):
+    _, _, file, name = row
+    value = importlib.import_module("globe." + file.removesuffix(".py").replace("/", "."))
+    for part in name.split("."):
+        value = getattr(value, part)
+    assert callable(value) and (PACKAGE / file).is_file()
+
+
+def test_the_map_covers_every_section_of_the_specification():
+    named = {row[0].partition(".")[0] for row in rows_of_the_map(4)}
+    assert named == {"0", "beyond", *"ABCDEFGHIJKLM"}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
-import globe
 from globe.errors import GlobeError
 
 
@@ -18,7 +18,8 @@ def get_cmake_dir() -> str:
     GlobeError
         If this installation of the package does not carry the C++ library.
     """
-    places = [Path(root) / "lib" / "cmake" / "globe" for root in globe.__path__]  # two in an editable install
+    roots = sys.modules["globe"].__path__  # two in an editable install
+    places = [Path(root) / "lib" / "cmake" / "globe" for root in roots]
     for place in places:
         if (place / "globeConfig.cmake").is_file():
             return str(place)
