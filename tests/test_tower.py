@@ -29,6 +29,7 @@ TOWER = (
     "autograd",
     "kernels",
     "settings",
+    "machine",
     "ground",
 )
 GROUND = {"errors", "_version", "embedding", "_native"}

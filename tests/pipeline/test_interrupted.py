@@ -209,7 +209,7 @@ main()
     ("what", "module", "function", "left"),
     [
         ("compress", "globe.artifact.write", "_write_bank", "globe-00002-of-00002.safetensors"),
-        ("compress", "globe.pipeline.compress", "model_card", "globe.json"),
+        ("compress", "globe.pipeline.closing", "model_card", "globe.json"),
         ("export", "globe.artifact.export", "copy_companions", "model-00002-of-00002.safetensors"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,17 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from checkpoints import calibrate_tiny, make_tiny  # noqa: E402
 from displays import Lines  # noqa: E402
+from families import make_job  # noqa: E402
 from globe.checkpoint.index import Checkpoint  # noqa: E402
 from globe.errors import GlobeError, UsageError  # noqa: E402
+from globe.runs.job import Job  # noqa: E402
 from globe.runs.stages import Stages  # noqa: E402
+from globe.settings import Settings  # noqa: E402
 from globe.statistics.calibrate import FILE, calibration_for  # noqa: E402
+
+
+def job_of(stages: Stages, **settings: Any) -> Job:
+    return replace(make_job(Settings(**settings)), stages=stages)
 
 
 def _drop(name: str) -> Callable[[Path], None]:
@@ -100,26 +108,26 @@ def test_an_error_of_the_models_own_code(
 
 def test_choices_of_a_compression(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     checkpoint, lines = Checkpoint(tiny("mixtral")), Lines()
-    assert calibration_for(checkpoint, "none", tmp_path, Stages(lines)) is None
+    assert calibration_for(checkpoint, job_of(Stages(lines), calibrate="none"), tmp_path) is None
     assert lines.lines == []
     stages = Stages(lines)
-    made = calibration_for(checkpoint, "pydoc", tmp_path, stages, tokens=1024)
+    made = calibration_for(checkpoint, job_of(stages, calibrate="pydoc", calibration_tokens=1024), tmp_path)
     assert made is not None and made.path == tmp_path / FILE
     assert [stage.name for stage in stages.records] == ["calibrate"]
     assert "calibrated on 1,024 tokens of pydoc_data" in lines.lines[-1]
 
     stages, before = Stages(lines), made.path.stat().st_mtime_ns
-    assert calibration_for(checkpoint, "auto", tmp_path, stages, tokens=1024) == made
+    assert calibration_for(checkpoint, job_of(stages, calibrate="auto", calibration_tokens=1024), tmp_path) == made
     assert (stages.records, made.path.stat().st_mtime_ns) == ([], before)
     assert "calibrated before, on 1,024 tokens" in lines.lines[-1]
-    assert calibration_for(checkpoint, str(made.path), tmp_path, stages) == made
+    assert calibration_for(checkpoint, job_of(stages, calibrate=str(made.path)), tmp_path) == made
 
-    more = calibration_for(checkpoint, "auto", tmp_path, stages, tokens=1536)
+    more = calibration_for(checkpoint, job_of(stages, calibrate="auto", calibration_tokens=1536), tmp_path)
     assert more is not None and more.about["tokens"] == 1536
     with pytest.raises(GlobeError, match="made of another checkpoint than .*; run globe calibrate on this one"):
-        calibration_for(Checkpoint(tiny("olmoe")), str(made.path), tmp_path, stages)
+        calibration_for(Checkpoint(tiny("olmoe")), job_of(stages, calibrate=str(made.path)), tmp_path)
     with pytest.raises(GlobeError, match="cannot be read"):
-        calibration_for(checkpoint, str(tmp_path / "nowhere"), tmp_path, stages)
+        calibration_for(checkpoint, job_of(stages, calibrate=str(tmp_path / "nowhere")), tmp_path)
 
 
 def test_auto_goes_on_without_what_it_needs(
@@ -127,13 +135,13 @@ def test_auto_goes_on_without_what_it_needs(
 ) -> None:
     bare = shutil.copytree(tiny("mixtral"), tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     lines = Lines()
-    assert calibration_for(Checkpoint(bare), "auto", tmp_path, Stages(lines)) is None
+    assert calibration_for(Checkpoint(bare), job_of(Stages(lines), calibrate="auto"), tmp_path) is None
     assert len(lines.lines) == 1 and "weights only, without activation statistics" in lines.lines[0]
     assert "no tokenizer" in lines.lines[0]
     with pytest.raises(GlobeError, match="no tokenizer"):
-        calibration_for(Checkpoint(bare), "pydoc", tmp_path, Stages(lines))
+        calibration_for(Checkpoint(bare), job_of(Stages(lines), calibrate="pydoc"), tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert calibration_for(Checkpoint(tiny("mixtral")), "auto", tmp_path, Stages(lines)) is None
+    assert calibration_for(Checkpoint(tiny("mixtral")), job_of(Stages(lines), calibrate="auto"), tmp_path) is None
     assert "needs transformers: pip install" in lines.lines[-1]
 
 
@@ -157,20 +165,24 @@ def test_auto_goes_on_after_an_error_of_the_models_own_code(
     whose["buffers"] = (mixtral.MixtralPreTrainedModel, "_init_weights")
     monkeypatch.setattr(*whose[place], broken)
     checkpoint, lines = Checkpoint(tiny("mixtral")), Lines()
-    assert calibration_for(checkpoint, "auto", tmp_path, Stages(lines), tokens=1024) is None
+    assert (
+        calibration_for(checkpoint, job_of(Stages(lines), calibrate="auto", calibration_tokens=1024), tmp_path) is None
+    )
     assert len(lines.lines) == 1 and lines.lines[0].endswith("transformers cannot run it: not today")
     assert not list(tmp_path.iterdir())
     with pytest.raises(GlobeError, match="not today"):
-        calibration_for(checkpoint, "pydoc", tmp_path, Stages(lines), tokens=1024)
+        calibration_for(checkpoint, job_of(Stages(lines), calibrate="pydoc", calibration_tokens=1024), tmp_path)
 
 
 def test_auto_stops_at_damaged_weights(tmp_path: Path) -> None:
     model = make_tiny("mixtral", tmp_path / "model")
     _damage(model)
     with pytest.raises(GlobeError, match="layer 1 gives values that are not finite"):
-        calibration_for(Checkpoint(model), "auto", tmp_path, Stages(Lines()), tokens=1024)
+        calibration_for(Checkpoint(model), job_of(Stages(Lines()), calibrate="auto", calibration_tokens=1024), tmp_path)
 
 
 def test_few_tokens_are_cut_into_short_windows(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    found = calibration_for(Checkpoint(tiny("mixtral")), "pydoc", tmp_path, Stages(Lines()), tokens=64)
+    found = calibration_for(
+        Checkpoint(tiny("mixtral")), job_of(Stages(Lines()), calibrate="pydoc", calibration_tokens=64), tmp_path
+    )
     assert found is not None and (found.about["tokens"], found.about["window"]) == (64, 32)

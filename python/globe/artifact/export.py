@@ -57,11 +57,11 @@ def export(
     total = sum(tensor_bytes(entry["dtype"], entry["shape"]) for entry in entries)
     stages, beyond = Stages(progress), 0
     shards = [shard["file"] for shard in record["shards"]]
-    claim = Claim(("config.json", INDEX_NAME, *shards, *companions(source).carried), total)
+    claim = Claim(source, ("config.json", INDEX_NAME, *shards, *companions(source).carried), total)
     left = companions(source, frozenset(recorded(source))).left
     if left:
         stages.display.log(f"left behind: {', '.join(left)}")
-    with output_directory(target, source, claim, overwrite=overwrite, log=stages.display.log) as directory:
+    with output_directory(target, claim, overwrite=overwrite, log=stages.display.log) as directory:
         with stages.stage("export", len(entries)) as advance:
             banks = {name: factored.bank(name) for name in factored.manifest["banks"]}
             for shard in record["shards"]:

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeGuard
 
@@ -34,7 +35,7 @@ from globe.runs.store import FOLDER, Log, RunStore, differences, stored_key
 
 
 @contextmanager
-def output_directory(path: Path, source: Path, claim: Claim, *, overwrite: bool, log: Log) -> Iterator[Path]:
+def output_directory(path: Path, claim: Claim, *, overwrite: bool, log: Log) -> Iterator[Path]:
     """Make and lock `path` for an export; on an error, take away what was written.
 
     Raises
@@ -45,7 +46,7 @@ def output_directory(path: Path, source: Path, claim: Claim, *, overwrite: bool,
     GlobeError
         If another run writes to it, or it cannot be written, or has less space free than is needed.
     """
-    with _locked(path, source):
+    with _locked(path, claim.source):
         going = recorded(path, dense=True) | set(claim.names)
         if not overwrite:
             _refuse_other_files(path, going)
@@ -71,23 +72,31 @@ def output_directory(path: Path, source: Path, claim: Claim, *, overwrite: bool,
         clear(path, {EXPORT_RECORD})
 
 
+@dataclass(frozen=True)
+class Existing:
+    """What becomes of what an output directory holds: see `globe.compress`."""
+
+    fresh: bool = False
+    overwrite: bool = False
+    keep_run: bool = False
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What the weight files of a run depend on, and what else may show in their last bits: see `RunStore`."""
+
+    key: Mapping[str, Any]
+    environment: Mapping[str, Any]
+
+
 @contextmanager
 def run_directory(
-    path: Path,
-    source: Path,
-    claim: Claim,
-    key: Mapping[str, Any],
-    environment: Mapping[str, Any],
-    *,
-    fresh: bool,
-    overwrite: bool,
-    keep_run: bool,
-    log: Log,
+    path: Path, claim: Claim, identity: Identity, existing: Existing, log: Log
 ) -> Iterator[RunStore | None]:
     """Make and lock `path` for a run that an earlier one may have begun.
 
     On an error, what is done stays for a later run of the same key; with nothing done but scans of a source that
-    is refused, what was written is taken away. At the end the run's folder is removed, unless `keep_run`.
+    is refused, what was written is taken away. At the end the run's folder is removed, unless it is to be kept.
 
     Yields
     ------
@@ -97,25 +106,24 @@ def run_directory(
     Raises
     ------
     UsageError
-        If `path` is the source or a file; or holds a run or an output of another key and neither `fresh` nor
-        `overwrite` is set; or holds other files and `overwrite` is not set; or a file that the run reads is one of
-        those that go.
+        If `path` is the source or a file; or holds a run or an output of another key, or other files, that are not
+        to be replaced; or a file that the run reads is one of those that go.
     GlobeError
         If another run writes to it, or it cannot be written, or has less space free than is needed.
     """
-    folder = path / FOLDER
-    with _locked(path, source):
+    folder, key = path / FOLDER, identity.key
+    with _locked(path, claim.source):
         going = {*recorded(path), *claim.names, EXPORT_RECORD}
         begun = stored_key(folder) if folder.is_dir() else None
         finished = finished_key(path)
-        if overwrite or (fresh and (folder.is_dir() or finished is not None)):
+        if existing.overwrite or (existing.fresh and (folder.is_dir() or finished is not None)):
             begun = None
             renewed = True
         else:
             renewed = False
             if finished is not None:
                 _refuse_other_key(path, "a finished output", finished, key, going)
-                if not keep_run:
+                if not existing.keep_run:
                     shutil.rmtree(folder, ignore_errors=True)
                 yield None
                 return
@@ -135,7 +143,7 @@ def run_directory(
             if left.name.endswith(".partial"):
                 left.unlink()
         try:
-            store = RunStore(folder, key, environment, log)
+            store = RunStore(folder, key, identity.environment, log)
             record_run(path, claim.names)
             if begun is not None:
                 log(f"{path}: going on with an unfinished run, which has {', '.join(store.names()) or 'no result yet'}")
@@ -153,7 +161,7 @@ def run_directory(
             if _is_full(error):
                 raise _unwritable(path, error, max(claim.needed_bytes - written, 1 << 20) if kept else None) from None
             raise
-        if not keep_run:
+        if not existing.keep_run:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -24,11 +24,12 @@ _RUN_RECORD = "written.txt"  # in the run's folder, beside its results
 
 @dataclass(frozen=True)
 class Claim:
-    """What a run does to an output directory: the files that it writes, the bytes it needs, the files it reads.
+    """What a run does to an output directory: its source, the files it writes, the bytes it needs, the files it reads.
 
     `names` are relative to the directory.
     """
 
+    source: Path
     names: tuple[str, ...]
     needed_bytes: int
     reads: tuple[Path, ...] = ()

@@ -16,6 +16,7 @@ from globe.checkpoint.index import Checkpoint, Family
 from globe.checkpoint.pretrained import import_transformers, load_tokenizer, quiet
 from globe.compute.devices import find_device
 from globe.errors import GlobeError, UsageError
+from globe.runs.job import Job
 from globe.runs.stages import Display, Stages
 from globe.statistics.calibration import Calibration, LayerStatistics, load_calibration, save_calibration
 from globe.statistics.layerwise import Arguments, Layerwise, NotFinite, own_code, require_runnable
@@ -85,18 +86,11 @@ def calibrate(
     """
     checkpoint = Checkpoint(Path(model_dir))
     reading = _read(checkpoint, text, tokens, window, trust_remote_code)
-    return _measure(checkpoint, reading, Path(path), device, row_moments, Stages(progress))
+    return _measure(reading, Path(path), device, row_moments, Stages(progress))
 
 
 def calibration_for(
-    checkpoint: Checkpoint,
-    choice: str,
-    store_dir: Path,
-    stages: Stages,
-    *,
-    tokens: int = TOKENS,
-    device: str = "cpu",
-    trust_remote_code: bool = False,
+    checkpoint: Checkpoint, job: Job, folder: Path, *, trust_remote_code: bool = False
 ) -> Calibration | None:
     """The statistics that a compression uses.
 
@@ -104,18 +98,13 @@ def calibration_for(
     ----------
     checkpoint : Checkpoint
         The model to compress.
-    choice : str
-        ``none``; ``pydoc``, to measure on `calibrate`'s own text; ``auto``, the same where the model can be run and
-        else none; or a calibration file of this checkpoint.
-    store_dir : Path
+    job : Job
+        Setting `calibrate`: ``none``; ``pydoc``, to measure on `calibrate`'s own text; ``auto``, the same where the
+        model can be run and else none; or a calibration file of this checkpoint. Setting `calibration_tokens`: the
+        most tokens to read.
+    folder : Path
         Where measured statistics are kept. What lies there of the same checkpoint, text, tokens and window is used
         again.
-    stages : Stages
-        Records the measurement, and logs what was done.
-    tokens : int
-        Most tokens to read.
-    device : str
-        Where the model runs.
     trust_remote_code : bool
         As for `calibrate`.
 
@@ -126,9 +115,10 @@ def calibration_for(
     Raises
     ------
     GlobeError
-        If the file is of another checkpoint, weights give values that are not finite, or, unless `choice` is ``auto``,
-        the model cannot be run.
+        If the file is of another checkpoint, weights give values that are not finite, or, unless `calibrate` is
+        ``auto``, the model cannot be run.
     """
+    choice, tokens = job.settings.calibrate, job.settings.calibration_tokens
     if choice == "none":
         return None
     if is_file(choice):
@@ -137,17 +127,17 @@ def calibration_for(
         longest = checkpoint.config.get("max_position_embeddings")
         window = min(WINDOW, longest if isinstance(longest, int) else WINDOW, tokens // 2)
         reading = _read(checkpoint, None, tokens, window, trust_remote_code)
-        earlier = _found_before(store_dir / FILE, reading)
+        earlier = _found_before(folder / FILE, reading)
         if earlier is not None:
-            stages.display.log(f"calibrated before, on {earlier.about['tokens']:,} tokens of {reading.label}")
+            job.log(f"calibrated before, on {earlier.about['tokens']:,} tokens of {reading.label}")
             return earlier
-        found = _measure(checkpoint, reading, store_dir / FILE, device, "auto", stages)
+        found = _measure(reading, folder / FILE, str(job.device), "auto", job.stages)
     except GlobeError as error:
         if choice == "pydoc" or isinstance(error, NotFinite):
             raise
-        stages.display.log(f"weights only, without activation statistics: {error}")
+        job.log(f"weights only, without activation statistics: {error}")
         return None
-    stages.display.log(f"calibrated on {found.about['tokens']:,} tokens of {reading.label}")
+    job.log(f"calibrated on {found.about['tokens']:,} tokens of {reading.label}")
     return found
 
 
@@ -177,8 +167,9 @@ def named_calibration(checkpoint: Checkpoint, choice: str) -> Calibration | None
 
 @dataclass(frozen=True)
 class _Reading:
-    """A text cut into windows (n, window), and what the file tells of it."""
+    """A text cut into windows (n, window) for a checkpoint, and what the file tells of it."""
 
+    checkpoint: Checkpoint
     windows: torch.Tensor
     label: str
     about: dict[str, Any]
@@ -218,7 +209,8 @@ def _read(
         "tokens": count * window,
         "window": window,
     }
-    return _Reading(torch.tensor(ids[: count * window]).view(count, window), label, about, trust_remote_code)
+    windows = torch.tensor(ids[: count * window]).view(count, window)
+    return _Reading(checkpoint, windows, label, about, trust_remote_code)
 
 
 def stores_row_moments(gates: Family) -> bool:
@@ -235,16 +227,14 @@ def _found_before(path: Path, reading: _Reading) -> Calibration | None:
     return found if same else None
 
 
-def _measure(
-    checkpoint: Checkpoint, reading: _Reading, path: Path, device: str, row_moments: RowMoments, stages: Stages
-) -> Calibration:
+def _measure(reading: _Reading, path: Path, device: str, row_moments: RowMoments, stages: Stages) -> Calibration:
     if row_moments not in ROW_MOMENTS:
         raise UsageError(f"row moments is {row_moments!r}; expected one of {', '.join(ROW_MOMENTS)}")
     if not path.parent.is_dir():
         raise UsageError(f"{path.parent}: no such directory; expected a place for the calibration file")
     if path.is_dir():
         raise UsageError(f"{path}: is a directory; expected a name for the calibration file")
-    gates = checkpoint.family("gate")
+    checkpoint, gates = reading.checkpoint, reading.checkpoint.family("gate")
     full = row_moments == "full" or (row_moments == "auto" and stores_row_moments(gates))
     streamed = Layerwise(checkpoint, find_device(device), reading.trust_remote_code)
     with own_code(checkpoint):

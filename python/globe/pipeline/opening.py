@@ -1,0 +1,99 @@
+"""The beginning of a compression: what is found, what fits, and what it will take."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from globe._version import __version__
+from globe.artifact.output import Identity, run_key
+from globe.artifact.owned import Claim, factored_names
+from globe.checkpoint.companions import companions
+from globe.checkpoint.quantised import KEY, quantised_dtypes, told
+from globe.choice.plan import Plan, plan
+from globe.compute.devices import check_device, keep_memory, set_threads
+from globe.compute.gemm import precision_report
+from globe.runs.stages import Stages
+from globe.settings import Settings
+from globe.sizes.ratios import stored_elements
+from globe.statistics.calibrate import is_file
+from globe.statistics.memory import require_memory
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint that a compression fits: where it lies, the plan, and the SHA-256 that tells it from others.
+
+    `trust_remote_code` where Python code that it brings with it may run.
+    """
+
+    source: Path
+    plan: Plan
+    fingerprint: str
+    trust_remote_code: bool
+
+    def claim(self, settings: Settings) -> Claim:
+        """What the run writes into its output directory, the bytes that this takes, and the calibration it reads."""
+        checkpoint = self.plan.checkpoint
+        shards = [shard.path.name for shard in checkpoint.shards]
+        names = factored_names(shards, companions(checkpoint.directory).carried)
+        reads = (Path(settings.calibrate),) if is_file(settings.calibrate) else ()
+        return Claim(self.source, names, _needed_bytes(self.plan), reads)
+
+    def identity(self, settings: Settings) -> Identity:
+        """What the weight files depend on."""
+        return Identity(run_key(__version__, self.fingerprint, settings.as_dict()), environment(self.plan, settings))
+
+    def described(self) -> dict[str, Any]:
+        """What the manifest and metrics.json say of the source."""
+        layout = self.plan.checkpoint.layout.name
+        return {"path": str(self.source), "layout": layout, "fingerprint": self.fingerprint}
+
+
+def open_source(source: Path, settings: Settings, stages: Stages, *, trust_remote_code: bool = False) -> Opened:
+    """Index a checkpoint, resolve the settings on it, and set the process up for them; nothing is written.
+
+    Raises
+    ------
+    UsageError
+        If a setting does not fit the checkpoint or saves nothing.
+    GlobeError
+        If the checkpoint or the device cannot be used.
+    """
+    with stages.stage("index", 1):
+        planned = plan(source, settings)
+        checkpoint, log = planned.checkpoint, stages.display.log
+        for line in checkpoint.notes:
+            log(line)
+        set_threads(settings.threads)
+        keep_memory()
+        check_device(planned.device)
+        require_memory(checkpoint, settings)
+        dtypes = [info.dtype for info in checkpoint.tensors.values()]
+        if quantised_dtypes(dtypes):
+            log(f"{source}: {told(dtypes, checkpoint.config.get(KEY))}: kept as they are")
+        return Opened(source, planned, checkpoint.fingerprint(), trust_remote_code)
+
+
+def environment(planned: Plan, settings: Settings) -> dict[str, Any]:
+    """What may show in the last bits of the weights."""
+    return {
+        "device": str(planned.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "blocks": asdict(planned.blocks),
+        "precision": precision_report(settings.precision, planned.device),
+    }
+
+
+def _needed_bytes(planned: Plan) -> int:
+    """Disk that a run takes: three banks in fp32 while one family is trained, or the output; and all factors."""
+    families, shapes = planned.families, planned.shapes
+    everything = sum(info.nbytes for info in planned.checkpoint.tensors.values())
+    touched = sum(family.stored_bytes for family in families.values())
+    output = everything - touched + 2 * sum(stored_elements(families[name], shapes[name]) for name in families)
+    banks = [shapes[name].bank * shapes[name].rank * family.d for name, family in families.items()]
+    return 2 * sum(banks) + max(output, 3 * 4 * max(banks))
