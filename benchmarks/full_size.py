@@ -19,7 +19,8 @@ from typing import Any
 import click
 import torch
 
-from globe.checkpoint.index import Checkpoint, Family
+from globe.checkpoint.family import Family
+from globe.checkpoint.index import Checkpoint
 from globe.pipeline.compress import compress
 from globe.runs.display import RichDisplay
 from globe.settings.yaml_file import read_settings

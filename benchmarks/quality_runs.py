@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 
 from globe.artifact.export import export
 from globe.checkpoint.companions import copy_companions
-from globe.checkpoint.index import INDEX_NAME, Checkpoint, Family
+from globe.checkpoint.family import Family
+from globe.checkpoint.index import INDEX_NAME, Checkpoint
 from globe.checkpoint.tensorfile import TensorWriter, copy_chunks, read_tensor, write_text
 from globe.compute.devices import set_threads
 from globe.errors import GlobeError

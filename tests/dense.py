@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from families import Array, make_family, make_job, planted, whole_pool
-from globe.checkpoint.index import Family
+from globe.checkpoint.family import Family
 from globe.compute.blocks import Blocks
 from globe.fit.variable_projection import Problem
 from globe.settings import Settings

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from displays import Lines
-from globe.checkpoint.index import Checkpoint, Family
+from globe.checkpoint.family import Family
+from globe.checkpoint.index import Checkpoint
 from globe.compute.blocks import BLOCKS, Blocks
 from globe.fit.dictionary import unit_atoms
 from globe.fit.sweep import State

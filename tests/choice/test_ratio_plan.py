@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from families import WEIGHTS_ONLY, Array, planted, silent, write_checkpoint
 from globe import Settings, compress, export
-from globe.checkpoint.index import Checkpoint, Expert, Family
+from globe.checkpoint.family import Expert, Family
+from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.tensorfile import TensorInfo
 from globe.choice.inspect import inspect
 from globe.choice.probe import SAMPLE, WeightProber, samples

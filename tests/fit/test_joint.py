@@ -17,7 +17,8 @@ from checkpoints import make_tiny
 from dense import dense_of, problem_of, random_metric
 from families import CPU, make_family, make_job, planted, random_state, silent
 from globe import Settings, compress, export
-from globe.checkpoint.index import Checkpoint, Family
+from globe.checkpoint.family import Family
+from globe.checkpoint.index import Checkpoint
 from globe.compute.blocks import Blocks
 from globe.compute.codes import supports
 from globe.fit.codes import coding_step

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from families import make_family, make_job, make_pool, make_rows, planted, random_state, silent
-from globe.checkpoint.index import Family
+from globe.checkpoint.family import Family
 from globe.compute.gemm import bank_gram
 from globe.fit import training
 from globe.fit.dictionary import unit_atoms

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from families import make_job, make_pool, silent
-from globe.checkpoint.index import Family
+from globe.checkpoint.family import Family
 from globe.compute.blocks import Blocks
 from globe.fit import training
 from globe.fit.sweep import Measure, State, Sums

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from families import Array, make_family, make_job, make_pool, make_rows, planted, random_state, seed_task, silent
-from globe.checkpoint.index import Family
+from globe.checkpoint.family import Family
 from globe.compute.blocks import Blocks
 from globe.compute.codes import initial_codes
 from globe.compute.gemm import bank_gram

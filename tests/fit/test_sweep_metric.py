@@ -11,7 +11,7 @@ import torch
 
 from fake_mps import MPS, FakeMps
 from families import Array, make_family, make_job, make_pool, make_rows, planted, random_state, silent
-from globe.checkpoint.index import Family
+from globe.checkpoint.family import Family
 from globe.compute.blocks import Blocks
 from globe.compute.codes import initial_codes
 from globe.fit.dictionary import Equations, Solving, mod_exact

@@ -13,7 +13,7 @@ import torch
 
 from families import make_family, make_job, make_pool, make_rows, planted, random_state, seed_task, silent
 from globe import kernels
-from globe.checkpoint.index import Family
+from globe.checkpoint.family import Family
 from globe.compute.codes import supports
 from globe.fit import training
 from globe.fit.codes import entmax_alpha

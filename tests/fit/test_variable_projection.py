@@ -10,7 +10,7 @@ import torch
 
 from dense import ATOMS, EXPERTS, METRICS, RANK, D, dense_of, problem_of, random_metric, random_point, small_family
 from families import make_family, make_job, planted, silent, whole_pool
-from globe.checkpoint.index import Family
+from globe.checkpoint.family import Family
 from globe.compute.blocks import Blocks
 from globe.compute.devices import set_threads
 from globe.fit import variable_projection

@@ -20,7 +20,7 @@ from displays import Lines  # noqa: E402
 from families import WEIGHTS_ONLY  # noqa: E402
 from globe.errors import UsageError  # noqa: E402
 from globe.machine.processors import usable_processors  # noqa: E402
-from globe.pipeline.batch import Job, batch_table, read_plan  # noqa: E402
+from globe.pipeline.batch import Entry, batch_table, read_plan  # noqa: E402
 from globe.pipeline.compress import compress  # noqa: E402
 from globe.runs.store import RunStore  # noqa: E402
 from globe.runs.tracking import TENSORBOARD_FOLDER  # noqa: E402
@@ -138,7 +138,7 @@ def test_layers_of_settings(home: Path) -> None:
     read = read_plan(write_plan(home, *jobs, {"model": "models/one", "out": str(home / "o2")}))
     changed: dict[str, Any] = {"bank_ratio": None, "bank_size": 3, "outer_loops": 3, "seed": 1}
     expected = Settings(**{**DEFAULTS, **changed})
-    assert read[1] == Job(home / "models" / "one", home / "o1", expected)
+    assert read[1] == Entry(home / "models" / "one", home / "o1", expected)
     assert read[2].settings == Settings(**DEFAULTS) and read[2].out == home / "o2"
 
 
@@ -200,5 +200,5 @@ def test_errors_of_any_kind_are_outcomes(home: Path, monkeypatch: pytest.MonkeyP
         raise RuntimeError("out of\n memory")
 
     monkeypatch.setattr(sys.modules["globe.pipeline.batch"], "compress", broken)
-    outcomes = globe.batch([Job(home / "models" / "one", home / "o", Settings(**DEFAULTS))])
+    outcomes = globe.batch([Entry(home / "models" / "one", home / "o", Settings(**DEFAULTS))])
     assert outcomes[0].error == "RuntimeError: out of memory"

@@ -11,7 +11,8 @@ import torch
 
 from families import WEIGHTS_ONLY, make_family, make_rows, planted, seed_task, write_checkpoint
 from globe import Settings, compress
-from globe.checkpoint.index import Checkpoint, Family
+from globe.checkpoint.family import Family
+from globe.checkpoint.index import Checkpoint
 from globe.errors import GlobeError
 from globe.seeds import METHODS, Seeds, sources
 from globe.seeds.proxies import Rows

@@ -9,7 +9,7 @@ import pytest
 import scipy.optimize
 
 from families import Array, make_family, make_pool, make_rows, planted, seed_task, silent
-from globe.checkpoint.index import Family
+from globe.checkpoint.family import Family
 from globe.errors import GlobeError
 from globe.fit.describe import proxy_error
 from globe.seeds import Seeds, ts_pca

@@ -10,7 +10,7 @@ import sklearn.cluster
 from test_seeds import normalised_proxies
 
 from families import Array, make_family, make_rows, planted, seed_task
-from globe.checkpoint.index import Family
+from globe.checkpoint.family import Family
 from globe.seeds import farthest_first, hybrid_split, kmeans, ts_pca
 from globe.seeds.proxies import Rows
 from globe.settings import Settings

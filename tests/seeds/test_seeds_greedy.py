@@ -11,7 +11,7 @@ import sklearn.linear_model
 from test_seeds import normalised_proxies
 
 from families import Array, make_family, make_rows, planted, seed_task
-from globe.checkpoint.index import Family
+from globe.checkpoint.family import Family
 from globe.errors import GlobeError
 from globe.seeds import hybrid_replace, residual_greedy, ts_pca
 from globe.seeds.proxies import Rows

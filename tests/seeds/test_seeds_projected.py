@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from families import Array, make_family, make_rows, planted, seed_task
-from globe.checkpoint.index import Family
+from globe.checkpoint.family import Family
 from globe.seeds import left_gram, rpca
 from globe.seeds.proxies import Rows
 from globe.seeds.rpca import orthonormalise

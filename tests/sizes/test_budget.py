@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from checkpoints import make_tiny
 from families import WEIGHTS_ONLY, WEIGHTS_ONLY_OPTIONS
-from globe.checkpoint.index import Checkpoint, Expert, Family
+from globe.checkpoint.family import Expert, Family
+from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.tensorfile import TensorInfo
 from globe.compute.blocks import BLOCKS, Blocks
 from globe.errors import UsageError

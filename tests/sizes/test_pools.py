@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from families import write_checkpoint
-from globe.checkpoint.index import Checkpoint, Family
+from globe.checkpoint.family import Family
+from globe.checkpoint.index import Checkpoint
 from globe.errors import UsageError
 from globe.settings import Settings
 from globe.sizes.pools import Size, deal, groups, pools, sizes, units

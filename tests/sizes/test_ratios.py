@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from families import WEIGHTS_ONLY, Array, planted, write_checkpoint
 from globe import Settings, compress
 from globe.artifact.factored import csr_parts
-from globe.checkpoint.index import Checkpoint, Family
+from globe.checkpoint.family import Family
+from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.tensorfile import FileHeader, read_header, read_tensor
 from globe.sizes.ratios import Shape, ratios, stored_elements
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from families import CPU, planted, write_checkpoint
-from globe.checkpoint.index import Checkpoint, Family
+from globe.checkpoint.family import Family
+from globe.checkpoint.index import Checkpoint
 from globe.errors import GlobeError
 from globe.settings import Settings
 from globe.statistics.calibration import Calibration, LayerStatistics, save_calibration

@@ -14,7 +14,8 @@ from globe.artifact.factored import Bank, Factored, left_name, open_factored, re
 from globe.artifact.output import output_directory
 from globe.artifact.owned import Claim, recorded
 from globe.checkpoint.companions import companions, copy_companions
-from globe.checkpoint.index import FAMILIES, INDEX_NAME, read_json
+from globe.checkpoint.index import FAMILIES, INDEX_NAME
+from globe.checkpoint.json_file import read_json
 from globe.checkpoint.powers import saturated
 from globe.checkpoint.tensorfile import TORCH_DTYPES, TensorWriter, copy_chunks, read_tensor, tensor_bytes, write_text
 from globe.errors import GlobeError

@@ -10,7 +10,8 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from globe.checkpoint.index import FAMILIES, read_json
+from globe.checkpoint.index import FAMILIES
+from globe.checkpoint.json_file import read_json
 from globe.checkpoint.tensorfile import FileHeader, read_header, read_tensor
 from globe.compute.gemm import mixtures
 from globe.errors import GlobeError

@@ -7,7 +7,8 @@ from typing import Any
 from globe._version import __version__
 from globe.artifact.factored import FORMAT_VERSION
 from globe.checkpoint.companions import companions
-from globe.checkpoint.index import Checkpoint, Family
+from globe.checkpoint.family import Family
+from globe.checkpoint.index import Checkpoint
 from globe.settings import Settings
 from globe.sizes.ratios import Shape
 

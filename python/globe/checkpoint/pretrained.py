@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from globe.checkpoint.index import read_json
+from globe.checkpoint.json_file import read_json
 from globe.errors import GlobeError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")

@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from globe.checkpoint.index import FAMILIES, Checkpoint, Family
+from globe.checkpoint.family import Family
+from globe.checkpoint.index import FAMILIES, Checkpoint
 from globe.choice.ratio_plan import candidates
 from globe.errors import UsageError
 from globe.settings import Settings

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from globe.checkpoint.index import FAMILIES, Checkpoint, Family
+from globe.checkpoint.family import Family
+from globe.checkpoint.index import FAMILIES, Checkpoint
 from globe.choice.probe import WeightProber
 from globe.choice.ratio_plan import Probing, candidates, plan_ratio, probes, sizes_of
 from globe.compute.blocks import Blocks

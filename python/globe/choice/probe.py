@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from globe.checkpoint.index import Family
+from globe.checkpoint.family import Family
 from globe.compute.blocks import Blocks
 from globe.fit.sweep import State
 from globe.fit.training import train

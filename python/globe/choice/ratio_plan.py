@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from globe.checkpoint.index import Family
+from globe.checkpoint.family import Family
 from globe.choice.probe import LOOPS, Prober, samples
 from globe.errors import GlobeError, UsageError
 from globe.settings import Settings

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from globe.checkpoint.index import Family
+from globe.checkpoint.family import Family
 
 Value = TypeVar("Value")
 

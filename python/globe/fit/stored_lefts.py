@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from globe.checkpoint.index import Family
+from globe.checkpoint.family import Family
 from globe.checkpoint.powers import saturated, shared, times_power
 from globe.compute.blocks import Blocks
 from globe.compute.gemm import matmul, mixtures, weights_operand

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from globe.checkpoint.index import Family
+from globe.checkpoint.family import Family
 from globe.compute.blocks import Blocks
 from globe.compute.gemm import correlations, dictionary_dtype, grams, matmul, mixtures, scatter_add, storable
 from globe.compute.spd import spd_inverse

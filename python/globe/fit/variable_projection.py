@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from globe.checkpoint.index import Family
+from globe.checkpoint.family import Family
 from globe.compute.gemm import correlations, grams, matmul, mixtures, scatter_add
 from globe.compute.spd import row_basis
 from globe.compute.stream import Workers, expert_batches

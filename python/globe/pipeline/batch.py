@@ -22,7 +22,7 @@ from globe.settings.yaml_file import merge_settings, read_yaml
 
 
 @dataclass(frozen=True)
-class Job:
+class Entry:
     """A checkpoint, where its factors go, and how."""
 
     model: Path
@@ -36,7 +36,7 @@ class Outcome:
 
     Parameters
     ----------
-    job : Job
+    job : Entry
     status : {"done", "resumed", "found", "failed"}
         Done now, finished now from where an earlier run had left it, finished before, or failed.
     seconds : float
@@ -47,7 +47,7 @@ class Outcome:
         metrics.json.
     """
 
-    job: Job
+    job: Entry
     status: str
     seconds: float
     error: str | None = None
@@ -89,7 +89,7 @@ class Outcome:
         }
 
 
-def read_plan(path: Path) -> list[Job]:
+def read_plan(path: Path) -> list[Entry]:
     """The jobs of a plan file, each checked against its checkpoint's headers.
 
     Raises
@@ -118,7 +118,7 @@ def read_plan(path: Path) -> list[Job]:
 
 
 def batch(
-    jobs: Path | str | Iterable[Job],
+    jobs: Path | str | Iterable[Entry],
     *,
     fresh: bool = False,
     keep_run: bool = False,
@@ -132,7 +132,7 @@ def batch(
 
     Parameters
     ----------
-    jobs : Path, str or iterable of Job
+    jobs : Path, str or iterable of Entry
         A plan file, or the jobs themselves.
     fresh, keep_run, trust_remote_code : bool
         As for `compress`.
@@ -182,7 +182,7 @@ def batch_table(outcomes: list[Outcome]) -> Table:
     return table
 
 
-def _run(job: Job, display: Display, **options: Any) -> Outcome:
+def _run(job: Entry, display: Display, **options: Any) -> Outcome:
     started = time.perf_counter()
     try:
         result = compress(job.model, job.out, job.settings, progress=display, **options)
@@ -194,7 +194,7 @@ def _run(job: Job, display: Display, **options: Any) -> Outcome:
     return Outcome(job, status, time.perf_counter() - started, None, result.metrics)
 
 
-def _job(entry: Mapping[str, Any], defaults: Mapping[str, Any], home: Path) -> Job:
+def _job(entry: Mapping[str, Any], defaults: Mapping[str, Any], home: Path) -> Entry:
     _known_keys(entry, ("model", "out", "settings", "config"), "the job")
     for key in ("model", "out"):
         if not isinstance(entry.get(key), str):
@@ -206,10 +206,10 @@ def _job(entry: Mapping[str, Any], defaults: Mapping[str, Any], home: Path) -> J
         raise UsageError(f"config is {config!r}; expected a YAML file")
     values = read_yaml(home / Path(config).expanduser(), "config") if config is not None else {}
     model, out = (home / Path(entry[key]).expanduser() for key in ("model", "out"))
-    return Job(model, out, merge_settings(defaults, values, settings))
+    return Entry(model, out, merge_settings(defaults, values, settings))
 
 
-def _check(jobs: list[Job]) -> None:
+def _check(jobs: list[Entry]) -> None:
     """Refuse jobs that share an output, and those whose checkpoint or settings cannot work."""
     outs: dict[Path, int] = {}
     for number, job in enumerate(jobs, 1):

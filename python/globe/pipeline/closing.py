@@ -17,7 +17,8 @@ from globe.artifact.factored import INDEX_FILE, MANIFEST
 from globe.artifact.manifest import manifest
 from globe.artifact.write import Written
 from globe.checkpoint.companions import LOADER_FILE, REPORT, SETTINGS_FILE, copy_companions
-from globe.checkpoint.index import Family, read_json
+from globe.checkpoint.family import Family
+from globe.checkpoint.json_file import read_json
 from globe.checkpoint.tensorfile import write_text
 from globe.choice.plan import Plan
 from globe.errors import GlobeError

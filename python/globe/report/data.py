@@ -12,7 +12,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 
 from globe.artifact.factored import BANK_FILE, Factored, bank_name, open_factored
-from globe.checkpoint.index import read_json
+from globe.checkpoint.json_file import read_json
 from globe.checkpoint.tensorfile import read_tensor
 from globe.errors import GlobeError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from globe.checkpoint.index import Family
+from globe.checkpoint.family import Family
 from globe.seeds.proxies import Rows, Scan, split_rows
 from globe.settings import Settings
 from globe.sizes.ratios import Shape

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from globe.checkpoint.index import Family
+from globe.checkpoint.family import Family
 from globe.checkpoint.powers import times_power, usual_exponent
 from globe.compute.gemm import to_numpy
 from globe.compute.stream import Workers, ahead, expert_batches

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from globe import kernels
-from globe.checkpoint.index import Family
+from globe.checkpoint.family import Family
 from globe.compute.codes import initial_codes
 from globe.compute.gemm import bank_gram
 from globe.runs.job import Job

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from globe.checkpoint.index import Family
+from globe.checkpoint.family import Family
 from globe.compute.blocks import BLOCKS, SMALLEST, Blocks
 from globe.errors import UsageError
 from globe.machine import control_groups

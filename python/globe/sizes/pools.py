@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from globe.checkpoint.index import Family
+from globe.checkpoint.family import Family
 from globe.errors import UsageError
 from globe.settings import Settings
 from globe.sizes.ratios import Shape

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 
 from globe._version import __version__
-from globe.checkpoint.index import Checkpoint, Family
+from globe.checkpoint.family import Family
+from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.pretrained import import_transformers, load_tokenizer, quiet
 from globe.compute.devices import find_device
 from globe.errors import GlobeError, UsageError

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from globe.checkpoint.index import Family
+from globe.checkpoint.family import Family
 from globe.compute.gemm import matmul
 from globe.settings import Settings
 from globe.statistics.calibration import Calibration, LayerStatistics
