@@ -74,7 +74,7 @@ def solve_lefts(
                 def work(k: int) -> Solved:
                     name, number = group[k]
                     given = weights[k][None].to(device), mixed[k]
-                    return _in_own_scale(_solve_one(*given, settings, fits[name].metric, number), fits[name].exponent)
+                    return _in_own_scale(_solve_one(*given, settings, fits[name].metric, number), fits[name])
 
                 return list(workers.map(work, len(group)))
 
@@ -116,12 +116,14 @@ def _solve_one(
     return Solved(stored[0].cpu(), _square(lost), float(energy.sum()), bool(fit.ridged[0]), both, beyond)
 
 
-def _in_own_scale(solved: Solved, exponent: int) -> Solved:
+def _in_own_scale(solved: Solved, fit: Fit) -> Solved:
     """What was solved for W · 2^-exponent, for W."""
+    exponent = fit.exponent
     left, beyond = saturated(times_power(solved.left.float(), shared(exponent)[0]), torch.bfloat16)
     square, (lost, whole) = 4.0**exponent, solved.weighted
     found = solved.error * square, solved.energy * square
-    return Solved(left, *found, solved.ridged, (lost * square, whole * square), solved.beyond + beyond)
+    seen = square * (4.0**fit.metric.exponent if fit.metric is not None else 1.0)
+    return Solved(left, *found, solved.ridged, (lost * seen, whole * seen), solved.beyond + beyond)
 
 
 def _square(matrix: torch.Tensor) -> float:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from globe.checkpoint.family import Family
+from globe.checkpoint.powers import times_power, usual_exponent
 from globe.compute.gemm import matmul
+from globe.compute.spd import ridged_factor
 from globe.settings import Settings
 from globe.statistics.calibration import Calibration, LayerStatistics
 
@@ -34,12 +37,15 @@ class Metric:
         What the rows of L are multiplied by for each expert, for its own share of the inputs.
     layers : tuple of int or None
         The layer of every expert; None where its columns are not weighed.
+    exponent : int
+        The power of two that all D_i were divided by, to be of a usual size.
     """
 
     rows: tuple[torch.Tensor, ...]
     columns: dict[int, torch.Tensor]
     scales: tuple[torch.Tensor, ...] | None
     layers: tuple[int | None, ...]
+    exponent: int = 0
 
     def seen(self, number: int, matrix: torch.Tensor) -> torch.Tensor:
         """X L_i of the expert, for X (k, d) in fp32: a mixture as the fit sees it."""
@@ -115,15 +121,19 @@ def build_metric(family: Family, calibration: Calibration, settings: Settings, d
         rows.append((_row_factor(statistics, expert.family, expert.expert, settings) * weight.sqrt()).to(device))
         scales.append(_scale(statistics, expert.expert, settings.metric_shrinkage).to(device))
     alike = all(bool((scale - 1).abs().max() < _ALIKE) for scale in scales)
-    return Metric(tuple(rows), columns, None if alike else tuple(scales), tuple(layers))
+    exponent = _exponent(rows)
+    divided = tuple(times_power(factor, -exponent) for factor in rows)
+    return Metric(divided, columns, None if alike else tuple(scales), tuple(layers), exponent)
+
+
+def _exponent(rows: list[torch.Tensor]) -> int:
+    """The power of two of the largest number in any D_i, unless that is of a usual size."""
+    return usual_exponent(math.frexp(max(float(factor.abs().max()) for factor in rows))[1])
 
 
 def _factor(moment: torch.Tensor) -> torch.Tensor:
-    damped, identity = moment.double(), torch.eye(len(moment), dtype=torch.float64)
-    mean = float(damped.diagonal().mean())
-    damped = damped + _DAMPING * mean * identity if mean > 0 else identity
-    factor: torch.Tensor = torch.linalg.cholesky(damped).float()
-    return factor
+    """L of the damped moment; of one near the end of fp32, which its rounding may leave indefinite, too."""
+    return ridged_factor(moment.double(), _DAMPING).float()
 
 
 _DIAGONALS: Mapping[str, Callable[[LayerStatistics], torch.Tensor]] = {
