@@ -21,7 +21,7 @@ from globe.cli.environment import PACKAGES
 from globe.cli.headings import HEADINGS, Headed, heading
 from globe.settings import Settings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMPRESS = cli.commands["compress"]
 
 

@@ -23,9 +23,7 @@ def run(code: str, **given: str) -> subprocess.CompletedProcess[str]:
 
 
 def policy(imports: str, **given: str) -> dict[str, Any]:
-    code = (
-        f"import {imports}\nimport json\nfrom globe.waiting import waiting_policy\nprint(json.dumps(waiting_policy()))"
-    )
+    code = f"import {imports}\nimport json\nfrom globe.machine.waiting import waiting_policy\nprint(json.dumps(waiting_policy()))"
     found: dict[str, Any] = json.loads(run(code, **given).stdout)
     return found
 
@@ -64,8 +62,8 @@ def test_nothing_is_set_once_torch_is_loaded() -> None:
 def test_one_line_where_threads_spin_on_a_crowded_machine(imports: str, load: int, told: int) -> None:
     code = (
         f"import {imports}\nimport os\nos.cpu_count = lambda: 2\nos.getloadavg = lambda: ({load}, 0, 0)\n"
-        "from globe import processors\nprocessors.throttled_share = lambda: 0.0\n"
-        "from globe.devices import set_threads\nset_threads(1)\nset_threads(None)\n"
+        "from globe.machine import processors\nprocessors.throttled_share = lambda: 0.0\n"
+        "from globe.compute.devices import set_threads\nset_threads(1)\nset_threads(None)\n"
     )
     assert run(code).stderr.count("import globe first or set OMP_WAIT_POLICY=PASSIVE") == told
 

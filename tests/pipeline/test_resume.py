@@ -21,7 +21,6 @@ pytest.importorskip("transformers")
 from checkpoints import make_tiny  # noqa: E402
 from displays import Lines  # noqa: E402
 from families import WEIGHTS_ONLY, WEIGHTS_ONLY_OPTIONS  # noqa: E402
-from globe import compress as function  # noqa: E402
 from globe.errors import GlobeError, UsageError  # noqa: E402
 from globe.pipeline.compress import Result, compress  # noqa: E402
 from globe.runs.store import FOLDER, RunStore  # noqa: E402
@@ -96,7 +95,7 @@ PLACES: dict[str, dict[str, Any]] = {
     "first shard written and not recorded": {"place": SAVE, "call": 17, "entered": True},
     "second shard written": {"place": SAVE, "call": 18},
     "bank written": {"place": "globe.artifact.write:_write_bank"},
-    "all but config.json": {"place": "globe.pipeline.compress:model_card"},
+    "all but config.json": {"place": "globe.pipeline.closing:model_card"},
 }
 
 
@@ -238,7 +237,7 @@ def test_another_version_is_refused(
     killer: Killer, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = unfinished(killer, source, tmp_path / "out", 3)
-    monkeypatch.setitem(function.__globals__, "__version__", "9.9")
+    monkeypatch.setattr("globe.pipeline.opening.__version__", "9.9")
     with pytest.raises(UsageError, match=r"globe_version \(found \"[\d.]+\", expected \"9.9\"\)"):
         run(source, out)
 

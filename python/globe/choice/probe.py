@@ -27,7 +27,7 @@ from globe.sizes.ratios import Shape
 
 Array = NDArray[np.float64]
 
-SAMPLE = 24  # experts, which every share of `globe.ratio_plan` divides into whole atoms
+SAMPLE = 24  # experts, which every share of `globe.choice.ratio_plan` divides into whole atoms
 LOOPS = 3
 _LAYERS = 6  # that a sample is from, with several experts each: experts of a layer have the most in common
 _NOTHING: Callable[[float], None] = lambda steps: None  # noqa: E731
