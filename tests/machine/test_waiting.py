@@ -23,7 +23,8 @@ def run(code: str, **given: str) -> subprocess.CompletedProcess[str]:
 
 
 def policy(imports: str, **given: str) -> dict[str, Any]:
-    code = f"import {imports}\nimport json\nfrom globe.machine.waiting import waiting_policy\nprint(json.dumps(waiting_policy()))"
+    told = "print(json.dumps(waiting_policy()))"
+    code = f"import {imports}\nimport json\nfrom globe.machine.waiting import waiting_policy\n{told}"
     found: dict[str, Any] = json.loads(run(code, **given).stdout)
     return found
 
