@@ -192,3 +192,14 @@ def test_records_that_lead_outside_are_not_followed(finished: Path, tmp_path: Pa
     for damaged in ("[]", '{"names": 3}', "{", '{"names": [3, {}, "../mine.txt"]}', json.dumps({"names": names})):
         (out / FOLDER / "written.txt").write_text(damaged, encoding="utf-8")
         assert "globe-bank.safetensors" in recorded(out) and not recorded(out) & set(map(str, names))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_an_export_does_not_replace_what_was_compressed(
+    moved: bool, source: Path, finished: Path, tmp_path: Path
+) -> None:
+    place = Path(shutil.copytree(source, tmp_path / "moved")) if moved else source
+    before = digests(place)
+    with pytest.raises(UsageError, match=r"is the checkpoint that was compressed; name another"):
+        export(finished, place, overwrite=True)
+    assert digests(place) == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,12 @@ def test_a_quantization_config_that_no_tensor_needs_is_dropped(places: Path, tmp
     export(tmp_path / "out", tmp_path / "dense")
     assert "quantization_config" not in read_config(tmp_path / "dense")
     assert torch.allclose(logits(tmp_path / "out"), logits(tmp_path / "dense"), atol=1e-2)
+
+
+def test_quantised_tensors_that_config_does_not_explain_are_not_run(places: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(places / "fp8", tmp_path / "source"))
+    config = read_config(source)
+    del config["quantization_config"]
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(GlobeError, match=r"F8_E4M3, config.json has no quantization_config that says how"):
+        load_model(source)

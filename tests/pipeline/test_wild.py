@@ -186,3 +186,17 @@ def test_no_remedy_is_impossible(options: dict[str, Any], tmp_path: Path) -> Non
     with pytest.raises(UsageError) as refused:
         compress(source(tmp_path / "s", WEIGHTS * 1e-20), tmp_path / "out", settings(**{"bank_size": None, **options}))
     assert "0 or less" not in str(refused.value) and "--bank-size 0" not in str(refused.value)
+
+
+@pytest.mark.parametrize("solver", ["alternate", "joint"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-7, 1e-20, 1e-30])
+def test_a_faint_expert_is_fitted_too(scale: float, dtype: torch.dtype, solver: str, tmp_path: Path) -> None:
+    weights = WEIGHTS.copy()
+    weights[5] *= scale
+    directory = source(tmp_path / "s", weights, dtype)
+    found, dense, _ = run(directory, tmp_path / "out", settings(solver=solver, joint_steps=2))
+    assert 0 < found["relative_error"] < 1 and 0 < found["expert_errors"][5] < 1
+    name = "model.layers.1.mlp.experts.1.gate_proj.weight"
+    before, after = (tensors[name].double() for tensors in (load_file(directory / "model.safetensors"), dense))
+    assert float(torch.linalg.norm(after - before) / torch.linalg.norm(before)) < 1

@@ -14,11 +14,11 @@ from globe.artifact.factored import Bank, Factored, left_name, open_factored, re
 from globe.artifact.output import output_directory
 from globe.artifact.owned import Claim, recorded
 from globe.checkpoint.companions import companions, copy_companions
-from globe.checkpoint.index import FAMILIES, INDEX_NAME
+from globe.checkpoint.index import FAMILIES, INDEX_NAME, Checkpoint
 from globe.checkpoint.json_file import read_json
 from globe.checkpoint.powers import saturated
 from globe.checkpoint.tensorfile import TORCH_DTYPES, TensorWriter, copy_chunks, read_tensor, tensor_bytes, write_text
-from globe.errors import GlobeError
+from globe.errors import GlobeError, UsageError
 from globe.runs.stages import Display, Stages
 
 
@@ -54,6 +54,7 @@ def export(
     factored = open_factored(source)
     config = read_json(source / "config.json")
     record = factored.manifest["source"]
+    _refuse_the_source(target, record)
     entries = [entry for shard in record["shards"] for entry in shard["tensors"].values()]
     total = sum(tensor_bytes(entry["dtype"], entry["shape"]) for entry in entries)
     stages, beyond = Stages(progress), 0
@@ -84,6 +85,18 @@ def export(
         "saturated": beyond,
         "stages": stages.as_list(),
     }
+
+
+def _refuse_the_source(target: Path, record: dict[str, Any]) -> None:
+    """Refuse to write over the checkpoint that was compressed, wherever it lies now."""
+    if not any((target / shard["file"]).is_file() for shard in record["shards"]):
+        return
+    try:
+        fingerprint = Checkpoint(target).fingerprint()
+    except GlobeError:
+        return
+    if fingerprint == record["fingerprint"]:
+        raise UsageError(f"output {target} is the checkpoint that was compressed; name another directory")
 
 
 def _export_shard(

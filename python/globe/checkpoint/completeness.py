@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -15,6 +16,7 @@ Held = Mapping[str, Mapping[tuple[int, int], str]]  # per family: layer and numb
 _LAYER_KEYS = ("mlp_layer_types", "moe_layers", "mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace",
                "moe_layer_freq")  # fmt: skip
 _MOST_LAYERS = 10_000
+_DENSE = re.compile(r"model\.layers\.(\d+)\.(?:mlp|feed_forward|block_sparse_moe)\.(?:down_proj|w2)\.")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,16 @@ def require_complete(source: Source, held: Held) -> list[str]:
     extra = sorted(with_experts - stated)
     if not extra:
         return []
-    return [f"layers {_some(extra)} have routed experts, of which config.json says nothing: transformers drops them"]
+    said = f"config.json says that {_layers(extra)} no routed experts, but the weight files have some there"
+    dense = {int(found[1]) for name in source.tensors if (found := _DENSE.match(name))}
+    if set(extra) - dense:
+        lacking = min(set(extra) - dense)
+        raise GlobeError(f"{source.directory}: {said}, and layer {lacking} lacks the dense ones: mend config.json")
+    return [f"{said}: transformers drops them"]
+
+
+def _layers(numbers: Sequence[int]) -> str:
+    return f"layer {numbers[0]} has" if len(numbers) == 1 else f"layers {_some(numbers)} have"
 
 
 def stated_layers(config: Mapping[str, Any], layers: int | None) -> set[int] | None:

@@ -74,7 +74,7 @@ class Checkpoint:
                 more = len(header.tensors) - len(kept) - 1
                 self._noted.append(
                     f"{header.path.name}: tensor {name}{f' and {more} more are' if more else ' is'} left out, for "
-                    f"{INDEX_NAME} names {'other files' if more else named[name]}"
+                    f"{INDEX_NAME} names {'other files' if more else named[name]}; transformers may read it instead"
                 )
         return shards, tensors
 

@@ -10,7 +10,7 @@ import torch
 from globe.checkpoint.foreign import missing_directory
 from globe.checkpoint.index import INDEX_NAME, Checkpoint
 from globe.checkpoint.pretrained import first_line, import_transformers, load_tokenizer, quiet, refuse_own_code
-from globe.checkpoint.quantised import KEY, quantised_dtypes
+from globe.checkpoint.quantised import KEY, quantised_dtypes, require_plain
 from globe.compute.devices import find_device
 from globe.errors import GlobeError, UsageError
 
@@ -56,7 +56,10 @@ def load_model(
         trust_remote_code, dtypes = False, None  # its own code only stands in for globe.hf, which is imported now
     elif any((directory / file).exists() for file in ("model.safetensors", INDEX_NAME)):
         # a missing or truncated shard is named here
-        dtypes = quantised_dtypes(info.dtype for info in Checkpoint(directory).tensors.values())
+        checkpoint = Checkpoint(directory)
+        dtypes = quantised_dtypes(info.dtype for info in checkpoint.tensors.values())
+        if checkpoint.config.get(KEY) is None:
+            require_plain(directory, dtypes, None)
     else:
         dtypes = None
     with quiet(transformers):

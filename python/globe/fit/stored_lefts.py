@@ -29,8 +29,8 @@ class Fit:
 
     @property
     def exponent(self) -> int:
-        """The power of two that the pool's weights were divided by, which the factors as written take up again."""
-        return self.family.experts[0].exponent
+        """The power of two that all but faint weights of the pool were divided by; factors as written take it up."""
+        return max(expert.exponent for expert in self.family.experts)
 
 
 def rounded(state: State) -> State:
@@ -74,7 +74,7 @@ def solve_lefts(
                 def work(k: int) -> Solved:
                     name, number = group[k]
                     given = weights[k][None].to(device), mixed[k]
-                    return _in_own_scale(_solve_one(*given, settings, fits[name].metric, number), fits[name])
+                    return _in_own_scale(_solve_one(*given, settings, fits[name].metric, number), fits[name], number)
 
                 return list(workers.map(work, len(group)))
 
@@ -116,10 +116,11 @@ def _solve_one(
     return Solved(stored[0].cpu(), _square(lost), float(energy.sum()), bool(fit.ridged[0]), both, beyond)
 
 
-def _in_own_scale(solved: Solved, fit: Fit) -> Solved:
-    """What was solved for W · 2^-exponent, for W."""
-    exponent = fit.exponent
-    left, beyond = saturated(times_power(solved.left.float(), shared(exponent)[0]), torch.bfloat16)
+def _in_own_scale(solved: Solved, fit: Fit, number: int) -> Solved:
+    """What was solved for W · 2^-exponent, for W; the atoms take their share of the pool's exponent."""
+    exponent = fit.family.experts[number].exponent
+    lifted = times_power(solved.left.float(), exponent - shared(fit.exponent)[1])
+    left, beyond = saturated(lifted, torch.bfloat16)
     square, (lost, whole) = 4.0**exponent, solved.weighted
     found = solved.error * square, solved.energy * square
     seen = square * (4.0**fit.metric.exponent if fit.metric is not None else 1.0)

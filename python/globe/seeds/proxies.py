@@ -21,6 +21,7 @@ from globe.runs.stages import Advance
 from globe.settings import Settings
 
 _SCANNED_AT_ONCE = 8
+_FAINTEST = 2.0**-20  # of the typical root mean square
 _WILDEST = 2.0**20  # times the family's typical weight: beyond it nothing else would count in fp32
 
 
@@ -50,10 +51,18 @@ class Scan:
     def usual_size(self, family: Family) -> Family:
         """The family, its weights times a power of two that makes an expert's root mean square about one.
 
-        Nothing changes where that is within 2^±16 already.
+        Nothing changes where that is within 2^±16 already. Experts fainter than `_FAINTEST` of the typical one are
+        brought up to it, where they weigh next to nothing and nothing underflows: A_i absorbs the factor.
         """
-        exponent = usual_exponent(math.floor(math.log2(self.typical(family))))
-        return replace(family, experts=tuple(replace(expert, exponent=exponent) for expert in family.experts))
+        typical = self.typical(family)
+        exponent = usual_exponent(math.floor(math.log2(typical)))
+        sizes = np.sqrt(self.energy / (family.p * family.d))
+        lifts = [math.ceil(math.log2(_FAINTEST * typical / size)) if size > 0 else 0 for size in sizes]
+        scaled = (
+            replace(expert, exponent=exponent - max(0, lift))
+            for expert, lift in zip(family.experts, lifts, strict=True)
+        )
+        return replace(family, experts=tuple(scaled))
 
     def typical(self, family: Family) -> float:
         """The median of the root mean squares of the experts that are not zero."""
