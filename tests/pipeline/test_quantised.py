@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from checkpoints import make_tiny  # noqa: E402
 from families import WEIGHTS_ONLY  # noqa: E402
 from globe import Settings, compress, export  # noqa: E402
+from globe.errors import GlobeError  # noqa: E402
 from globe.evaluation.models import load_model  # noqa: E402
 from refusals import refusal  # noqa: E402
 
