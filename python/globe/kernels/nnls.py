@@ -99,7 +99,7 @@ def nnls(
     With ``simplex`` the entries of α must also sum to 1. For a dictionary D with one atom per row and
     a target t, ``G = D Dᵀ`` and ``c = D t``. Each row is solved on its own in float64; its result depends
     neither on the other rows nor on the number of threads, and not on the scale of the atoms: each is brought to the
-    size of the largest by a power of two. m = 0 has empty codes.
+    size of the largest by a power of two, 2^1000 at most. m = 0 has empty codes.
 
     Parameters
     ----------
