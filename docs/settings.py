@@ -11,20 +11,22 @@ HEAD = """# Settings
 
 Every key of `globe compress --config FILE.yaml` and of `globe.Settings`; options of the command line win.
 
-| key | default | meaning |
-| --- | --- | --- |
+| key | type or values | default | meaning |
+| --- | --- | --- | --- |
 """
 
 
 def settings_page():
     """Return the page: a line for every setting, in the order of the docstring."""
     text = Settings.__doc__.partition("----------\n")[2]
-    meanings = dict(re.findall(r"^ *(\w+) : .*\n((?:^ {8,}.*\n)+)", re.sub(r"(?m)^ {4}", "    ", text), re.MULTILINE))
+    told = re.findall(r"^ *(\w+) : (.*)\n((?:^ {8,}.*\n)+)", text, re.MULTILINE)
+    meanings = {name: (kind.replace("|", r"\|"), " ".join(meaning.split())) for name, kind, meaning in told}
     lines = []
     for field in dataclasses.fields(Settings):
         default = field.default
         shown = "not given" if default is None else ",".join(default) if isinstance(default, tuple) else str(default)
-        lines.append(f"| `{field.name}` | `{shown}` | {' '.join(meanings[field.name].split())} |\n")
+        kind, meaning = meanings[field.name]
+        lines.append(f"| `{field.name}` | {kind} | `{shown}` | {meaning} |\n")
     return HEAD + "".join(lines)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,8 @@ from globe.fit.codes import coding_step
 from globe.fit.joint import Steps, _recentre, fit_joint
 from globe.fit.quasi_newton import Pairs, Vector
 from globe.fit.sweep import State
-from globe.runs.store import FOLDER, MemoryStore, Store
+from globe.runs import store as store_module
+from globe.runs.store import FOLDER, MemoryStore, RunStore, Store
 from globe.statistics.calibrate import FILE
 from globe.statistics.calibration import load_calibration
 from globe.statistics.metric import Metric, build_metric
@@ -337,3 +338,24 @@ def test_a_killed_run_ends_with_the_same_files(tmp_path: Path) -> None:
         assert killer.run(source, tmp_path / "out", settings) == 0
     assert digests(tmp_path / "out") == whole
     assert not (tmp_path / "out" / FOLDER).exists()
+
+
+def test_a_process_that_ends_while_it_saves_has_the_state_before(family: Family, tmp_path: Path) -> None:
+    whole, store = fit(family), RunStore(tmp_path / "run", {}, {}, lambda line: None)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("globe.runs.store._digest", dying_at("20", store_module._digest))
+        fit(family, store=store)
+    assert "gate.joint-10" in store.names()
+    again = fit(family, store=RunStore(tmp_path / "run", {}, {}, lambda line: None))
+    assert errors(again) == errors(whole) and torch.equal(again.state.bank, whole.state.bank)
+
+
+def dying_at(step: str, digest: Callable[[Any], str]) -> Callable[[Any], str]:
+    """End the process, as it were, between the two files of the state of a step."""
+
+    def digest_or_die(value: Any) -> str:
+        if str(value["meta"].get("step")) == step:
+            raise Killed
+        return digest(value)
+
+    return digest_or_die

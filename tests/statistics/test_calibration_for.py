@@ -23,6 +23,7 @@ from globe.checkpoint.index import Checkpoint  # noqa: E402
 from globe.errors import GlobeError, UsageError  # noqa: E402
 from globe.runs.job import Job  # noqa: E402
 from globe.runs.stages import Stages  # noqa: E402
+from globe.runs.store import RunStore  # noqa: E402
 from globe.settings import Settings  # noqa: E402
 from globe.statistics.calibrate import FILE, calibration_for  # noqa: E402
 
@@ -186,3 +187,23 @@ def test_few_tokens_are_cut_into_short_windows(tiny: Callable[[str], Path], tmp_
         Checkpoint(tiny("mixtral")), job_of(Stages(Lines()), calibrate="pydoc", calibration_tokens=64), tmp_path
     )
     assert found is not None and (found.about["tokens"], found.about["window"]) == (64, 32)
+
+
+def test_a_run_that_goes_on_keeps_what_it_began_with(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, lines = Checkpoint(tiny("mixtral")), Lines()
+
+    def going_on(name: str, **settings: Any) -> Job:
+        store = RunStore(tmp_path / name, {}, {}, lines.log)
+        return replace(job_of(Stages(lines), calibration_tokens=1024, **settings), store=store)
+
+    made = calibration_for(checkpoint, going_on("one", calibrate="auto"), tmp_path / "one" / "statistics")
+    again = going_on("one", calibrate="auto")
+    assert calibration_for(checkpoint, again, tmp_path / "one" / "statistics") == made
+    assert [(stage.name, stage.resumed) for stage in again.stages.records] == [("calibrate", True)]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "transformers", None)
+        assert calibration_for(checkpoint, going_on("two", calibrate="auto"), tmp_path / "two" / "statistics") is None
+    assert calibration_for(checkpoint, going_on("two", calibrate="auto"), tmp_path / "two" / "statistics") is None
+    assert "weights only, as when this run began" in lines.lines[-1]

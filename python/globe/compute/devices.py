@@ -13,6 +13,7 @@ from globe.errors import GlobeError, UsageError
 from globe.machine.processors import usable_processors
 from globe.machine.waiting import warn_of_spinning
 
+_AT_FIRST = torch.get_num_threads()
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 
@@ -55,8 +56,8 @@ def check_device(device: torch.device) -> None:
 
 
 def thread_count(threads: int | None) -> int:
-    """CPU threads to use: as many as given, or torch's, but no more than processors that the process may use."""
-    return threads if threads is not None else min(torch.get_num_threads(), usable_processors())
+    """CPU threads to use: as many as given, or torch's at first and no more than the process has processors."""
+    return threads if threads is not None else min(_AT_FIRST, usable_processors())
 
 
 def set_threads(threads: int | None) -> None:

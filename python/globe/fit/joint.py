@@ -269,12 +269,15 @@ def _save(job: Job, name: str, state: State, now: Steps, memory: Pairs) -> None:
     for place, (step, slope) in enumerate(zip(memory.steps, memory.slopes, strict=True)):
         tensors |= {f"step-{place}": step.bank, f"step-{place}.codes": torch.from_numpy(step.codes)}
         tensors |= {f"slope-{place}": slope.bank, f"slope-{place}.codes": torch.from_numpy(slope.codes)}
-    job.store.save(_key(name), tensors, {**asdict(now), "pairs": len(memory), "elapsed": job.stages.so_far()})
+    mine = f"{name}.joint-{now.step}"
+    job.store.save(mine, tensors, {**asdict(now), "pairs": len(memory), "elapsed": job.stages.so_far()})
+    drop_joint(job.store, name, but=mine)  # after: a process that ends in between loses no step
 
 
 def _recall(job: Job, start: State, problem: Problem) -> tuple[State, Steps, Pairs]:
     memory = Pairs(job.blocks.pairs)
-    saved = job.store.load(_key(problem.family.name))
+    found = (job.store.load(key) for key in _keys(job.store, problem.family.name))
+    saved = next((each for each in found if each is not None), None)
     if saved is None:
         return start, Steps(start.temperature), memory
     meta = {key: value for key, value in saved.meta.items() if key != "elapsed"}
@@ -289,9 +292,22 @@ def _recall(job: Job, start: State, problem: Problem) -> tuple[State, Steps, Pai
 
 def joint_before(store: Store, name: str) -> dict[str, Any] | None:
     """The record of the part of a joint fit that an earlier process did."""
-    meta = store.check(_key(name))
-    return None if meta is None else dict(meta["elapsed"])
+    for key in _keys(store, name):
+        meta = store.check(key)
+        if meta is not None:
+            return dict(meta["elapsed"])
+    return None
 
 
-def _key(name: str) -> str:
-    return f"{name}.joint"
+def drop_joint(store: Store, name: str, but: str = "") -> None:
+    """Drop the states of a pool's joint fit, but for one."""
+    for key in _keys(store, name):
+        if key != but:
+            store.drop(key)
+
+
+def _keys(store: Store, name: str) -> list[str]:
+    """The states of a pool's joint fit, the newest first."""
+    prefix = f"{name}.joint-"
+    steps = [int(key.removeprefix(prefix)) for key in store.names() if key.startswith(prefix)]
+    return [f"{prefix}{step}" for step in sorted(steps, reverse=True)]

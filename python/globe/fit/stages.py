@@ -8,7 +8,7 @@ import torch
 
 from globe.errors import GlobeError
 from globe.fit.describe import proxy_error, training_report
-from globe.fit.joint import fit_joint, joint_before
+from globe.fit.joint import drop_joint, fit_joint, joint_before
 from globe.fit.progress import States
 from globe.fit.stored_lefts import Fit, rounded
 from globe.fit.sweep import State
@@ -27,6 +27,9 @@ def recalled(pool: Pool, job: Job) -> bool:
         if meta is not None:
             for record in meta["stages"]:
                 job.stages.recall(record)
+            if result == "fit":  # what an earlier process did not come to drop
+                drop_joint(job.store, pool.name)
+                job.store.drop(f"{pool.name}.warm")
             return True
     return False
 
@@ -90,8 +93,8 @@ def fit_jointly(pool: Pool, job: Job) -> None:
             state = _warm_start(pool, job)
         report = {**warm["report"], "joint": steps.report(), "temperature": state.temperature}
         _save_fit(pool, state, report, [*warm["stages"], job.stages.so_far()], job)
-    for key in ("joint", "warm"):
-        store.drop(f"{name}.{key}")
+    drop_joint(store, name)
+    store.drop(f"{name}.warm")
 
 
 def _warm_start(pool: Pool, job: Job) -> State:

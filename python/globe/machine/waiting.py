@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from typing import Any
 
 from globe.machine.processors import oversubscribed
@@ -55,10 +54,10 @@ def warn_of_spinning() -> None:
     if _told or not _torch_was_first or _policy() == "passive" or not oversubscribed():
         return
     _told = True
-    warnings.warn(
-        "torch was imported before globe, so its idle OpenMP threads spin, and this machine has more to run than "
-        "processors: import globe first or set OMP_WAIT_POLICY=PASSIVE; this can be many times slower",
-        stacklevel=3,
+    print(
+        "globe: torch was imported before globe, so its idle OpenMP threads spin, and this machine has more to run "
+        "than processors: import globe first or set OMP_WAIT_POLICY=PASSIVE; this can be many times slower",
+        file=sys.stderr,
     )
 
 

@@ -47,14 +47,14 @@ class Made:
 
 def describe(opened: Opened, made: Made, written: Written, job: Job) -> dict[str, Any]:
     """What metrics.json says."""
-    for name, report in made.reports.items():
-        report.update(stored_report(name, made.fits[name], written))
-        if report["init"]["relative_error"] is None:  # no loops: what is written are the seeds
-            report["init"]["relative_error"] = report["relative_error"]
+    reports = {
+        name: _with_stored(report, stored_report(name, made.fits[name], written))
+        for name, report in made.reports.items()
+    }
     told = environment(made.plan, job.settings)
     return {
         "globe_version": __version__,
-        **families_report(job.settings.families, made.reports, made.fits, written),
+        **families_report(job.settings.families, reports, made.fits, written),
         **({"plan": made.seen} if made.seen is not None else {}),
         "ratio": asdict(_ratios(made)),
         "bytes": _bytes(made.plan, written),
@@ -108,6 +108,14 @@ def finished(target: Path, log: Callable[[str], None]) -> dict[str, Any]:
     if not (target / REPORT).exists():
         draw_report(target, log)
     return metrics
+
+
+def _with_stored(report: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """A pool's report with what is measured on the factors as stored; without loops these are the seeds."""
+    init = report["init"]
+    if init["relative_error"] is None:
+        init = {**init, "relative_error": stored["relative_error"]}
+    return {**report, "init": init, **stored}
 
 
 def _ratios(made: Made) -> Ratios:

@@ -23,7 +23,7 @@ from globe.seeds.pool import Pool, pool_of
 from globe.seeds.proxies import Scan, scan_family
 from globe.settings import Settings
 from globe.sizes.ratios import Ratios
-from globe.statistics.calibrate import calibration_for, named_calibration
+from globe.statistics.calibrate import STATISTICS, calibration_for, named_calibration
 from globe.statistics.calibration import Calibration
 from globe.statistics.metric import build_metric
 
@@ -115,7 +115,7 @@ def _run(opened: Opened, target: Path, settings: Settings, existing: Existing, s
         planned, seen = _sized(usual_size(planned, scans), scans, job)
         job = replace(job, blocks=planned.blocks)
         trusted = opened.trust_remote_code
-        calibration = calibration_for(planned.checkpoint, job, target / FOLDER, trust_remote_code=trusted)
+        calibration = calibration_for(planned.checkpoint, job, target / FOLDER / STATISTICS, trust_remote_code=trusted)
         pools, reports = {}, {}
         for pool in _pools(planned, scans, calibration, job):
             alternate(pool, seed(pool, job), job, measured=False)

@@ -68,8 +68,8 @@ class Settings:
         Rotations of aligned-pca, a pass each: to the experts' leading right subspace, then to the mean of the
         rotated proxies.
     solver : {"joint", "alternate"}
-        The training: the alternating loop (specification, H), or that for a start and then the joint fit of bank and
-        codes with the left factors eliminated.
+        The training. joint: the alternating loop (specification, H) for a start, then bank and codes together with the
+        left factors eliminated; alternate: the loop alone.
     joint_steps : int
         Quasi-Newton steps of the joint fit, each a pass over the family or a little more.
     history : int

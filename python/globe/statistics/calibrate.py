@@ -28,6 +28,7 @@ RowMoments = Literal["auto", "diagonal", "full"]
 ROW_MOMENTS: tuple[RowMoments, ...] = ("auto", "diagonal", "full")
 TOKENS, WINDOW = 32768, 512
 FILE = "calibration.safetensors"
+STATISTICS = "statistics"  # the folder of FILE within a run's
 
 _AUTO_BYTES = 1 << 30
 _PROBE = 16  # tokens on which the experts' products are compared with the module's own
@@ -104,8 +105,8 @@ def calibration_for(
         model can be run and else none; or a calibration file of this checkpoint. Setting `calibration_tokens`: the
         most tokens to read.
     folder : Path
-        Where measured statistics are kept. What lies there of the same checkpoint, text, tokens and window is used
-        again.
+        Where measured statistics are kept; made here. What lies there of the same checkpoint, text, tokens and window
+        is used again. A run that began without statistics goes on without.
     trust_remote_code : bool
         As for `calibrate`.
 
@@ -124,20 +125,29 @@ def calibration_for(
         return None
     if is_file(choice):
         return named_calibration(checkpoint, choice)
+    before = job.store.check("calibration")
+    if before is not None and before["none"] is not None:  # what is fitted already was fitted without
+        job.log(f"weights only, as when this run began: {before['none']}")
+        return None
+    folder.mkdir(exist_ok=True)
     try:
         longest = checkpoint.config.get("max_position_embeddings")
         window = min(WINDOW, longest if isinstance(longest, int) else WINDOW, tokens // 2)
         reading = _read(checkpoint, None, tokens, window, trust_remote_code)
         earlier = _found_before(folder / FILE, reading)
         if earlier is not None:
+            if before is not None:
+                job.stages.recall(before["stage"])
             job.log(f"calibrated before, on {earlier.about['tokens']:,} tokens of {reading.label}")
             return earlier
         found = _measure(reading, folder / FILE, str(job.device), "auto", job.stages)
     except GlobeError as error:
         if choice == "pydoc" or isinstance(error, NotFinite):
             raise
+        job.store.save("calibration", {}, {"none": str(error)})
         job.log(f"weights only, without activation statistics: {error}")
         return None
+    job.store.save("calibration", {}, {"none": None, "stage": job.stages.as_list()[-1]})
     job.log(f"calibrated on {found.about['tokens']:,} tokens of {reading.label}")
     return found
 
