@@ -27,7 +27,7 @@ from globe.fit.quasi_newton import Pairs, Vector
 from globe.fit.sweep import State
 from globe.runs import store as store_module
 from globe.runs.store import FOLDER, MemoryStore, RunStore, Store
-from globe.statistics.calibrate import FILE
+from globe.statistics.calibrate import FILE, STATISTICS
 from globe.statistics.calibration import load_calibration
 from globe.statistics.metric import Metric, build_metric
 from killed import Killer
@@ -310,7 +310,7 @@ def test_the_files_hold_what_metrics_say(calibrate: str, layout: str, tmp_path: 
             assert told[name]["weighted_error"] is None
             assert told[name]["relative_error"] == pytest.approx(history[-1], rel=2e-2)
         else:
-            found = load_calibration(tmp_path / "out" / FOLDER / FILE)
+            found = load_calibration(tmp_path / "out" / FOLDER / STATISTICS / FILE)
             metric = build_metric(family, found, settings, CPU)
             assert told[name]["weighted_error"] == pytest.approx(seen_error(family, stored, metric), rel=1e-3)
             assert told[name]["weighted_error"] == pytest.approx(history[-1], rel=5e-2)
