@@ -8,13 +8,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 
 from globe import _native
 from globe.kernels.arguments import whole
 from globe.machine.processors import affinity, usable_processors
 
-Backend = Literal["auto", "native", "numba", "reference"]
 BACKENDS = ("native", "numba", "reference")
 
 

@@ -241,7 +241,7 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str
     for name in sorted({*found, *wanted}):
         old, new = found.get(name), wanted.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            lines += differences(old, new, f"{name}.")
+            lines += differences(old, new, f"{prefix}{name}.")
         elif old != new:
             lines.append(f"{prefix}{name} (found {_shown(old)}, expected {_shown(new)})")
     return lines

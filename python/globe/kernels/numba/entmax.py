@@ -156,11 +156,6 @@ def _find_candidates(law, row, maxima, top, tau, logits, index, fmt):  # type: i
     return found
 
 
-@njit(nogil=True, cache=True)
-def _padded(size):  # type: ignore[no-untyped-def]
-    return (size + _PAD - 1) // _PAD * _PAD
-
-
 @njit(nogil=True, cache=True, error_model="numpy")
 def _climb(law, logits, size, tau, slack, share, less, work, words, fmt):  # type: ignore[no-untyped-def]
     """Newton's method from tau to where the shares sum to at most 1 + slack; returns tau and the sum."""
