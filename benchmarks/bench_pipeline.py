@@ -12,7 +12,8 @@ from globe.checkpoint.index import Checkpoint
 from globe.compute.codes import initial_codes
 from globe.compute.gemm import bank_gram
 from globe.fit.lefts import fit_lefts
-from globe.fit.sweep import State, measure, sweep
+from globe.fit.sums import State
+from globe.fit.sweep import measure, sweep
 from globe.runs.store import RunStore
 from globe.seeds import METHODS
 from globe.seeds.proxies import scan

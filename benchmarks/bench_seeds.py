@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from globe import Settings
-from globe.fit.sweep import State, measure
+from globe.fit.sums import State
+from globe.fit.sweep import measure
 from globe.seeds import METHODS
 
 from .synthetic import LIKE, write_synthetic

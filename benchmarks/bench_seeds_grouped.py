@@ -12,7 +12,8 @@ import torch
 
 from globe import Settings
 from globe.choice.choose import choose
-from globe.fit.sweep import State, measure
+from globe.fit.sums import State
+from globe.fit.sweep import measure
 from globe.seeds import METHODS
 from globe.seeds.grouping import balanced_groups
 

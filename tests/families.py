@@ -16,7 +16,7 @@ from globe.checkpoint.family import Family
 from globe.checkpoint.index import Checkpoint
 from globe.compute.blocks import BLOCKS, Blocks
 from globe.fit.dictionary import unit_atoms
-from globe.fit.sweep import State
+from globe.fit.sums import State
 from globe.runs.job import Job
 from globe.runs.stages import Stages
 from globe.runs.store import MemoryStore, Store

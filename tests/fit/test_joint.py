@@ -24,7 +24,7 @@ from globe.compute.codes import supports
 from globe.fit.codes import coding_step
 from globe.fit.joint import Steps, _recentre, fit_joint
 from globe.fit.quasi_newton import Pairs, Vector
-from globe.fit.sweep import State
+from globe.fit.sums import State
 from globe.runs import store as store_module
 from globe.runs.store import FOLDER, MemoryStore, RunStore, Store
 from globe.statistics.calibrate import FILE, STATISTICS

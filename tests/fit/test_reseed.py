@@ -16,7 +16,8 @@ from globe.compute.gemm import bank_gram
 from globe.fit import training
 from globe.fit.dictionary import unit_atoms
 from globe.fit.reseed import decorrelate, reseed
-from globe.fit.sweep import State, measure
+from globe.fit.sums import State
+from globe.fit.sweep import measure
 from globe.fit.training import train
 from globe.settings import Settings
 

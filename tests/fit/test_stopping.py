@@ -12,7 +12,7 @@ from families import make_job, make_pool, silent
 from globe.checkpoint.family import Family
 from globe.compute.blocks import Blocks
 from globe.fit import training
-from globe.fit.sweep import Measure, State, Sums
+from globe.fit.sums import Measure, State, Sums
 from globe.fit.training import Training, train
 from globe.seeds.proxies import Rows
 from globe.settings import Settings

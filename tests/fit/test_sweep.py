@@ -17,7 +17,8 @@ from globe.compute.codes import initial_codes
 from globe.compute.gemm import bank_gram
 from globe.fit import sweep as sweep_module
 from globe.fit.codes import coding_step
-from globe.fit.sweep import State, measure, sweep
+from globe.fit.sums import State
+from globe.fit.sweep import measure, sweep
 from globe.fit.training import train
 from globe.seeds import ts_pca
 from globe.seeds.pool import Pool

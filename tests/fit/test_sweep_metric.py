@@ -17,7 +17,8 @@ from globe.compute.codes import initial_codes
 from globe.fit.dictionary import Equations, Solving, mod_exact
 from globe.fit.dictionary_metric import mod_metric
 from globe.fit.progress import States
-from globe.fit.sweep import State, measure, sweep
+from globe.fit.sums import State
+from globe.fit.sweep import measure, sweep
 from globe.fit.training import train
 from globe.runs.store import RunStore
 from globe.settings import Settings

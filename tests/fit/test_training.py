@@ -19,7 +19,8 @@ from globe.fit import training
 from globe.fit.codes import entmax_alpha
 from globe.fit.dictionary import Equations, Solving, mod_exact
 from globe.fit.progress import Progress, States
-from globe.fit.sweep import State, Sums, measure
+from globe.fit.sums import State, Sums
+from globe.fit.sweep import measure
 from globe.fit.training import Training, train
 from globe.runs.store import RunStore
 from globe.seeds import ts_pca

@@ -13,7 +13,8 @@ from families import Array, clustered, make_family, make_job, make_pool, make_ro
 from globe.compute.codes import supports
 from globe.errors import GlobeError
 from globe.fit.codes import spread
-from globe.fit.sweep import State, measure
+from globe.fit.sums import State
+from globe.fit.sweep import measure
 from globe.fit.training import train
 from globe.seeds import Seeds, grouped_subspace
 from globe.seeds.grouped_subspace import leading_subspace

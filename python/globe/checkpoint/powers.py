@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 _USUAL = 16  # weights of a root mean square of 2^±16 stay as they are
@@ -36,3 +38,17 @@ def saturated(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, i
         limit = torch.finfo(dtype).max
         converted = values.clamp(-limit, limit).to(dtype)
     return converted, count
+
+
+def saturated_each(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `saturated`, for each of n tensors: with the counts (n,) where the values lie; nothing waits for them."""
+    limit = torch.finfo(dtype).max
+    beyond = values.to(dtype).isinf()
+    return values.clamp(-limit, limit).to(dtype), beyond.flatten(1).sum(1)
+
+
+def times_powers(tensors: torch.Tensor, exponents: Sequence[int]) -> torch.Tensor:
+    """X_i · 2^e_i for n tensors, as `times_power`."""
+    if len(set(exponents)) == 1:
+        return times_power(tensors, exponents[0])
+    return torch.stack([times_power(*each) for each in zip(tensors, exponents, strict=True)])

@@ -14,7 +14,8 @@ import torch
 
 from globe.checkpoint.tensorfile import TensorWriter, read_header, read_tensor
 from globe.errors import GlobeError
-from globe.fit.sweep import State, measure
+from globe.fit.sums import State
+from globe.fit.sweep import measure
 from globe.seeds import Seeds, SeedTask
 
 SAMPLE = 64

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from globe.checkpoint.family import Family
 from globe.compute.blocks import Blocks
-from globe.fit.sweep import State
+from globe.fit.sums import State
 from globe.fit.training import train
 from globe.runs.job import Job
 from globe.runs.stages import Stages

@@ -10,7 +10,7 @@ from globe.choice.choose import ORDER, choose
 from globe.fit.describe import bank_report
 from globe.fit.progress import States
 from globe.fit.stages import recalled
-from globe.fit.sweep import State
+from globe.fit.sums import State
 from globe.fit.training import first_progress
 from globe.runs.job import Job
 from globe.runs.stages import Advance

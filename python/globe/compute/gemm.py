@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from globe import kernels
+from globe.compute.forms import per_core, wide_dtype
 
 # Apple's matmul returned wrong numbers from an inner dimension of 32,767 on (pytorch#195163).
 _MPS_INNER = 16_384
@@ -126,14 +127,20 @@ def _bf16_parts(matrix: torch.Tensor) -> list[torch.Tensor]:
 
 
 def grams(matrices: torch.Tensor) -> torch.Tensor:
-    """X_i X_iᵀ (n, k, k) of X (n, k, c): fp32 inside runs of columns, fp64 across them; fp64 on the CPU."""
-    if matrices.device.type == "cpu":
+    """X_i X_iᵀ (n, k, k) of X (n, k, c), on their device: fp64 products, or fp32 where the device has no fp64.
+
+    On the CPU the native kernel; elsewhere batched products of runs of columns.
+    """
+    if per_core(matrices.device):
         threads = torch.get_num_threads()
         products = [kernels.gram(to_numpy(matrix), threads=threads) for matrix in matrices.contiguous()]
         return torch.from_numpy(np.stack(products))
-    total = torch.zeros(len(matrices), matrices.shape[1], matrices.shape[1], dtype=torch.float64)
+    count, size = matrices.shape[:2]
+    wide = wide_dtype(matrices.device)
+    total = torch.zeros(count, size, size, dtype=wide, device=matrices.device)
     for part in matrices.split(_FP32_RUN, 2):
-        total += (part @ part.mT).cpu().double()
+        part = part.to(wide)
+        total += part @ part.mT
     return (total + total.mT) / 2
 
 
@@ -146,7 +153,7 @@ def mixtures(codes: NDArray[np.float64], bank: torch.Tensor, out: torch.Tensor |
     if out is None:
         out = torch.empty(len(codes), *bank.shape[1:], device=bank.device)
     out = out[: len(codes)]
-    if bank.device.type == "cpu":
+    if per_core(bank.device):
         kernels.compose(codes.astype(np.float32), to_numpy(bank), out=to_numpy(out))
     else:
         weights = torch.from_numpy(codes.astype(np.float32)).to(bank.device)
@@ -165,7 +172,7 @@ def scatter_add(codes: NDArray[np.float64], summands: torch.Tensor, total: torch
     room : torch.Tensor, shape (one or more, r, d), fp32
         Is overwritten.
     """
-    if total.device.type != "cpu":
+    if not per_core(total.device):
         weights = torch.from_numpy(codes.T.astype(np.float32)).to(total.device)
         total.view(len(total), -1).addmm_(weights, summands.flatten(1).float())
         return
@@ -180,35 +187,44 @@ def scatter_add(codes: NDArray[np.float64], summands: torch.Tensor, total: torch
 
 
 def bank_gram(bank: torch.Tensor) -> NDArray[np.float64]:
-    """⟨B_j, B_k⟩ for all atoms, fp32 inside runs of columns and fp64 across them."""
-    gram: NDArray[np.float64] = grams(bank.flatten(1)[None])[0].numpy()
+    """⟨B_j, B_k⟩ for all atoms, as :func:`grams` has it, on the host."""
+    gram: NDArray[np.float64] = grams(bank.flatten(1)[None])[0].cpu().double().numpy()
     return gram
 
 
 class GramSum:
     """Σ_b X_b X_bᵀ over blocks X_b (n, k): products in fp32 inside a chunk of columns, sums in fp64 across chunks.
 
-    On the CPU the blocks go to the native kernel in their own dtype, which is exact for bf16 and twice as fast.
+    On the CPU the blocks go to the native kernel in their own dtype, which is exact for bf16 and twice as fast. The
+    sum stays where it is made until it is asked for, or comes to the host where the device has no fp64.
     """
 
     def __init__(self, count: int) -> None:
         self._native = kernels.GramAccumulator(count)
-        self._device = np.zeros((count, count))
+        self._there: torch.Tensor | None = None
 
     def add(self, block: torch.Tensor) -> None:
         """Add a block, bf16, fp16 or fp32."""
-        if block.device.type == "cpu":
+        if per_core(block.device):
             self._native.add(to_numpy(block))
             return
         for part in block.split(_FP32_RUN, 1):
             part = part.float()
-            self._device += (part @ part.T).cpu().numpy().astype(np.float64)
+            product = _summable(part @ part.T)
+            self._there = product if self._there is None else self._there.add_(product)
 
     @property
     def matrix(self) -> NDArray[np.float64]:
         """The sum so far, (n, n), symmetric."""
-        total: NDArray[np.float64] = self._native.matrix + (self._device + self._device.T) / 2
+        total: NDArray[np.float64] = self._native.matrix
+        if self._there is not None:
+            total = total + ((self._there + self._there.T) / 2).cpu().numpy()
         return total
+
+
+def _summable(products: torch.Tensor) -> torch.Tensor:
+    """fp32 products in fp64: on their device, or on the host where the device has no fp64."""
+    return products.double() if wide_dtype(products.device) == torch.float64 else products.cpu().double()
 
 
 def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
@@ -220,9 +236,20 @@ def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
 
 
 def correlations(targets: torch.Tensor, bank: torch.Tensor) -> NDArray[np.float64]:
-    """⟨T_i, B_j⟩ for a batch of targets, shape (n, m), fp32 inside runs of columns and fp64 across them."""
-    total = torch.zeros(len(targets), len(bank), dtype=torch.float64)
-    for left, right in zip(targets.flatten(1).split(_FP32_RUN, 1), bank.flatten(1).split(_FP32_RUN, 1), strict=True):
-        total += matmul(left, right.T).cpu().double()
-    products: NDArray[np.float64] = total.numpy()
-    return products
+    """⟨T_i, B_j⟩ for a batch of targets, shape (n, m), fp32 inside runs of columns and fp64 across them.
+
+    On a device this is the one time that the host reads what was made of a batch.
+    """
+    flat, atoms = targets.flatten(1), bank.flatten(1)
+    total = torch.zeros(len(flat), len(atoms), dtype=torch.float64)
+    if per_core(bank.device):
+        for left, right in zip(flat.split(_FP32_RUN, 1), atoms.split(_FP32_RUN, 1), strict=True):
+            total += matmul(left, right.T).double()
+    else:
+        whole = flat.shape[1] // _FP32_RUN
+        runs = [matrix[:, : whole * _FP32_RUN].unflatten(1, (whole, _FP32_RUN)) for matrix in (flat, atoms)]
+        rest = [matrix[:, whole * _FP32_RUN :] for matrix in (flat, atoms)]
+        products = runs[0].transpose(0, 1) @ runs[1].permute(1, 2, 0)
+        total = _summable(torch.cat([products, (rest[0] @ rest[1].T)[None]])).sum(0).cpu()
+    products_found: NDArray[np.float64] = total.numpy()
+    return products_found

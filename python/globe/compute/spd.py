@@ -1,15 +1,28 @@
-"""Symmetric positive definite matrices of order r: factors and inverses in fp64, with a ridge only where needed."""
+"""Factors and inverses of symmetric positive definite matrices of order r, in batches, with a ridge only where needed.
+
+All is done where the matrices are, in fp64, or in fp32 on a device without fp64. What needs a ridge is decided by
+`torch.where`; only where the host may look for nothing (:func:`globe.compute.forms.per_core`) does it, to be spared
+work that would change nothing.
+"""
 
 from __future__ import annotations
 
 import torch
 
+from globe.compute.forms import per_core, wide_dtype
+from globe.compute.gemm import grams
+
+# Of the mean diagonal: a ridge below it is lost in the rounding of the matrix.
+_LEAST_RIDGE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_LIFTS = tuple(16.0**-power for power in range(4, -1, -1))  # of the norm
+
 
 def spd_inverse(matrices: torch.Tensor, ridge: float, rcond: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverses of symmetric positive definite matrices through fp64 Cholesky on the CPU, one after the other.
+    """Inverses of symmetric positive definite matrices through Cholesky factors.
 
-    Where a factor fails, or its diagonal says that 1/cond is below `rcond`, `ridge` times the mean diagonal
-    is added first.
+    Where a factor fails, or its diagonal says that 1/cond is below `rcond`, `ridge` times the mean diagonal is added
+    first. Where that fails too, noise is larger than the ridge: twice the first of `_LIFTS` with which the matrix
+    is definite is added.
 
     Parameters
     ----------
@@ -20,62 +33,166 @@ def spd_inverse(matrices: torch.Tensor, ridge: float, rcond: float) -> tuple[tor
     Returns
     -------
     inverses : torch.Tensor, shape (n, r, r), fp32 on the matrices' device
-    ridged : torch.Tensor of bool, shape (n,)
+    ridged : torch.Tensor of bool, shape (n,), there
         Which needed the ridge.
     """
-    inverses: torch.Tensor = torch.empty(matrices.shape, dtype=torch.float32)
-    ridged = torch.zeros(len(matrices), dtype=torch.bool)
-    for number, matrix in enumerate(matrices):
-        factor, ridged[number] = spd_factor(matrix.cpu().double(), ridge, rcond)
-        inverses[number] = torch.cholesky_inverse(factor)
-    return inverses.to(matrices.device), ridged
+    wide = matrices.to(wide_dtype(matrices.device))
+    factors, ridged, failed = _factors(wide, ridge, max(rcond, wide.shape[1] * torch.finfo(wide.dtype).eps))
+    return torch.cholesky_inverse(_lifted(wide, factors, failed)).float(), ridged
 
 
-def spd_factor(matrix: torch.Tensor, ridge: float, rcond: float) -> tuple[torch.Tensor, bool]:
-    """The Cholesky factor of a matrix (r, r; fp64) as for `spd_inverse`, and whether it took the ridge."""
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    diagonal = factor.diagonal()
-    if info > 0 or not (diagonal.min() / diagonal.max()) ** 2 > rcond:
-        return ridged_factor(matrix, ridge), True
-    return factor, False
-
-
-def row_basis(matrix: torch.Tensor, ridge: float, rcond: float) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """An orthonormal basis of the rows of a matrix, by Cholesky of its Gram matrix in fp64.
-
-    A Gram matrix in fp32 squares the condition: of 4,000 it leaves noise in what is fitted to the rows.
+def gram_inverse(matrices: torch.Tensor, ridge: float, rcond: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Inverses of X_i X_iᵀ, with a ridge as for `spd_inverse`, and what they are of.
 
     Parameters
     ----------
-    matrix : torch.Tensor, shape (r, d), fp32
+    matrices : torch.Tensor, shape (n, r, c), fp32
+        X_i.
+    ridge, rcond : float
+
+    Returns
+    -------
+    inverses : torch.Tensor, shape (n, r, r), fp32 on the matrices' device
+    products : torch.Tensor, shape (n, r, r), there, fp64 where the device has it
+        X_i X_iᵀ, without a ridge.
+    ridged : torch.Tensor of bool, shape (n,), there
+    """
+    products = grams(matrices)
+    if products.dtype == torch.float64:
+        factors, ridged, _ = _factors(products, ridge, rcond)
+        return torch.cholesky_inverse(factors).float(), products, ridged
+    inner, _, ridged = _orthonormal_rows(matrices, ridge, rcond)
+    return inner.mT @ inner, products, ridged
+
+
+def row_basis(matrices: torch.Tensor, ridge: float, rcond: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Orthonormal bases of the rows of matrices, by Cholesky factors of their Gram matrices in fp64.
+
+    A Gram matrix in fp32 squares the condition: of 4,000 it leaves noise in what is fitted to the rows. Where the
+    device has no fp64 the factors are those of CholeskyQR, shifted and then twice.
+
+    Parameters
+    ----------
+    matrices : torch.Tensor, shape (n, r, d), fp32
     ridge, rcond : float
         As for `spd_inverse`, of X Xᵀ.
 
     Returns
     -------
-    inner : torch.Tensor, shape (r, r), fp32
+    inner : torch.Tensor, shape (n, r, r), fp32
         C⁻¹, C Cᵀ being X Xᵀ, ridged where that is needed.
-    basis : torch.Tensor, shape (r, d), fp32
+    basis : torch.Tensor, shape (n, r, d), fp32
         Q = C⁻¹ X.
-    ridged : bool
+    ridged : torch.Tensor of bool, shape (n,)
     """
-    wide = matrix.double() if matrix.device.type != "mps" else matrix.cpu().double()
-    factor, ridged = spd_factor((wide @ wide.mT).cpu(), ridge, rcond)
-    identity = torch.eye(len(factor), dtype=torch.float64)
-    inner = torch.linalg.solve_triangular(factor, identity, upper=False).float()
-    basis = torch.linalg.solve_triangular(factor.to(wide.device), wide, upper=False).float()
-    return inner.to(matrix.device), basis.to(matrix.device), ridged
+    if wide_dtype(matrices.device) == torch.float32:
+        return _orthonormal_rows(matrices, ridge, rcond)
+    wide = matrices.double()
+    factors, ridged, _ = _factors(wide @ wide.mT, ridge, rcond)
+    inner = torch.linalg.solve_triangular(factors, _identities(factors), upper=False)
+    basis = torch.linalg.solve_triangular(factors, wide, upper=False)
+    return inner.float(), basis.float(), ridged
 
 
 def ridged_factor(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
     """The Cholesky factor of a semidefinite matrix (r, r; fp64) with `ridge` times its mean diagonal added."""
-    mean = float(matrix.diagonal().mean())
-    identity = torch.eye(len(matrix), dtype=torch.float64)
-    shifted = matrix + (max(ridge, 1e-12) * mean if mean > 0 else 1.0) * identity
-    factor: torch.Tensor
+    shifted = _shifted(matrix[None], torch.ones(1, dtype=torch.bool, device=matrix.device), ridge)
     factor, info = torch.linalg.cholesky_ex(shifted)
-    if info > 0:  # noise below the ridge: lift the spectrum by it, and by that of fp32
-        lowest = float(torch.linalg.eigvalsh(shifted)[0])
-        lift = max(0.0, -2 * lowest) + len(matrix) * torch.finfo(torch.float32).eps * mean
-        factor = torch.linalg.cholesky(shifted + lift * identity)
-    return factor
+    return _lifted(shifted, factor, info > 0)[0]
+
+
+def _factors(matrices: torch.Tensor, ridge: float, rcond: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cholesky factors as for `spd_inverse`, which took the ridge, and which failed even so: noise is above it.
+
+    A Gram matrix in fp64 never fails so, its rounding being below `_LEAST_RIDGE`.
+    """
+    factors, info = torch.linalg.cholesky_ex(matrices)
+    diagonal = factors.diagonal(dim1=1, dim2=2)
+    ridged = (info > 0) | ~((diagonal.amin(1) / diagonal.amax(1)).square() > rcond)
+    if per_core(matrices.device) and not bool(ridged.any()):
+        return factors, ridged, ridged
+    factors, info = torch.linalg.cholesky_ex(_shifted(matrices, ridged, ridge))
+    return factors, ridged, info > 0
+
+
+def _shifted(matrices: torch.Tensor, which: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Those matrices plus `ridge` times their mean diagonal, or the identity where that is not positive."""
+    mean = matrices.diagonal(dim1=1, dim2=2).mean(1)
+    amount = torch.where(mean > 0, max(ridge, _LEAST_RIDGE[matrices.dtype]) * mean, torch.ones_like(mean))
+    return _plus_diagonal(matrices, torch.where(which, amount, torch.zeros_like(amount)))
+
+
+def _lifted(matrices: torch.Tensor, factors: torch.Tensor, failed: torch.Tensor) -> torch.Tensor:
+    """The factors, those that failed with twice the first lift of the spectrum that makes the matrix definite."""
+    looks = per_core(matrices.device)
+    if looks and not bool(failed.any()):
+        return factors
+    norm = torch.linalg.vector_norm(matrices.flatten(1), dim=1)
+    lift, pending = torch.zeros_like(norm), failed
+    for share in _LIFTS:
+        trial = torch.where(pending, share * norm, torch.zeros_like(norm))
+        definite = torch.linalg.cholesky_ex(_plus_diagonal(matrices, trial))[1] == 0
+        lift = torch.where(pending & definite, 2 * share * norm, lift)
+        pending = pending & ~definite
+        if looks and not bool(pending.any()):
+            break
+    lifted = torch.linalg.cholesky_ex(_plus_diagonal(matrices, lift))[0]
+    return torch.where(failed[:, None, None], lifted, factors)
+
+
+def _plus_diagonal(matrices: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
+    """X_i + a_i I."""
+    shifted = matrices.clone()
+    shifted.diagonal(dim1=1, dim2=2).add_(amounts[:, None])
+    return shifted
+
+
+def _identities(like: torch.Tensor) -> torch.Tensor:
+    return torch.eye(like.shape[1], dtype=like.dtype, device=like.device).expand_as(like)
+
+
+def _orthonormal_rows(
+    matrices: torch.Tensor, ridge: float, rcond: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `row_basis` finds, in fp32 throughout: CholeskyQR twice shifted, and once with the ridge where it is needed.
+
+    Fukaya et al. (2020): the shifted factors s I + X Xᵀ, s of the size of what fp32 rounds, leave rows of a condition
+    that the last Cholesky factor of their Gram matrix makes orthonormal (Yamamoto et al., 2015). Directions below s²
+    of the mean ‖row‖² are not resolved: what has any takes the ridge, λ I becoming λ K Kᵀ for the rows K X in hand.
+    """
+    count, size, _ = matrices.shape
+    shift = 2 * size * torch.finfo(torch.float32).eps
+    peak = matrices.abs().amax((1, 2))
+    there = peak > 0
+    scale = torch.where(there, peak, torch.ones_like(peak)).reciprocal()
+    mean = (matrices * scale[:, None, None]).square().sum(2).mean(1)
+    scale = scale[:, None, None] * torch.where(there, mean, torch.ones_like(mean)).rsqrt()[:, None, None]
+    basis, inner = matrices * scale, _identities(matrices[:, :, :1].expand(-1, -1, size)) * scale
+    pivots, none = torch.ones(count, size, device=matrices.device), torch.zeros(count, device=matrices.device)
+    failed = ~there
+    for _ in range(2):
+        basis, inner, diagonal, missed = _orthonormal_step(basis, inner, _plus_diagonal(grams(basis), none + shift))
+        pivots, failed = pivots * diagonal, failed | missed
+    resolved = (pivots.amin(1) / pivots.amax(1)).square() > max(rcond, (2 * shift) ** 2)
+    ridged = failed | ~resolved
+    amount = torch.where(ridged, torch.where(there, none + max(ridge, shift**2), none + 1), none)[:, None, None]
+    known = inner / scale
+    basis, inner, _, missed = _orthonormal_step(basis, inner, grams(basis) + amount * (known @ known.mT))
+    return inner, basis, ridged | missed
+
+
+def _orthonormal_step(
+    basis: torch.Tensor, inner: torch.Tensor, normal: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """C⁻¹ times the basis and the inner factor, C Cᵀ being the normal matrix; C's diagonal; where C was not found.
+
+    There C is the identity times what makes the rows no longer than one.
+    """
+    factors, info = torch.linalg.cholesky_ex(normal)
+    missed = info > 0
+    size = normal.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1.0).sqrt()
+    factors = torch.where(missed[:, None, None], _identities(normal) * size[:, None, None], factors)
+    both = torch.cat([basis, inner], 2)
+    solved = torch.linalg.solve_triangular(factors, both, upper=False)
+    basis, inner = solved.split([basis.shape[2], inner.shape[2]], 2)
+    return basis, inner, factors.diagonal(dim1=1, dim2=2), missed

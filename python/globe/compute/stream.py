@@ -1,4 +1,4 @@
-"""Experts as they pass: read ahead on a thread, worked on one per core."""
+"""Experts as they pass: read ahead on a thread, and carried to a device meanwhile."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from globe.checkpoint.family import Family
 
 Value = TypeVar("Value")
+_BUFFERS = 3
 
 
 def ahead(jobs: Iterable[Callable[[], Value]]) -> Iterator[Value]:
@@ -29,44 +30,65 @@ def ahead(jobs: Iterable[Callable[[], Value]]) -> Iterator[Value]:
             reader.shutdown(cancel_futures=True)
 
 
-def expert_batches(family: Family, size: int, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
-    """One pass over a family: `size` experts at a time, (n, p, d) in the checkpoint's dtype on the device.
+def expert_batches(
+    family: Family, size: int, device: torch.device, some: slice | None = None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """One pass over a family, or `some` of it: `size` experts at a time, (n, p, d) in the checkpoint's dtype.
 
-    The tensor in hand is overwritten once the next but one is asked for.
+    They are on the device; the next ones are read, and on CUDA carried there, while the last are worked on. The tensor
+    in hand is overwritten once the next but one is asked for.
     """
-    spans = [slice(batch.start, batch.stop) for batch in family.batches(size)]
-    buffers = [torch.empty(min(size, len(family)), family.p, family.d, dtype=family.dtype) for _ in range(3)]
+    first, last = (0, len(family)) if some is None else (some.start, some.stop)
+    spans = [slice(start, min(start + size, last)) for start in range(first, last, size)]
+    shape, lane = (min(size, max(last - first, 0)), family.p, family.d), Lane(device)
+    buffers = [lane.memory(shape, family.dtype) for _ in range(_BUFFERS)]
 
-    def reading(number: int) -> Callable[[], torch.Tensor]:
-        return lambda: family.read_some(spans[number], buffers[number % len(buffers)])
+    def reading(number: int) -> Callable[[], Sent]:
+        return lambda: lane.send(lambda out: family.read_some(spans[number], out), buffers[number % _BUFFERS])
 
-    for span, weights in zip(spans, ahead(map(reading, range(len(spans)))), strict=True):
-        yield span, weights.to(device)
+    for span, sent in zip(spans, ahead(map(reading, range(len(spans)))), strict=True):
+        yield span, lane.take(sent)
 
 
-class Workers:
-    """Calls a function for many experts at a time, every call on one core.
+Sent = tuple[torch.Tensor, "torch.cuda.Event | None"]
 
-    Two experts on a core each finish sooner than one after the other on both cores, and no result depends on the
-    number of threads. On CUDA and MPS the device is the one worker, and the caller's thread drives it.
+
+class Lane:
+    """The way of tensors to a device.
+
+    To CUDA from pinned memory, on a stream of its own: the thread that sends waits until the memory that it fills has
+    been sent; the caller's stream, and never the caller, waits for what it takes. Elsewhere when it is taken.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._threads = torch.get_num_threads()
-        self._pool: ThreadPoolExecutor | None = None
-        if device.type == "cpu":
-            self._pool = ThreadPoolExecutor(
-                self._threads, "globe-work", initializer=torch.set_num_threads, initargs=(1,)
-            )
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._last: dict[int, torch.cuda.Event] = {}
 
-    def __enter__(self) -> Workers:
-        return self
+    def memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Memory on the host to send from."""
+        return torch.empty(shape, dtype=dtype, pin_memory=self._stream is not None)
 
-    def map(self, work: Callable[[int], Value], count: int) -> Iterator[Value]:
-        """work(0), work(1), … work(count - 1), in that order as they are ready."""
-        yield from map(work, range(count)) if self._pool is None else self._pool.map(work, range(count))
+    def send(self, fill: Callable[[torch.Tensor], torch.Tensor], memory: torch.Tensor) -> Sent:
+        """Send what `fill` makes in some of the memory, on a thread that reads."""
+        before = self._last.pop(memory.data_ptr(), None)
+        if before is not None:
+            before.synchronize()
+        here = fill(memory)
+        if self._stream is None:
+            return here, None
+        with torch.cuda.stream(self._stream):
+            there = here.to(self._device, non_blocking=True)
+            sent = self._stream.record_event()
+        self._last[memory.data_ptr()] = sent
+        return there, sent
 
-    def __exit__(self, *error: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(self._threads)  # which the workers have set for threads to come
+    def take(self, sent: Sent) -> torch.Tensor:
+        """What was sent, on the device, on the caller's thread."""
+        there, event = sent
+        if event is None:
+            return there.to(self._device)
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(event)
+        there.record_stream(stream)  # its memory is not given away before what the caller asks for is done
+        return there

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from globe.compute.blocks import BLOCKS, Blocks
 from globe.compute.gemm import matmul, mixtures, scatter_add
+from globe.compute.passes import Engine, engine, within
 from globe.compute.spd import spd_inverse
-from globe.compute.stream import Workers
 from globe.sizes.budget import EXPERTS_AT_ONCE
 
 Array = NDArray[np.float64]
@@ -105,8 +105,8 @@ def mod_exact(equations: Equations, bank: torch.Tensor, how: Solving, blocks: Bl
     """
     codes, left_grams, residual = equations.codes, equations.left_grams, equations.residual
     rank = bank.shape[1]
-    inverse, shift, used = left_blocks(codes**2, left_grams, how.ridge)
-    with Workers(bank.device) as workers:
+    with engine(bank.device) as workers:
+        inverse, shift, used = left_blocks(codes**2, left_grams, how.ridge, workers)
         for span in spans(bank.shape[2], blocks.columns):
             start = bank[:, :, span].contiguous()
             mixed, products = (
@@ -126,11 +126,10 @@ def mod_exact(equations: Equations, bank: torch.Tensor, how: Solving, blocks: Bl
                 for some in spans(len(codes), EXPERTS_AT_ONCE):
                     mixtures(codes[some], atoms, mixed)
 
-                    def apply(k: int, first: int = some.start) -> None:
-                        torch.mm(left_grams[first + k], mixed[k], out=products[k])
+                    def apply(part: slice, some: slice = some) -> None:
+                        torch.bmm(left_grams[within(some, part)], mixed[part], out=products[part])
 
-                    for _ in workers.map(apply, some.stop - some.start):
-                        pass
+                    workers.run(apply, some.stop - some.start)
                     scatter_add(codes[some], products[: some.stop - some.start], total, room)
                 return total
 
@@ -143,7 +142,7 @@ def mod_exact(equations: Equations, bank: torch.Tensor, how: Solving, blocks: Bl
 
 
 def left_blocks(
-    weights: Array, left_grams: torch.Tensor, ridge: float
+    weights: Array, left_grams: torch.Tensor, ridge: float, workers: Engine
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(Σ_i w_ij A_iᵀA_i + λ_j I)⁻¹ (m, r, r) of weights (N, m); λ_j and whether any expert uses the atom, (m, 1, 1)."""
     rank = left_grams.shape[1]
@@ -154,9 +153,14 @@ def left_blocks(
     mean = blocks.diagonal(dim1=1, dim2=2).mean(1)
     used = ridge * mean > 0 if ridge > 0 else mean > 0
     shift = torch.where(used, ridge * mean, torch.ones_like(mean))
-    for block, amount in zip(blocks, shift, strict=True):
-        block.diagonal().add_(amount)
-        block[...] = spd_inverse(block[None], ridge=1e-6, rcond=1e-12)[0][0]
+    blocks.diagonal(dim1=1, dim2=2).add_(shift[:, None])
+    for some in spans(len(blocks), EXPERTS_AT_ONCE):
+
+        def invert(part: slice, some: slice = some) -> None:
+            mine = within(some, part)
+            blocks[mine] = spd_inverse(blocks[mine], ridge=1e-6, rcond=1e-12)[0]
+
+        workers.run(invert, some.stop - some.start)
     return blocks, shift[:, None, None], used[:, None, None]
 
 
@@ -197,7 +201,9 @@ def unit_atoms(bank: torch.Tensor, codes: Array) -> tuple[torch.Tensor, Array]:
 
 
 def _dot(left: torch.Tensor, right: torch.Tensor) -> float:
-    return float(sum(torch.dot(a.flatten(), b.flatten()).cpu().double() for a, b in zip(left, right, strict=True)))
+    """⟨X, Y⟩, in fp32 inside an atom and in fp64 across them."""
+    products = [torch.dot(a.flatten(), b.flatten()) for a, b in zip(left, right, strict=True)]
+    return float(torch.stack(products).cpu().double().sum())
 
 
 def spans(count: int, size: int) -> Iterator[slice]:

@@ -7,10 +7,11 @@ import torch
 from numpy.typing import NDArray
 
 from globe.compute.blocks import BLOCKS, Blocks
+from globe.compute.forms import wide_dtype
 from globe.compute.gemm import matmul, mixtures, scatter_add
-from globe.compute.stream import Workers
+from globe.compute.passes import Engine, engine, within
 from globe.fit.dictionary import Equations, Solving, conjugate_gradients, left_blocks, mod_exact, spans
-from globe.statistics.metric import Metric
+from globe.statistics.metric import Metric, by_runs, stacked
 
 Array = NDArray[np.float64]
 _COLUMN_DAMPING = 1e-3  # of the mean diagonal, which is one
@@ -45,32 +46,31 @@ def mod_metric(
     traces = left_grams.diagonal(dim1=1, dim2=2).float().sum(1).cpu().double().numpy()
     size = min(blocks.experts, len(codes))
     mixed, products, room = (torch.empty(size, *bank.shape[1:], device=bank.device) for _ in range(3))
-    with Workers(bank.device) as workers:
+    with engine(bank.device) as workers:
         moments = Moments(metric, workers)
         columns = moments.inverse_columns((codes**2).sum(1) * traces, workers)
-        inverse, shift, used = left_blocks(codes**2 * moments.means[:, None], left_grams, how.ridge)
+        inverse, shift, used = left_blocks(codes**2 * moments.means[:, None], left_grams, how.ridge, workers)
 
         def operator(atoms: torch.Tensor) -> torch.Tensor:
             total: torch.Tensor = shift * atoms
             for some in spans(len(codes), size):
                 mixtures(codes[some], atoms, mixed)
 
-                def apply(k: int, first: int = some.start) -> None:
-                    products[k] = moments.apply(first + k, matmul(left_grams[first + k].float(), mixed[k]))
+                def apply(part: slice, some: slice = some) -> None:
+                    mine = within(some, part)
+                    products[part] = moments.apply(mine, matmul(left_grams[mine].float(), mixed[part]))
 
-                for _ in workers.map(apply, some.stop - some.start):
-                    pass
+                workers.run(apply, some.stop - some.start)
                 scatter_add(codes[some], products[: some.stop - some.start], total, room)
             return total
 
         def precondition(vector: torch.Tensor) -> torch.Tensor:
             found = torch.empty_like(vector)
 
-            def solve(j: int) -> None:
-                found[j] = matmul(matmul(inverse[j], vector[j]), columns)
+            def solve(part: slice) -> None:
+                found[part] = matmul(matmul(inverse[part], vector[part]), columns)
 
-            for _ in workers.map(solve, len(vector)):
-                pass
+            workers.run(solve, len(vector))
             return found
 
         residual -= shift * bank
@@ -82,53 +82,74 @@ def mod_metric(
 class Moments:
     """M_i = L_i L_iᵀ of every expert: S_i M_l S_i with M_l its layer's and S_i its scale."""
 
-    def __init__(self, metric: Metric, workers: Workers) -> None:
+    def __init__(self, metric: Metric, workers: Engine) -> None:
         self._metric = metric
         factors = list(metric.columns.values())
-        products = workers.map(lambda k: matmul(factors[k], factors[k].mT), len(factors))
+
+        def squares(part: slice) -> list[torch.Tensor]:
+            return [matmul(factor, factor.mT) for factor in factors[part]]
+
+        products = (product for _, found in workers.map(squares, len(factors)) for product in found)
         self._whole = dict(zip(metric.columns, products, strict=True))
-        self.means = np.array([self._mean(number) for number in range(len(metric.layers))])
+        self.means = self._means()
 
-    def apply(self, number: int, matrix: torch.Tensor) -> torch.Tensor:
-        """X M_i."""
-        layer, scale = self._metric.layers[number], self._scale(number)
-        if layer is None:
-            return matrix
-        if scale is None:
-            return matmul(matrix, self._whole[layer])
-        return matmul(matrix * scale, self._whole[layer]) * scale
+    def apply(self, some: slice, matrices: torch.Tensor) -> torch.Tensor:
+        """X_i M_i for X (n, k, d)."""
 
-    def _scale(self, number: int) -> torch.Tensor | None:
-        return None if self._metric.scales is None else self._metric.scales[number]
+        def product(run: slice, found: torch.Tensor) -> torch.Tensor:
+            layer, scales = self._metric.layers[run.start], self._metric.scales
+            if layer is None:
+                return found
+            if scales is None:
+                return matmul(found, self._whole[layer])
+            mine = stacked(scales, run)[:, None]
+            return matmul(found * mine, self._whole[layer]) * mine
 
-    def _mean(self, number: int) -> float:
-        layer, scale = self._metric.layers[number], self._scale(number)
-        if layer is None:
-            return 1.0
-        diagonal = self._whole[layer].diagonal()
-        return float((diagonal if scale is None else diagonal * scale.pow(2)).mean())
+        return by_runs(self._metric.layers[some], some, matrices, product)
 
-    def inverse_columns(self, weights: Array, workers: Workers) -> torch.Tensor:
-        """K⁻¹ (d, d), fp32, of K = Σ_i w_i M_i of mean diagonal one, damped; by fp64 Cholesky on the CPU."""
-        return next(workers.map(lambda _: self._inverse_columns(weights), 1))
+    def _means(self) -> Array:
+        """The mean diagonal of every M_i."""
+
+        def means(run: slice, ones: torch.Tensor) -> torch.Tensor:
+            layer, scales = self._metric.layers[run.start], self._metric.scales
+            if layer is None:
+                return ones
+            diagonal = self._whole[layer].diagonal()
+            if scales is None:
+                return ones * diagonal.mean()
+            return (diagonal * stacked(scales, run).square()).mean(1)
+
+        layers = self._metric.layers
+        ones = torch.ones(len(layers), device=next(iter(self._whole.values())).device)
+        found: Array = by_runs(layers, slice(0, len(layers)), ones, means).cpu().double().numpy()
+        return found
+
+    def inverse_columns(self, weights: Array, workers: Engine) -> torch.Tensor:
+        """K⁻¹ (d, d), fp32, of K = Σ_i w_i M_i of mean diagonal one, damped; by fp64 Cholesky.
+
+        That is done on the CPU where the device has no fp64: one matrix a step.
+        """
+        return next(workers.map(lambda _: self._inverse_columns(weights), 1))[1]
 
     def _inverse_columns(self, weights: Array) -> torch.Tensor:
+        there = next(iter(self._whole.values())).device
+        place = there if wide_dtype(there) == torch.float64 else torch.device("cpu")
+        layers, scales = self._metric.layers, self._metric.scales
         total: torch.Tensor | None = None
         for layer, whole in self._whole.items():
-            numbers = [number for number, found in enumerate(self._metric.layers) if found == layer]
-            moment = whole.cpu().double()
-            shares = torch.from_numpy(weights[numbers])
-            if self._metric.scales is None:
+            numbers = [number for number, found in enumerate(layers) if found == layer]
+            moment, shares = whole.to(place).double(), torch.from_numpy(weights[numbers]).to(place)
+            if scales is None:
                 moment = moment * shares.sum()
             else:
-                scales = torch.stack([self._metric.scales[number].cpu().double() for number in numbers])
-                moment = moment * (scales.mT @ (shares[:, None] * scales))
+                mine = torch.stack([scales[number] for number in numbers]).to(place).double()
+                moment = moment * (mine.mT @ (shares[:, None] * mine))
             total = moment if total is None else total.add_(moment)
         assert total is not None, "no expert's columns are weighed"
-        plain = float(sum(weight for weight, layer in zip(weights, self._metric.layers, strict=True) if layer is None))
-        total.diagonal().add_(plain)
-        mean = float(total.diagonal().mean())
-        total /= mean if mean > 0 else 1.0
-        total.diagonal().add_(_COLUMN_DAMPING if mean > 0 else 1.0)
-        inverse: torch.Tensor = torch.cholesky_inverse(torch.linalg.cholesky(total)).float()
-        return inverse.to(next(iter(self._whole.values())).device)
+        total.diagonal().add_(float(sum(weights[[layer is None for layer in layers]])))
+        mean = total.diagonal().mean()
+        one = torch.ones_like(mean)
+        total = total / torch.where(mean > 0, mean, one)
+        total.diagonal().add_(torch.where(mean > 0, _COLUMN_DAMPING * one, one))
+        inverse: torch.Tensor = torch.cholesky_inverse(torch.linalg.cholesky_ex(total)[0]).float()
+        return inverse.to(there)

@@ -18,8 +18,8 @@ from globe.compute.gemm import matmul
 from globe.fit.codes import entmax_alpha, one_atom_each, prune, spread
 from globe.fit.dictionary import unit_atoms
 from globe.fit.quasi_newton import Pairs, Point, Preconditioner, Vector, move_atoms
+from globe.fit.sums import State
 from globe.fit.support import Quadratic, newton_codes, shrink_support
-from globe.fit.sweep import State
 from globe.fit.variable_projection import Curvature, Problem, Value
 from globe.runs.job import Job
 from globe.runs.stages import Advance

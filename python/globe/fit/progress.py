@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from globe.errors import GlobeError
-from globe.fit.sweep import Measure, State
+from globe.fit.sums import Measure, State
 from globe.runs.store import MemoryStore, Store
 
 

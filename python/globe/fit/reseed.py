@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from globe.compute.gemm import bank_gram, grams, matmul, mixtures
-from globe.compute.spd import spd_inverse
+from globe.compute.gemm import bank_gram, matmul, mixtures
+from globe.compute.spd import gram_inverse
 from globe.fit.dictionary import spans
 from globe.fit.lefts import fit_lefts
 from globe.fit.sight import Sight
-from globe.fit.sweep import State
+from globe.fit.sums import State
 from globe.seeds.pool import Pool
 from globe.settings import Settings
 
@@ -96,17 +96,17 @@ def _idle(gram: Array, codes: Array, settings: Settings) -> list[int]:
 
 def _residual(pool: Pool, state: State, number: int, settings: Settings) -> torch.Tensor | None:
     """A_i⁺(W_i − A_i B̃_i) (r, d) of an expert, A_i from its training rows; None where it is rounding."""
-    metric, device = pool.metric, state.bank.device
+    metric, device, some = pool.metric, state.bank.device, slice(number, number + 1)
     weights = pool.family.read(number).to(device)[None]
-    mixed = mixtures(state.codes[number][None], state.bank)
-    seen, seen_mixed = Sight(state.bank, metric, settings).look(number, weights, mixed)
+    mixed = mixtures(state.codes[some], state.bank)
+    seen, seen_mixed = Sight(state.bank, metric, settings).look(some, weights, mixed)
     fit = fit_lefts(seen, seen_mixed, settings)
     held = torch.from_numpy(pool.rows.validation).to(device)
     transposed = fit.lefts.index_fill(1, held, 0.0).mT.contiguous()
-    inverse, _ = spd_inverse(grams(transposed), settings.ridge, settings.ridge_rcond)
-    plain = weights[0].float()
-    moved = matmul(transposed[0], plain if metric is None else metric.weigh_rows(number, plain))
-    target = matmul(inverse[0].to(device), moved)
+    inverse, _, _ = gram_inverse(transposed, settings.ridge, settings.ridge_rcond)
+    plain = weights.float()
+    moved = matmul(transposed, plain if metric is None else metric.weigh_rows(some, plain))
+    target = matmul(inverse, moved)[0]
     found = target - mixed[0]
     small = float(torch.linalg.vector_norm(found)) <= 1e-6 * float(torch.linalg.vector_norm(target))
     return None if small else found

@@ -11,7 +11,7 @@ from globe.fit.describe import proxy_error, training_report
 from globe.fit.joint import drop_joint, fit_joint, joint_before
 from globe.fit.progress import States
 from globe.fit.stored_lefts import Fit, rounded
-from globe.fit.sweep import State
+from globe.fit.sums import State
 from globe.fit.training import Training, train
 from globe.fit.variable_projection import Problem
 from globe.runs.job import Job

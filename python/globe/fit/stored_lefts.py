@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
 
 from globe.checkpoint.family import Family
-from globe.checkpoint.powers import saturated, shared, times_power
+from globe.checkpoint.powers import saturated_each, shared, times_powers
 from globe.compute.blocks import Blocks
 from globe.compute.gemm import matmul, mixtures, weights_operand
-from globe.compute.stream import Workers, ahead
+from globe.compute.passes import engine
+from globe.compute.stream import Lane, Sent, ahead
 from globe.fit.lefts import fit_lefts, row_energies, squared_errors
-from globe.fit.sweep import State
+from globe.fit.sums import State
 from globe.settings import Settings
 from globe.statistics.metric import Metric
 
@@ -59,73 +61,153 @@ def solve_lefts(
 ) -> Iterator[Solved]:
     """The experts' left factors in order; some are computed while the caller writes the last ones."""
     device = next(iter(fits.values())).state.bank.device
-    groups = [order[first : first + blocks.experts] for first in range(0, len(order), blocks.experts)]
+    hands = [_Hand(fits, order[first : first + blocks.experts]) for first in range(0, len(order), blocks.experts)]
+    lane = Lane(device)
 
-    def reading(group: list[tuple[str, int]]) -> Callable[[], list[torch.Tensor]]:
-        return lambda: [fits[name].family.read(number) for name, number in group]
+    def reading(hand: _Hand) -> Callable[[], list[Sent]]:
+        return lambda: hand.read(lane)
 
-    readings = ahead(map(reading, groups))
-    with Workers(device) as workers:
+    readings = ahead(map(reading, hands))
+    with engine(device) as workers:
 
-        def solving(group: list[tuple[str, int]]) -> Callable[[], list[Solved]]:
+        def solving(hand: _Hand) -> Callable[[], list[Solved]]:
             def solve() -> list[Solved]:
-                weights, mixed = next(readings), _mixed(fits, group)
+                weights, mixed = [lane.take(sent) for sent in next(readings)], hand.mixed()
 
-                def work(k: int) -> Solved:
-                    name, number = group[k]
-                    given = weights[k][None].to(device), mixed[k]
-                    return _in_own_scale(_solve_one(*given, settings, fits[name].metric, number), fits[name], number)
+                def work(part: slice) -> list[_Found]:
+                    return [
+                        _solve_run(run, weights[run.pool][run.places], mixed[run.pool][run.places], settings)
+                        for run in hand.runs(part)
+                    ]
 
-                return list(workers.map(work, len(group)))
+                found = [each for _, several in workers.map(work, len(hand)) for each in several]
+                return hand.in_order([solved for each in found for solved in each.told()])
 
             return solve
 
-        jobs = map(solving, groups)
-        for solved in ahead(jobs) if device.type == "cpu" else (job() for job in jobs):
-            yield from solved
+        yield from (solved for several in workers.meanwhile(map(solving, hands)) for solved in several)
 
 
-def _mixed(fits: dict[str, Fit], group: list[tuple[str, int]]) -> list[torch.Tensor]:
-    """B̃_i (1, r, d) of experts of any pools, each bank read once."""
-    mixed: dict[tuple[str, int], torch.Tensor] = {}
-    for name, fit in fits.items():
-        numbers = [number for family, number in group if family == name]
-        if numbers:
-            composed = mixtures(fit.state.codes[numbers], fit.state.bank)
-            mixed.update(zip([(name, number) for number in numbers], composed.split(1), strict=True))
-    return [mixed[place] for place in group]
+@dataclass(frozen=True)
+class _Run:
+    """Experts of a pool whose numbers follow each other: the pool, its place, and theirs among its experts in hand."""
+
+    fit: Fit
+    pool: int
+    places: slice
+    numbers: slice
 
 
-def _solve_one(
-    weights: torch.Tensor, mixed: torch.Tensor, settings: Settings, metric: Metric | None, number: int
-) -> Solved:
-    weights = weights_operand(weights)
+class _Hand:
+    """Experts of any pools that are worked on together: pool by pool, in the order of their numbers."""
+
+    def __init__(self, fits: dict[str, Fit], asked: list[tuple[str, int]]) -> None:
+        self._order = sorted(range(len(asked)), key=lambda place: asked[place])
+        pools = groupby((asked[place] for place in self._order), lambda place: place[0])
+        self._pools = [(fits[name], [number for _, number in members]) for name, members in pools]
+        self._runs = [
+            _Run(fit, pool, slice(place, place + 1), slice(number, number + 1))
+            for pool, (fit, numbers) in enumerate(self._pools)
+            for place, number in enumerate(numbers)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def read(self, lane: Lane) -> list[Sent]:
+        """The weights (n, p, d) of every pool's experts, sent on their way."""
+        return [lane.send(*_reading(fit.family, numbers, lane)) for fit, numbers in self._pools]
+
+    def mixed(self) -> list[torch.Tensor]:
+        """B̃_i (n, r, d) of every pool's experts, each bank read once."""
+        return [mixtures(fit.state.codes[numbers], fit.state.bank) for fit, numbers in self._pools]
+
+    def runs(self, part: slice) -> list[_Run]:
+        """A part of the experts in hand, by runs."""
+        runs: list[_Run] = []
+        for one in self._runs[part]:
+            if runs and runs[-1].pool == one.pool and runs[-1].numbers.stop == one.numbers.start:
+                last = runs.pop()
+                one = _Run(
+                    one.fit,
+                    one.pool,
+                    slice(last.places.start, one.places.stop),
+                    slice(last.numbers.start, one.numbers.stop),
+                )
+            runs.append(one)
+        return runs
+
+    def in_order(self, found: list[Solved]) -> list[Solved]:
+        """What was found of the experts in hand, in the order in which they were asked for."""
+        placed = dict(zip(self._order, found, strict=True))
+        return [placed[place] for place in range(len(found))]
+
+
+def _reading(
+    family: Family, numbers: list[int], lane: Lane
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
+    """What reads experts of a family, and memory for them."""
+
+    def fill(out: torch.Tensor) -> torch.Tensor:
+        for place, number in enumerate(numbers):
+            family.read(number, out=out[place])
+        return out
+
+    return fill, lane.memory((len(numbers), family.p, family.d), family.dtype)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A run solved, where it was: left factors (n, p, r) as stored, and as `Solved` names them (n, 6) figures.
+
+    The errors and energies are those of the weights as the pool has them.
+    """
+
+    run: _Run
+    lefts: torch.Tensor
+    figures: torch.Tensor
+
+    def told(self) -> list[Solved]:
+        """Every expert's, read by the host, in the weights' own scale."""
+        fit = self.run.fit
+        beyond = 4.0**fit.metric.exponent if fit.metric is not None else 1.0
+        solved = []
+        for expert, left, line in zip(
+            fit.family.experts[self.run.numbers], self.lefts.cpu(), self.figures.cpu().tolist(), strict=True
+        ):
+            error, energy, lost, whole, ridged, clipped = line
+            square = 4.0**expert.exponent
+            seen = square * beyond
+            weighted = (lost * seen, whole * seen)
+            solved.append(Solved(left, error * square, energy * square, bool(ridged), weighted, int(clipped)))
+        return solved
+
+
+def _solve_run(run: _Run, weights: torch.Tensor, mixed: torch.Tensor, settings: Settings) -> _Found:
+    """Fit the left factors of experts W_i (n, p, d) to B̃_i (n, r, d), and store them in W_i's own scale."""
+    metric, weights = run.fit.metric, weights_operand(weights)
     energy = row_energies(weights)
     if metric is None:
         fit = fit_lefts(weights, mixed, settings)
-        stored, beyond = saturated(fit.lefts, torch.bfloat16)
-        errors = squared_errors(weights, energy, mixed, fit, stored.float())
-        found = float(errors.sum()), float(energy.sum())
-        return Solved(stored[0].cpu(), *found, bool(fit.ridged[0]), found, beyond)
-    wanted, seen = metric.seen(number, weights[0].float()), metric.seen(number, mixed[0])
-    fit = fit_lefts(wanted[None], seen[None], settings)
-    stored, beyond = saturated(fit.lefts, torch.bfloat16)
-    lost = weights[0].float() - matmul(stored[0].float(), mixed[0])
-    weighted = metric.weigh_rows(number, wanted - matmul(stored[0].float(), seen)), metric.weigh_rows(number, wanted)
-    both = _square(weighted[0]), _square(weighted[1])
-    return Solved(stored[0].cpu(), _square(lost), float(energy.sum()), bool(fit.ridged[0]), both, beyond)
+        stored, beyond = saturated_each(fit.lefts, torch.bfloat16)
+        error = squared_errors(weights, energy, mixed, fit, stored.float()).sum(1)
+        weighted = error, energy.sum(1)
+    else:
+        wanted, seen = metric.seen(run.numbers, weights.float()), metric.seen(run.numbers, mixed)
+        fit = fit_lefts(wanted, seen, settings)
+        stored, beyond = saturated_each(fit.lefts, torch.bfloat16)
+        error = _squares(weights.float() - matmul(stored.float(), mixed))
+        lost = metric.weigh_rows(run.numbers, wanted - matmul(stored.float(), seen))
+        weighted = _squares(lost), _squares(metric.weigh_rows(run.numbers, wanted))
+    family = run.fit.family
+    exponents = [expert.exponent - shared(run.fit.exponent)[1] for expert in family.experts[run.numbers]]
+    if any(exponents):
+        stored, more = saturated_each(times_powers(stored.float(), exponents), torch.bfloat16)
+        beyond = beyond + more
+    columns = error, energy.sum(1), *weighted, fit.ridged, beyond
+    return _Found(run, stored, torch.stack([column.to(energy.dtype) for column in columns], 1))
 
 
-def _in_own_scale(solved: Solved, fit: Fit, number: int) -> Solved:
-    """What was solved for W · 2^-exponent, for W; the atoms take their share of the pool's exponent."""
-    exponent = fit.family.experts[number].exponent
-    lifted = times_power(solved.left.float(), exponent - shared(fit.exponent)[1])
-    left, beyond = saturated(lifted, torch.bfloat16)
-    square, (lost, whole) = 4.0**exponent, solved.weighted
-    found = solved.error * square, solved.energy * square
-    seen = square * (4.0**fit.metric.exponent if fit.metric is not None else 1.0)
-    return Solved(left, *found, solved.ridged, (lost * seen, whole * seen), solved.beyond + beyond)
-
-
-def _square(matrix: torch.Tensor) -> float:
-    return float(row_energies(matrix[None]).sum())
+def _squares(matrices: torch.Tensor) -> torch.Tensor:
+    """‖X_i‖² (n,)."""
+    return row_energies(matrices).sum(1)

@@ -16,7 +16,8 @@ from globe.fit.dictionary import Equations, Solving, mod, mod_exact, unit_atoms
 from globe.fit.dictionary_metric import mod_metric
 from globe.fit.progress import Progress, Record, States
 from globe.fit.reseed import decorrelate, reseed
-from globe.fit.sweep import Measure, State, Sums, measure, sweep
+from globe.fit.sums import Measure, State, Sums
+from globe.fit.sweep import measure, sweep
 from globe.runs.job import Job
 from globe.runs.stages import Advance
 from globe.seeds.pool import Pool

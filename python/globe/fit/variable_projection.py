@@ -11,9 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from globe.checkpoint.family import Family
+from globe.compute.forms import wide_dtype
 from globe.compute.gemm import correlations, grams, matmul, mixtures, scatter_add
+from globe.compute.passes import engine, within
 from globe.compute.spd import row_basis
-from globe.compute.stream import Workers, expert_batches
+from globe.compute.stream import expert_batches
 from globe.runs.job import Job
 from globe.runs.stages import Advance
 from globe.seeds.pool import Pool
@@ -100,19 +102,20 @@ class Problem:
             for numbers in self.family.batches(size):
                 yield slice(numbers.start, numbers.stop), self._cached[numbers.start : numbers.stop]
             return
-        with Workers(self.device) as workers:
+        with engine(self.device) as workers:
             for span, batch in expert_batches(self.family, size, self.device):
 
-                def weigh(k: int, batch: torch.Tensor = batch, first: int = span.start) -> torch.Tensor:
+                def weigh(part: slice, batch: torch.Tensor = batch, span: slice = span) -> torch.Tensor:
                     if self.metric is not None:
-                        return self.metric.weigh(first + k, batch[k].float())
-                    return batch[k].clone().float()  # the batch's memory is read into again
+                        return self.metric.weigh(within(span, part), batch[part].float())
+                    return batch[part].clone().float()  # the batch's memory is read into again
 
-                found = list(workers.map(weigh, len(batch)))
+                found = [matrix for _, weighed in workers.map(weigh, len(batch)) for matrix in weighed]
                 if self._cached is not None:
                     self._cached += found
                 if not self._whole:
-                    self.energy += sum(float(torch.linalg.vector_norm(matrix)) ** 2 for matrix in found)
+                    norms = torch.stack([torch.linalg.vector_norm(matrix) for matrix in found])
+                    self.energy += float(norms.cpu().double().square().sum())
                 yield span, found
         self._whole = True
 
@@ -132,53 +135,65 @@ class Problem:
         size = min(self._blocks.experts, len(self.family))
         mixed_room, slope_room, room = (torch.empty(size, *bank.shape[1:], device=self.device) for _ in range(3))
         slope, code_slope = torch.zeros_like(bank), np.zeros_like(codes)
-        errors, ridged = np.zeros(len(self.family)), 0
-        with Workers(self.device) as workers:
+        wide = wide_dtype(self.device)
+        errors = torch.zeros(len(self.family), dtype=wide, device=self.device)
+        ridged = torch.zeros(len(self.family), dtype=torch.bool, device=self.device)
+        with engine(self.device) as workers:
             for span, weighted in self.weighted():
                 mixed = mixtures(codes[span], bank, mixed_room)
 
                 def work(
-                    k: int,
-                    first: int = span.start,
+                    part: slice,
+                    span: slice = span,
                     mixed: torch.Tensor = mixed,
                     weighted: list[torch.Tensor] = weighted,
-                ) -> tuple[float, bool, _Parts | None]:
-                    seen = mixed[k] if self.metric is None else self.metric.seen(first + k, mixed[k])
-                    if not bool(seen.isfinite().all()):  # a step far too long
-                        slope_room[k] = 0.0
-                        return math.inf, False, None
+                ) -> tuple[torch.Tensor, torch.Tensor, list[_Parts]]:
+                    numbers, mine = within(span, part), _together(weighted[part])
+                    seen = mixed[part] if self.metric is None else self.metric.seen(numbers, mixed[part])
+                    near = seen.isfinite().all(2).all(1)  # else a step far too long
+                    seen = torch.where(near[:, None, None], seen, torch.zeros_like(seen))
                     inner, basis, was_ridged = row_basis(seen, self._settings.ridge, self._rcond)
-                    fitted = matmul(weighted[k], basis.mT)
-                    residual = weighted[k] - matmul(fitted, basis)
+                    fitted = matmul(mine, basis.mT)
+                    residual = mine - matmul(fitted, basis)
                     moved = matmul(inner.mT, matmul(fitted.mT.contiguous(), residual))
-                    slope_room[k] = moved if self.metric is None else self.metric.unseen(first + k, moved)
-                    parts = None
+                    slope_room[part] = moved if self.metric is None else self.metric.unseen(numbers, moved)
+                    parts: list[_Parts] = []
                     if gathered is not None:
-                        parts = gathered.parts(
-                            first + k, matmul(fitted, inner), basis, grams(seen[None])[0], self.metric
-                        )
-                    return float(torch.linalg.vector_norm(residual)) ** 2, was_ridged, parts
+                        made = zip(matmul(fitted, inner), basis, grams(seen), strict=True)
+                        parts = [gathered.parts(k, *three, self.metric) for k, three in enumerate(made, numbers.start)]
+                    squares = torch.linalg.vector_norm(residual.flatten(1), dim=1).to(wide).square()
+                    return torch.where(near, squares, math.inf), was_ridged & near, parts
 
-                for number, (error, was_ridged, parts) in enumerate(workers.map(work, len(weighted)), span.start):
-                    errors[number] = error
-                    ridged += was_ridged
-                    if gathered is not None and parts is not None:
-                        gathered.add(number, codes[number], parts)
-                    advance(1)
+                for part, (squares, were_ridged, parts) in workers.map(work, len(weighted)):
+                    numbers = within(span, part)
+                    errors[numbers], ridged[numbers] = squares, were_ridged
+                    for number, some in enumerate(parts, numbers.start):
+                        if gathered is not None:
+                            gathered.add(number, codes[number], some)
+                    advance(part.stop - part.start)
                 slopes = slope_room[: len(weighted)]
                 code_slope[span] = correlations(slopes, bank)
                 scatter_add(codes[span], slopes, slope, room)
         scale = 1 / self.energy if self.energy > 0 else 0.0
+        found: Array = errors.cpu().double().numpy()
         value = Value(
-            float(errors.sum()) * scale, slope.mul_(-2 * scale), code_slope * (-2 * scale), errors * scale, ridged
+            float(found.sum()) * scale,
+            slope.mul_(-2 * scale),
+            code_slope * (-2 * scale),
+            found * scale,
+            int(ridged.sum()),
         )
         return value, None if gathered is None else gathered.result(scale)
+
+
+def _together(matrices: list[torch.Tensor]) -> torch.Tensor:
+    return matrices[0][None] if len(matrices) == 1 else torch.stack(matrices)
 
 
 @dataclass(frozen=True)
 class _Parts:
     left_gram: torch.Tensor
-    mean: float
+    mean: torch.Tensor
     columns: torch.Tensor
     codes: torch.Tensor
     gram: torch.Tensor
@@ -204,31 +219,32 @@ class _Gathered:
         m, r, d = self._bank.shape
         free = self._sketch - matmul(basis.mT, matmul(basis, self._sketch))
         if metric is not None:
-            free = metric.unseen(number, free.mT.contiguous()).mT.contiguous()
+            free = metric.unseen(slice(number, number + 1), free.mT.contiguous()[None])[0].mT.contiguous()
         probed = matmul(self._bank.view(m * r, d), free).view(m, r, _SKETCH)
         moved = matmul(left, probed).flatten(1)
         codes = matmul(moved, moved.mT)
         if metric is None:
             columns = torch.eye(d, device=basis.device) - matmul(basis.mT, basis)
         else:
-            hidden = metric.unseen(number, basis)
-            columns = metric.moment(number, d) - matmul(hidden.mT, hidden)
-        weight = float(torch.linalg.vector_norm(left)) ** 2
-        mean = max(float(columns.diagonal().mean()), 0.0)
-        return _Parts(matmul(left.mT.contiguous(), left), mean, columns * weight, codes, gram.cpu())
+            hidden = metric.unseen(slice(number, number + 1), basis[None])[0]
+            columns = metric.moment(slice(number, number + 1), d)[0] - matmul(hidden.mT, hidden)
+        weight = torch.linalg.vector_norm(left).square()
+        mean = columns.diagonal().mean().clamp(min=0)
+        return _Parts(matmul(left.mT.contiguous(), left), mean, columns * weight, codes, gram)
 
     def add(self, number: int, codes: NDArray[np.float64], parts: _Parts) -> None:
+        gram, mean = parts.gram.cpu().double(), float(parts.mean)
         self._columns += parts.columns.cpu().double()
         self._codes[number] = parts.codes.cpu()
         size = float(np.square(codes).sum())
         if size > 0:
-            fitted = float((parts.left_gram.cpu().double() * parts.gram).sum())
+            fitted = float((parts.left_gram.cpu().double() * gram).sum())
             self._codes[number].diagonal().add_(_FLOOR * max(fitted, 0.0) / size)
-        mean = float(parts.gram.diagonal().mean())
-        if mean > 0:
-            self._gram += parts.gram / mean
+        size = float(gram.diagonal().mean())
+        if size > 0:
+            self._gram += gram / size
         for atom in np.flatnonzero(codes):
-            self._lefts[atom].add_(parts.left_gram, alpha=float(codes[atom] ** 2 * parts.mean))
+            self._lefts[atom].add_(parts.left_gram, alpha=float(codes[atom] ** 2 * mean))
 
     def result(self, scale: float) -> Curvature:
         mean = float(self._columns.diagonal().mean())

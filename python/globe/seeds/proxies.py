@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from globe.checkpoint.family import Family
 from globe.checkpoint.powers import times_power, usual_exponent
 from globe.compute.gemm import to_numpy
-from globe.compute.stream import Workers, ahead, expert_batches
+from globe.compute.passes import engine
+from globe.compute.stream import ahead, expert_batches
 from globe.errors import GlobeError
 from globe.runs.job import Job
 from globe.runs.stages import Advance
@@ -96,9 +97,13 @@ def scan(family: Family, settings: Settings, advance: Advance) -> Scan:
     ranked = np.zeros(family.p)
     energy, peaks = np.zeros(len(family)), np.zeros(len(family))
     cpu = torch.device("cpu")
-    with Workers(cpu) as workers:
+    with engine(cpu) as workers:
         for span, batch in expert_batches(family, _SCANNED_AT_ONCE, cpu):
-            found = workers.map(lambda k, batch=batch: _row_energies(batch[k]), len(batch))  # type: ignore[misc]
+
+            def energies(part: slice, batch: torch.Tensor = batch) -> list[tuple[NDArray[np.float64], float]]:
+                return [_row_energies(matrix) for matrix in batch[part]]
+
+            found = (each for _, several in workers.map(energies, len(batch)) for each in several)
             for number, (rows, peaks[number]) in enumerate(found, span.start):
                 if not np.isfinite(rows).all():
                     expert, row = family.experts[number], int(np.flatnonzero(~np.isfinite(rows))[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,66 +29,115 @@ class Metric:
 
     Parameters
     ----------
-    rows : tuple of torch.Tensor
-        D_i of every expert: (p,) for a diagonal one, or (p, p).
+    rows : torch.Tensor, or tuple of torch.Tensor
+        D_i of every expert: (p,) for a diagonal one, or (p, p); stacked where all are of one kind.
     columns : dict of int to torch.Tensor, shape (d, d)
         L of a layer, L Lᵀ the damped second moment of its inputs.
-    scales : tuple of torch.Tensor, shape (d,), or None
+    scales : torch.Tensor, shape (N, d), or tuple of its rows, or None
         What the rows of L are multiplied by for each expert, for its own share of the inputs.
     layers : tuple of int or None
         The layer of every expert; None where its columns are not weighed.
     exponent : int
         The power of two that all D_i were divided by, to be of a usual size.
+
+    Methods take the experts' numbers as a slice, and matrices of as many of them, (n, k, d) in fp32; experts of one
+    layer that follow each other share one product.
     """
 
-    rows: tuple[torch.Tensor, ...]
+    rows: torch.Tensor | tuple[torch.Tensor, ...]
     columns: dict[int, torch.Tensor]
-    scales: tuple[torch.Tensor, ...] | None
+    scales: torch.Tensor | tuple[torch.Tensor, ...] | None
     layers: tuple[int | None, ...]
     exponent: int = 0
 
-    def seen(self, number: int, matrix: torch.Tensor) -> torch.Tensor:
-        """X L_i of the expert, for X (k, d) in fp32: a mixture as the fit sees it."""
-        factor = self._factor(number)
-        return matrix if factor is None else matmul(matrix, factor)
+    def seen(self, some: slice, matrices: torch.Tensor) -> torch.Tensor:
+        """X_i L_i: mixtures as the fit sees them."""
 
-    def unseen(self, number: int, gradient: torch.Tensor) -> torch.Tensor:
-        """G L_iᵀ, the adjoint of `seen`."""
-        factor = self._factor(number)
-        return gradient if factor is None else matmul(gradient, factor.mT)
+        def product(run: slice, found: torch.Tensor) -> torch.Tensor:
+            factor, scales = self._columns(run)
+            if factor is None:
+                return found
+            return matmul(found if scales is None else found * scales[:, None], factor)
 
-    def moment(self, number: int, width: int) -> torch.Tensor:
-        """L_i L_iᵀ (d, d), d being the `width`."""
-        factor = self._factor(number)
-        if factor is None:
-            return torch.eye(width, device=self.rows[number].device)
-        return matmul(factor, factor.mT)
+        return by_runs(self.layers[some], some, matrices, product)
 
-    def common(self, number: int, matrix: torch.Tensor) -> torch.Tensor:
-        """X L Lᵀ with the layer's own L, the same for all its experts."""
-        layer = self.layers[number]
-        return matrix if layer is None else matmul(matmul(matrix, self.columns[layer]), self.columns[layer].mT)
+    def unseen(self, some: slice, gradients: torch.Tensor) -> torch.Tensor:
+        """G_i L_iᵀ, the adjoint of `seen`."""
+
+        def product(run: slice, found: torch.Tensor) -> torch.Tensor:
+            factor, scales = self._columns(run)
+            if factor is None:
+                return found
+            moved = matmul(found, factor.mT)
+            return moved if scales is None else moved * scales[:, None]
+
+        return by_runs(self.layers[some], some, gradients, product)
+
+    def moment(self, some: slice, width: int) -> torch.Tensor:
+        """L_i L_iᵀ (n, d, d), d being the `width`."""
+        unit = torch.eye(width, device=self.rows[some.start].device).expand(some.stop - some.start, -1, -1)
+
+        def product(run: slice, found: torch.Tensor) -> torch.Tensor:
+            factor, scales = self._columns(run)
+            if factor is None:
+                return found
+            whole = matmul(factor, factor.mT).expand_as(found)
+            return whole if scales is None else whole * scales[:, :, None] * scales[:, None]
+
+        return by_runs(self.layers[some], some, unit, product)
+
+    def common(self, some: slice, matrices: torch.Tensor) -> torch.Tensor:
+        """X_i L Lᵀ with the layer's own L, the same for all its experts."""
+
+        def product(run: slice, found: torch.Tensor) -> torch.Tensor:
+            factor, _ = self._columns(run)
+            return found if factor is None else matmul(matmul(found, factor), factor.mT)
+
+        return by_runs(self.layers[some], some, matrices, product)
 
     @property
     def mixes_rows(self) -> bool:
         """Whether any D_i is not diagonal: then no row can be held out."""
         return any(rows.ndim > 1 for rows in self.rows)
 
-    def weigh(self, number: int, weights: torch.Tensor) -> torch.Tensor:
-        """D_i W L_i of the expert's matrix W (p, d) in fp32."""
-        return self.weigh_rows(number, self.seen(number, weights))
+    def weigh(self, some: slice, weights: torch.Tensor) -> torch.Tensor:
+        """D_i W_i L_i of the experts' matrices W_i (n, p, d)."""
+        return self.weigh_rows(some, self.seen(some, weights))
 
-    def weigh_rows(self, number: int, matrix: torch.Tensor) -> torch.Tensor:
-        """D_i X for X (p, k)."""
-        rows = self.rows[number]
-        return matrix * rows[:, None] if rows.ndim == 1 else matmul(rows, matrix)
+    def weigh_rows(self, some: slice, matrices: torch.Tensor) -> torch.Tensor:
+        """D_i X_i for X_i (n, p, k)."""
 
-    def _factor(self, number: int) -> torch.Tensor | None:
-        layer = self.layers[number]
+        def product(run: slice, found: torch.Tensor) -> torch.Tensor:
+            rows = stacked(self.rows, run)
+            return found * rows[:, :, None] if rows.ndim == 2 else matmul(rows, found)
+
+        return by_runs([self.rows[number].ndim for number in range(some.start, some.stop)], some, matrices, product)
+
+    def _columns(self, run: slice) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """L of a run of experts of one layer, and their scales (n, d)."""
+        layer = self.layers[run.start]
         if layer is None:
-            return None
-        factor = self.columns[layer]
-        return factor if self.scales is None else self.scales[number][:, None] * factor
+            return None, None
+        return self.columns[layer], None if self.scales is None else stacked(self.scales, run)
+
+
+def stacked(tensors: torch.Tensor | tuple[torch.Tensor, ...], some: slice) -> torch.Tensor:
+    """The tensors of some experts, which are of one shape, in one."""
+    return tensors[some] if isinstance(tensors, torch.Tensor) else torch.stack(tensors[some])
+
+
+def by_runs(
+    kinds: Sequence[int | None],
+    some: slice,
+    matrices: torch.Tensor,
+    make: Callable[[slice, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """What is made of the experts' matrices, a run of experts of one kind (n of them) at a time."""
+    ends = [place for place in range(1, len(kinds)) if kinds[place] != kinds[place - 1]] + [len(kinds)]
+    if len(ends) == 1:
+        return make(some, matrices)
+    runs = zip([0, *ends[:-1]], ends, strict=True)
+    return torch.cat([make(slice(some.start + a, some.start + b), matrices[a:b]) for a, b in runs])
 
 
 def build_metric(family: Family, calibration: Calibration, settings: Settings, device: torch.device) -> Metric:
@@ -122,8 +171,18 @@ def build_metric(family: Family, calibration: Calibration, settings: Settings, d
         scales.append(_scale(statistics, expert.expert, settings.metric_shrinkage).to(device))
     alike = all(bool((scale - 1).abs().max() < _ALIKE) for scale in scales)
     exponent = _exponent(rows)
-    divided = tuple(times_power(factor, -exponent) for factor in rows)
-    return Metric(divided, columns, None if alike else tuple(scales), tuple(layers), exponent)
+    rows = [times_power(factor, -exponent) for factor in rows]
+    return Metric(_together(rows), columns, None if alike else _together(scales), tuple(layers), exponent)
+
+
+def _together(tensors: list[torch.Tensor]) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """The tensors of a list in one if they are of one shape; each of the list's is let go of as it is copied."""
+    if any(tensor.shape != tensors[0].shape for tensor in tensors):
+        return tuple(tensors)
+    found = torch.empty(len(tensors), *tensors[0].shape, device=tensors[0].device)
+    for place in reversed(range(len(tensors))):
+        found[place] = tensors.pop()
+    return found
 
 
 def _exponent(rows: list[torch.Tensor]) -> int:

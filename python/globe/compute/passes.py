@@ -1,0 +1,95 @@
+"""The engine of passes over experts, in two forms: an expert to a core, or a batch of them on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+import torch
+
+from globe.compute.forms import per_core
+from globe.compute.stream import ahead
+
+Value = TypeVar("Value")
+
+
+class Engine(Protocol):
+    """Calls work on the experts (atoms, blocks) in hand, by parts; the form says which parts.
+
+    Work is written for n of them at once and is right for any n, so no caller knows the form. On a device nothing
+    in it may make the host wait: no `float`, `bool`, `item` or `cpu` of a tensor there.
+    """
+
+    def map(self, work: Callable[[slice], Value], count: int) -> Iterator[tuple[slice, Value]]:
+        """Parts of 0 to `count` in order, each with what `work` made of it."""
+
+    def run(self, work: Callable[[slice], None], count: int) -> None:
+        """Call `work` for what it writes."""
+
+    def meanwhile(self, jobs: Iterable[Callable[[], Value]]) -> Iterator[Value]:
+        """The jobs' results in order; where the host computes, the next is made while the caller has the last."""
+
+
+class PerCore:
+    """One expert a call, every call on one core.
+
+    Two experts on a core each finish sooner than one after the other on both cores, and no result depends on the
+    number of threads.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+
+    def map(self, work: Callable[[slice], Value], count: int) -> Iterator[tuple[slice, Value]]:
+        """As :meth:`Engine.map`, as they are ready."""
+        parts = [slice(k, k + 1) for k in range(count)]
+        yield from zip(parts, self._pool.map(work, parts), strict=True)
+
+    def run(self, work: Callable[[slice], None], count: int) -> None:
+        """As :meth:`Engine.run`."""
+        for _ in self.map(work, count):
+            pass
+
+    def meanwhile(self, jobs: Iterable[Callable[[], Value]]) -> Iterator[Value]:
+        """As :meth:`Engine.meanwhile`."""
+        return ahead(jobs)
+
+
+class Batched:
+    """All in hand in one call on the caller's thread, which drives the device."""
+
+    def map(self, work: Callable[[slice], Value], count: int) -> Iterator[tuple[slice, Value]]:
+        """As :meth:`Engine.map`."""
+        if count:
+            yield slice(0, count), work(slice(0, count))
+
+    def run(self, work: Callable[[slice], None], count: int) -> None:
+        """As :meth:`Engine.run`."""
+        if count:
+            work(slice(0, count))
+
+    def meanwhile(self, jobs: Iterable[Callable[[], Value]]) -> Iterator[Value]:
+        """As :meth:`Engine.meanwhile`."""
+        return (job() for job in jobs)
+
+
+@contextmanager
+def engine(device: torch.device) -> Iterator[Engine]:
+    """The engine of a device, while its threads live; torch's threads are as before after it."""
+    if not per_core(device):
+        yield Batched()
+        return
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, "globe-work", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield PerCore(pool)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # which the workers have set for threads to come
+
+
+def within(span: slice, part: slice) -> slice:
+    """The numbers of a part of the experts in hand, `span` being theirs."""
+    return slice(span.start + part.start, span.start + part.stop)
