@@ -284,7 +284,8 @@ def seen_error(family: Family, stored: Family, metric: Metric | None) -> float:
     for number in range(len(family)):
         wanted, found = family.read(number).float(), stored.read(number).float()
         if metric is not None:
-            wanted, found = metric.weigh(number, wanted), metric.weigh(number, found)
+            one = slice(number, number + 1)
+            wanted, found = metric.weigh(one, wanted[None])[0], metric.weigh(one, found[None])[0]
         lost += float((wanted - found).double().square().sum())
         whole += float(wanted.double().square().sum())
     return lost / whole

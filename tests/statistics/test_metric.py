@@ -75,10 +75,10 @@ def test_columns_are_factors_of_the_damped_moments(
         torch.testing.assert_close(factor @ factor.mT, damped, rtol=1e-4, atol=1e-5)
     weights = families[name].read(4)
     expected = found.rows[4][:, None] * (weights.float() @ (found.scales[4][:, None] * found.columns[1]))  # type: ignore[index]
-    torch.testing.assert_close(found.weigh(4, weights.float()), expected)
+    torch.testing.assert_close(found.weigh(slice(4, 5), weights.float()[None])[0], expected)
     some, other = torch.randn(2, 5, D, generator=torch.Generator().manual_seed(0))
-    inner = (found.seen(4, some) * other).sum()
-    torch.testing.assert_close((some * found.unseen(4, other)).sum(), inner, rtol=1e-4, atol=1e-4)
+    inner = (found.seen(slice(4, 5), some[None])[0] * other).sum()
+    torch.testing.assert_close((some * found.unseen(slice(4, 5), other[None])[0]).sum(), inner, rtol=1e-4, atol=1e-4)
 
 
 def test_down_has_rows_alone(families: dict[str, Family], calibration: Calibration) -> None:
@@ -93,8 +93,10 @@ def test_down_has_rows_alone(families: dict[str, Family], calibration: Calibrati
         damped = damped + 1e-3 * damped.diagonal().mean() * torch.eye(P)
         torch.testing.assert_close(rows.mT @ rows, weight * damped, rtol=1e-4, atol=1e-6)  # ‖D W‖² = tr Wᵀ M W
     matrix = torch.randn(P, 5, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(found.seen(0, matrix), matrix) and torch.equal(found.unseen(0, matrix), matrix)
-    torch.testing.assert_close(found.weigh(2, matrix), found.rows[2] @ matrix)
+    first, third = slice(0, 1), slice(2, 3)
+    assert torch.equal(found.seen(first, matrix[None])[0], matrix)
+    assert torch.equal(found.unseen(first, matrix[None])[0], matrix)
+    torch.testing.assert_close(found.weigh(third, matrix[None])[0], found.rows[2] @ matrix)
 
 
 def test_down_without_full_moments_is_diagonal(families: dict[str, Family], tmp_path: Path) -> None:
@@ -171,3 +173,38 @@ def test_damaged_statistics(families: dict[str, Family], tmp_path: Path) -> None
     bad.up_rows[0, 0] = torch.nan
     with pytest.raises(GlobeError, match=r"layers\.1\.up_rows is not finite; calibrate this model again"):
         build(families["gate"], saved(tmp_path, {0: statistics(0), 1: bad}))
+
+
+@pytest.mark.parametrize("kind", ["none scaled", "scaled", "rows", "mixed"])
+def test_several_experts_are_seen_as_each_of_them_is(kind: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    count, layers = 7, (0, 0, 1, 1, 1, None, 2)
+    columns = {layer: torch.randn(D, D, generator=generator) for layer in (0, 1, 2)}
+    scales = torch.rand(count, D, generator=generator) if kind == "scaled" else None
+    full = torch.randn(count, P, P, generator=generator)
+    rows: torch.Tensor | tuple[torch.Tensor, ...] = torch.rand(count, P, generator=generator)
+    if kind == "rows":
+        rows = full
+    elif kind == "mixed":
+        rows = (*rows[:3], *full[3:])
+    metric = Metric(rows, columns, scales, layers)
+    weights, moved = torch.randn(2, count, P, D, generator=generator)
+    some = slice(1, 7)
+    for name in ("seen", "unseen", "common", "weigh", "weigh_rows"):
+        found = getattr(metric, name)(some, weights[some])
+        one_by_one = [getattr(metric, name)(slice(k, k + 1), weights[k : k + 1]) for k in range(1, 7)]
+        torch.testing.assert_close(found, torch.cat(one_by_one), msg=name)
+    for number in range(count):
+        one = slice(number, number + 1)
+        layer = layers[number]
+        factor = torch.eye(D) if layer is None else columns[layer]
+        if scales is not None and layer is not None:
+            factor = scales[number][:, None] * factor
+        mine = rows[number]
+        expected = (torch.diag(mine) if mine.ndim == 1 else mine) @ weights[number] @ factor
+        torch.testing.assert_close(metric.weigh(one, weights[one])[0], expected, rtol=1e-4, atol=1e-4)
+        inner = (metric.seen(one, weights[one]) * moved[one]).sum()
+        torch.testing.assert_close((weights[one] * metric.unseen(one, moved[one])).sum(), inner, rtol=1e-3, atol=1e-3)
+    whole = metric.moment(slice(0, count), D)
+    seen = metric.unseen(slice(0, count), metric.seen(slice(0, count), weights))
+    torch.testing.assert_close(weights @ whole, seen, rtol=1e-3, atol=1e-3)
