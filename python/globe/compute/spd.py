@@ -41,6 +41,14 @@ def spd_inverse(matrices: torch.Tensor, ridge: float, rcond: float) -> tuple[tor
     return torch.cholesky_inverse(_lifted(wide, factors, failed)).float(), ridged
 
 
+def spd_factor_inverse(matrices: torch.Tensor, ridge: float, rcond: float) -> torch.Tensor:
+    """C⁻¹ (n, r, r), fp32, of Cholesky factors C of symmetric positive definite matrices, ridged as for `spd_inverse`."""
+    wide = matrices.to(wide_dtype(matrices.device))
+    factors, _, failed = _factors(wide, ridge, max(rcond, wide.shape[1] * torch.finfo(wide.dtype).eps))
+    factors = _lifted(wide, factors, failed)
+    return torch.linalg.solve_triangular(factors, _identities(factors), upper=False).float()
+
+
 def gram_inverse(matrices: torch.Tensor, ridge: float, rcond: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Inverses of X_i X_iᵀ, with a ridge as for `spd_inverse`, and what they are of.
 

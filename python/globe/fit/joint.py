@@ -1,4 +1,4 @@
-"""The joint fit: bank and codes together, by preconditioned L-BFGS on the objective without left factors."""
+"""The joint fit: bank and codes together, by Gauss-Newton steps on the objective without left factors."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from globe.compute.codes import supports
 from globe.compute.gemm import matmul
 from globe.fit.codes import entmax_alpha, one_atom_each, prune, spread
 from globe.fit.dictionary import unit_atoms
-from globe.fit.quasi_newton import Pairs, Point, Preconditioner, Vector, move_atoms
+from globe.fit.gauss_newton import Newton, Point, Solving, newton_step
+from globe.fit.objective import Value
+from globe.fit.problem import Problem
 from globe.fit.sums import State
 from globe.fit.support import Quadratic, newton_codes, shrink_support
-from globe.fit.variable_projection import Curvature, Problem, Value
 from globe.runs.job import Job
 from globe.runs.stages import Advance
 from globe.runs.store import Store
@@ -28,19 +29,22 @@ from globe.settings import Settings
 
 Array = NDArray[np.float64]
 
-_SEGMENT = 10  # steps between two looks at the curvature
-_SHRINKING = 0.6  # share of the steps by which the supports are at their target
+_SETTLING = 0.5  # share of the steps before which no plateau ends the fit
+_RESIDUAL = 0.1  # of a step's equations, preconditioned, at which they are solved well enough
 _ARMIJO = 1e-4
+_REACH = 2.0  # of the size of a bank or an expert's variables, in one step
 _NOTHING = 1e-9  # of the energy: the fp32 residual is rounding
+_GAIN = 5  # tolerances: a step that lowers f by less ends the fit
 _TRIALS = 10
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Some steps' line in metrics.json: f, the codes, and wall seconds since the joint fit began."""
+    """A step's line in metrics.json: f before it, the codes, CG iterations so far, wall seconds since the fit began."""
 
     step: int
     evaluations: int
+    iterations: int
     error: float
     support_median: float
     temperature: float
@@ -55,6 +59,7 @@ class Steps:
     temperature: float
     step: int = 0
     evaluations: int = 0
+    iterations: int = 0
     seconds: float = 0.0
     stopped: str | None = None
     history: list[Segment] = field(default_factory=list)
@@ -75,6 +80,7 @@ class Steps:
         return {
             "steps": self.step,
             "evaluations": self.evaluations,
+            "iterations": self.iterations,
             "stopped": self.stopped,
             "history": [asdict(segment) for segment in self.history],
         }
@@ -83,12 +89,13 @@ class Steps:
 def fit_joint(problem: Problem, start: State, job: Job, advance: Advance) -> tuple[State, Steps]:
     """Minimise Σ_i ‖W'_i − A_i Σ_j α_ij B'_j‖² over bank and codes, every A_i being the best for them.
 
-    Variable projection (Golub & Pereyra, 1973) with L-BFGS (Nocedal, 1980). Every `_SEGMENT` steps one more pass finds
-    the Gauss-Newton blocks that precondition it, bank and pairs are moved to coordinates in which the mean of
-    B̃'B̃'ᵀ is the identity and codes sum to one (f does not change: A_i absorbs both), and the state is saved.
-    Non-negative codes are squares of the variables on their support, which is the form of entmax-1.5 above its
-    threshold; for entmax and sparsemax the supports shrink to the target by temperature over the first part of the
-    steps. Where every expert starts from one atom, others up to the target support come in by chance first.
+    Variable projection (Golub & Pereyra, 1973) in Kaufman's form (1975), every Gauss-Newton step solved by
+    preconditioned conjugate gradients on what the last pass kept of each expert (:mod:`globe.fit.gauss_newton`), with
+    Armijo's rule (1966) for its length. The bank is moved to coordinates in which the mean of B̃'B̃'ᵀ is the identity
+    and codes are made to sum to one (f does not change: A_i absorbs both), and the state is saved. Non-negative codes
+    are squares of the variables on their support, which is the form of entmax-1.5 above its threshold; for entmax and
+    sparsemax supports above the target shrink to it by temperature in the first step, which starts from what is left.
+    Where every expert starts from one atom, others up to the target support come in by chance first.
 
     Parameters
     ----------
@@ -96,164 +103,141 @@ def fit_joint(problem: Problem, start: State, job: Job, advance: Advance) -> tup
     start : State
         The warm start. The memory of its bank is taken.
     job : Job
-        Settings `joint_steps`, `codes`, `support`, `epsilon`, `tolerance`; at most `blocks.pairs` pairs of differences
-        are stored; the store keeps the state of the last segment, and a fit that is found there goes on.
+        Settings `joint_steps`, `cg_steps`, `codes`, `support`, `epsilon`, `tolerance`; the store keeps the newest
+        state, and a fit that is found there goes on.
     advance : callable
     """
     started, settings, name = time.perf_counter(), job.settings, problem.family.name
-    state, now, memory = _recall(job, start, problem)
-    bank, codes = state.bank, state.codes
-    del start, state  # banks are what takes the memory: here and below they change in place
+    state, now = _recall(job, start, problem)
+    bank, codes = state.bank, _sized(state.codes)
+    del start, state
     started -= now.seconds
     signed = settings.codes == "signed"
+
+    value = problem.look(bank, codes, settings.seed + now.step, advance)
+    if now.step == 0:
+        now = replace(now, evaluations=1)
+        if value.ridged:  # the warm start's coordinates may be far from the metric's
+            bank = matmul(_centre(value.gram).to(bank.device), bank)
+            value = problem.look(bank, codes, settings.seed, advance)
+            now = replace(now, evaluations=2)
     while now.stopped is None:
-        _save(job, name, State(bank, codes, now.temperature), now, memory)
-        codes = _sized(codes, memory, signed)
-        value, curvature = problem.curvature(bank, codes, settings.seed + now.step, advance)
-        if value.ridged and now.step == 0:  # the warm start's coordinates may be far from the metric's
-            _recentre(bank, memory, value, curvature)
-            del value, curvature
-            value, curvature = problem.curvature(bank, codes, settings.seed, advance)
-            now = replace(now, evaluations=now.evaluations + 1)
         median = float(np.median(supports(codes)))
-        line = Segment(
-            now.step,
-            now.evaluations + 1,
-            value.error,
-            median,
-            now.temperature,
-            value.ridged,
-            time.perf_counter() - started,
-        )
+        now = _noted(replace(now, seconds=time.perf_counter() - started), value, median)
         job.log(f"{name}: step {now.step}: error {value.error:.5f}, median support {median:g}")
-        now = replace(now, history=[*now.history, line], evaluations=now.evaluations + 1, seconds=line.seconds)
-        wanted = _wanted_support(now, settings)
-        met = wanted is None or median <= settings.support
-        if now.step >= settings.joint_steps or (value.error <= _NOTHING and met):
-            now = replace(now, stopped="joint_steps" if value.error > _NOTHING else "exact")
+        met = settings.codes not in ("entmax", "sparsemax") or median <= settings.support
+        now = replace(now, stopped=_ended(now, met, settings))
+        if now.stopped is not None:
             break
-        if _plateau(now, settings) and met:
-            now = replace(now, stopped="plateau")
-            break
+        target, temperature = codes, now.temperature
         if now.step == 0 and not signed and settings.support > 1 and one_atom_each(codes):
             others = min(settings.support, len(bank)) - 1
-            codes = spread(codes, others, 2 / others, settings.seed)  # together about as much as their own
-            del value, curvature
-            value, curvature = problem.curvature(bank, codes, settings.seed, advance)
+            codes = _sized(spread(codes, others, 2 / others, settings.seed))  # together about as much as their own
+            target = codes
+            value = problem.look(bank, codes, settings.seed, advance)
             now = replace(now, evaluations=now.evaluations + 1)
-        elif wanted is not None and median > wanted:
-            model = Quadratic(curvature.codes, codes, value.codes)
-            codes, temperature = shrink_support(model, newton_codes(model), wanted, entmax_alpha(settings))
-            memory.clear()
-            del value, model
-            value = problem.evaluate(bank, codes, advance)
-            now = replace(now, temperature=temperature, evaluations=now.evaluations + 1)
-        _recentre(bank, memory, value, curvature)
-        preconditioner = Preconditioner(curvature, problem.metric is not None)
-        steps = min(_SEGMENT, settings.joint_steps - now.step)
-        descent = _Descent(partial(problem.evaluate, advance=advance), preconditioner, memory)
-        codes, taken, evaluations = _descend(descent, Point(bank, codes, signed), value, steps)
-        del value, curvature, preconditioner, descent
-        now = replace(now, step=now.step + steps, evaluations=now.evaluations + evaluations)
-        if taken == 0 and met:
+        elif not met:
+            model = Quadratic(value.curvature, codes, value.codes)
+            target, temperature = shrink_support(model, newton_codes(model), settings.support, entmax_alpha(settings))
+        newton = newton_step(problem, Point(bank, codes, signed), value, target, Solving(settings.cg_steps, _RESIDUAL))
+        now = replace(now, iterations=now.iterations + newton.iterations)
+        jumped = target is not codes
+        line_search = _Line(
+            partial(problem.look, seed=settings.seed + now.step + 1, advance=advance),
+            Point(bank, target, signed),
+            newton,
+            max(value.error, newton.jumped) if jumped else value.error,
+            _centre(value.gram).to(bank.device),
+        )
+        del value
+        found, tried = line_search.down(certainly=jumped)
+        now = replace(now, evaluations=now.evaluations + tried)
+        if found is None:
             job.log(f"{name}: step {now.step}: no step lowers the error")
             now = replace(now, stopped="no descent")
+            break
+        bank, codes, value = found
+        now = replace(now, step=now.step + 1, temperature=temperature)
+        _save(job, name, State(bank, codes, temperature), now)
     state = _finished(State(bank, codes, now.temperature), settings)
     return state, replace(now, seconds=time.perf_counter() - started)
 
 
 @dataclass(frozen=True)
-class _Descent:
-    """What steps are taken with: f at a bank and codes, the preconditioner, and the pairs of differences so far."""
+class _Line:
+    """A line to search: f at a bank and codes, where the line begins, its direction, f to go below, coordinates Q."""
 
-    evaluate: Callable[[torch.Tensor, Array], Value]
-    preconditioner: Preconditioner
-    memory: Pairs
+    look: Callable[[torch.Tensor, Array], Value]
+    begin: Point
+    newton: Newton
+    reference: float
+    centre: torch.Tensor
 
+    def down(self, *, certainly: bool) -> tuple[tuple[torch.Tensor, Array, Value] | None, int]:
+        """A bank and codes at which f falls enough (Armijo, 1966) and their value, and how often f was asked for.
 
-def _descend(descent: _Descent, point: Point, value: Value, steps: int) -> tuple[Array, int, int]:
-    """L-BFGS steps from a point, whose bank moves in place, as does the value's: codes, steps, evaluations."""
-    error, slope, memory = value.error, point.slope(value), descent.memory
-    taken = evaluations = 0
-    while taken < steps:
-        direction = memory.direction(slope, partial(descent.preconditioner, point=point))
-        decrease = slope.dot(direction)
-        if decrease >= 0:
-            if not len(memory):
-                break
-            memory.clear()
-            continue
-        trial, found, size, tried = _search(descent, point, error, direction, decrease)
-        evaluations += tried
-        if found is None:
-            if not len(memory):
-                break
-            memory.clear()
-            continue
-        new = trial.slope(found)
-        memory.add(direction.mul_(size), slope.mul_(-1.0).add_(new, 1.0))
-        slope.bank.copy_(new.bank)
-        point, error, slope = trial, found.error, Vector(slope.bank, new.codes)
-        del found, new, direction
-        taken += 1
-    return point.codes, taken, evaluations
+        Where there is none: None, or `certainly` where the line begins.
+        """
+        size = self._reach()
+        for tried in range(1, _TRIALS + 1):
+            bank, codes, value = self._at(size)
+            if value.error <= self.reference + _ARMIJO * size * self.newton.slope:
+                return (bank, codes, value), tried
+            rise = value.error - self.reference - size * self.newton.slope
+            size *= max(0.1, min(0.5, -self.newton.slope * size / (2 * rise))) if math.isfinite(rise) else 0.1
+            del bank, value
+        return (self._at(0.0), _TRIALS + 1) if certainly else (None, _TRIALS)
 
+    def _at(self, size: float) -> tuple[torch.Tensor, Array, Value]:
+        bank = torch.empty_like(self.begin.bank)
+        for moved, atom, change in zip(bank, self.begin.bank, self.newton.step.bank, strict=True):
+            moved.copy_(matmul(self.centre, atom.add(change, alpha=size)))
+        codes = _sized(self.begin.moved(self.newton.step.codes, size))
+        return bank, codes, self.look(bank, codes)
 
-def _search(
-    descent: _Descent, point: Point, error: float, direction: Vector, decrease: float
-) -> tuple[Point, Value | None, float, int]:
-    """A point on a line at which the error falls enough (Armijo, 1966), its value, the step's size, evaluations.
-
-    Where there is none the value is None, and the bank is back where it was.
-    """
-    size, gone = point.reach(direction), 0.0
-    for tried in range(1, _TRIALS + 1):
-        trial = point.moved(direction, size, gone)
-        found = descent.evaluate(trial.bank, trial.codes)
-        if found.error <= error + _ARMIJO * size * decrease:
-            return trial, found, size, tried
-        gone, rise = size, found.error - error - size * decrease
-        size *= max(0.1, min(0.5, -decrease * size / (2 * rise))) if math.isfinite(rise) else 0.1
-        del found
-    return point.moved(direction, 0.0, gone), None, 0.0, _TRIALS
+    def _reach(self) -> float:
+        """The part of the step, at most 1, along which neither the bank nor any expert's variables triple."""
+        step = self.newton.step
+        sizes = np.linalg.norm(self.begin.variables, axis=1), np.linalg.norm(step.codes, axis=1)
+        bank, change = (float(torch.linalg.vector_norm(part)) for part in (self.begin.bank, step.bank))
+        parts = [_REACH * sizes[0] / np.maximum(sizes[1], 1e-300), np.array([_REACH * bank / max(change, 1e-300)])]
+        return float(min(1.0, *(part.min() for part in parts)))
 
 
-def _sized(codes: Array, memory: Pairs, signed: bool) -> Array:
-    """Codes of absolute sum one, and the pairs of their variables: f does not depend on the size of α_i."""
+def _sized(codes: Array) -> Array:
+    """Codes of absolute sum one: f does not depend on the size of α_i."""
     size: Array = np.abs(codes).sum(1, keepdims=True)
-    memory.resize(1 / size if signed else np.sqrt(1 / size))
-    sized: Array = codes / size
-    return sized
+    found: Array = codes / np.where(size > 0, size, 1.0)
+    return found
 
 
-def _recentre(bank: torch.Tensor, memory: Pairs, value: Value, curvature: Curvature) -> None:
-    """Everything, in place, in coordinates in which the mean of B̃'B̃'ᵀ is the identity: B_j → Q B_j, A_i → A_i Q⁻¹."""
-    values, vectors = torch.linalg.eigh(curvature.gram)
+def _centre(gram: torch.Tensor) -> torch.Tensor:
+    """Q (r, r), fp32, such that the mean of (Q B̃')(Q B̃')ᵀ is the identity: B_j → Q B_j, A_i → A_i Q⁻¹."""
+    values, vectors = torch.linalg.eigh(gram)
     values = values.clamp(min=1e-9 * float(values[-1]))
-    forward = ((vectors * values.rsqrt()) @ vectors.T).float().to(bank.device)
-    backward = ((vectors * values.sqrt()) @ vectors.T).float().to(bank.device)
-    memory.move(forward, backward)
-    move_atoms(bank, forward)
-    move_atoms(value.bank, backward)
-    for left in curvature.lefts:
-        moved = matmul(matmul(backward, left), backward)
-        left.copy_((moved + moved.mT) / 2)
+    found: torch.Tensor = ((vectors * values.rsqrt()) @ vectors.T).float()
+    return found
 
 
-def _wanted_support(now: Steps, settings: Settings) -> float | None:
-    """The median support that the schedule allows by now, falling geometrically; None where nothing is steered."""
-    if settings.codes not in ("entmax", "sparsemax"):
-        return None
-    share = min(1.0, (now.step + _SEGMENT) / max(_SHRINKING * settings.joint_steps, 1))
-    first, last = max(now.initial_support, settings.support), settings.support
-    return float(first * (last / first) ** share)
+def _noted(now: Steps, value: Value, median: float) -> Steps:
+    """The history with a line on where the fit is."""
+    line = Segment(
+        now.step, now.evaluations, now.iterations, value.error, median, now.temperature, value.ridged, now.seconds
+    )
+    return replace(now, history=[*now.history, line])
 
 
-def _plateau(now: Steps, settings: Settings) -> bool:
-    if len(now.history) < 2:
-        return False
-    before, last = now.history[-2].error, now.history[-1].error
-    return before - last < _SEGMENT * settings.tolerance * before and now.step >= _SHRINKING * settings.joint_steps
+def _ended(now: Steps, met: bool, settings: Settings) -> str | None:
+    """Why the fit ends here, supports being `met`, if it does."""
+    error = now.history[-1].error
+    if error <= _NOTHING and met:
+        return "exact"
+    if now.step >= settings.joint_steps:
+        return "joint_steps"
+    settled = met and now.step >= _SETTLING * settings.joint_steps and len(now.history) > 1
+    if settled and now.history[-2].error - error < _GAIN * settings.tolerance * now.history[-2].error:
+        return "plateau"
+    return None
 
 
 def _finished(state: State, settings: Settings) -> State:
@@ -261,33 +245,24 @@ def _finished(state: State, settings: Settings) -> State:
     bank, codes = unit_atoms(state.bank, state.codes)
     if settings.codes != "signed":
         codes = prune(codes, settings.epsilon)
-    return State(bank, codes / np.abs(codes).sum(1, keepdims=True), state.temperature)
+    return State(bank, _sized(codes), state.temperature)
 
 
-def _save(job: Job, name: str, state: State, now: Steps, memory: Pairs) -> None:
-    tensors = {"bank": state.bank, "codes": torch.from_numpy(state.codes)}
-    for place, (step, slope) in enumerate(zip(memory.steps, memory.slopes, strict=True)):
-        tensors |= {f"step-{place}": step.bank, f"step-{place}.codes": torch.from_numpy(step.codes)}
-        tensors |= {f"slope-{place}": slope.bank, f"slope-{place}.codes": torch.from_numpy(slope.codes)}
+def _save(job: Job, name: str, state: State, now: Steps) -> None:
     mine = f"{name}.joint-{now.step}"
-    job.store.save(mine, tensors, {**asdict(now), "pairs": len(memory), "elapsed": job.stages.so_far()})
+    tensors = {"bank": state.bank, "codes": torch.from_numpy(state.codes)}
+    job.store.save(mine, tensors, {**asdict(now), "elapsed": job.stages.so_far()})
     drop_joint(job.store, name, but=mine)  # after: a process that ends in between loses no step
 
 
-def _recall(job: Job, start: State, problem: Problem) -> tuple[State, Steps, Pairs]:
-    memory = Pairs(job.blocks.pairs)
+def _recall(job: Job, start: State, problem: Problem) -> tuple[State, Steps]:
     found = (job.store.load(key) for key in _keys(job.store, problem.family.name))
     saved = next((each for each in found if each is not None), None)
     if saved is None:
-        return start, Steps(start.temperature), memory
+        return start, Steps(start.temperature)
     meta = {key: value for key, value in saved.meta.items() if key != "elapsed"}
-    device = problem.device
-    for place in range(meta.pop("pairs")):
-        for kind, kept in (("step", memory.steps), ("slope", memory.slopes)):
-            kept.append(Vector(saved.tensors[f"{kind}-{place}"].to(device), saved.array(f"{kind}-{place}.codes")))
-    history = [Segment(**line) for line in meta.pop("history")]
-    now = Steps(**meta, history=history)
-    return State(saved.tensors["bank"].to(device), saved.array("codes"), now.temperature), now, memory
+    now = Steps(**{**meta, "history": [Segment(**line) for line in meta["history"]]})
+    return State(saved.tensors["bank"].to(problem.device), saved.array("codes"), now.temperature), now
 
 
 def joint_before(store: Store, name: str) -> dict[str, Any] | None:

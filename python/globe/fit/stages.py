@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,11 +10,11 @@ import torch
 from globe.errors import GlobeError
 from globe.fit.describe import proxy_error, training_report
 from globe.fit.joint import drop_joint, fit_joint, joint_before
+from globe.fit.problem import Problem
 from globe.fit.progress import States
 from globe.fit.stored_lefts import Fit, rounded
 from globe.fit.sums import State
 from globe.fit.training import Training, train
-from globe.fit.variable_projection import Problem
 from globe.runs.job import Job
 from globe.seeds import METHODS
 from globe.seeds.pool import Pool
@@ -48,7 +49,7 @@ def alternate(pool: Pool, states: States | None, job: Job, *, measured: bool = T
     if _is_joint(job.settings) or mixed or METHODS[states.notes["seeds"]["choice"]["chosen"]].sees_all_rows:
         pool = pool.all_trained()
     seeded = states.notes["stage"]
-    if loops == 0 and not measured:
+    if (loops == 0 and not measured) or _is_joint(job.settings):
         _keep(pool, Training(states.load(progress.loop), None, None, [], "outer_loops"), [seeded], states, job)
         return
     passes = loops + 1 - progress.first
@@ -83,9 +84,12 @@ def fit_jointly(pool: Pool, job: Job) -> None:
     warm = store.check(f"{name}.warm")
     if warm is None:
         raise _damaged(name)
-    problem = Problem(pool, job)
-    passes = job.settings.joint_steps + job.settings.joint_steps // 10 + 2
-    with job.stages.stage(f"{name}: joint", passes * len(pool.family), joint_before(store, name)) as advance:
+    stage = job.stages.stage(
+        f"{name}: joint", (job.settings.joint_steps + 1) * len(pool.family), joint_before(store, name)
+    )
+    with stage as advance, store.scratch() as folder:
+        sizes = (pool.shape.bank, pool.shape.rank, pool.family.d)
+        problem = Problem(pool, sizes, job, Path(folder))
         state, steps = fit_joint(problem, _warm_start(pool, job), job, advance)
         if steps.lost:
             job.log(f"{name}: the joint fit was too short for codes that were spread: its start is kept")

@@ -1,0 +1,125 @@
+"""Matrices of many experts, kept between passes: on the device, or in a scratch file that is read ahead."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from globe.compute.stream import Lane, Sent, ahead
+
+_BUFFERS = 3
+
+
+class Shelf(Protocol):
+    """N matrices of one shape, fp32, written and read by runs of experts."""
+
+    def put(self, some: slice, matrices: torch.Tensor) -> None:
+        """Keep those of the experts of these numbers; `matrices` may be overwritten afterwards."""
+
+    def take(self, spans: Sequence[slice]) -> Iterator[torch.Tensor]:
+        """Those of runs of experts, one run after the other; overwritten once the next but one is asked for."""
+
+
+class InMemory:
+    """A shelf of tensors on a device.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        (N, k, l).
+    device : torch.device
+    """
+
+    def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:
+        self._kept = torch.empty(shape, device=device)
+
+    def put(self, some: slice, matrices: torch.Tensor) -> None:
+        """As :meth:`Shelf.put`."""
+        self._kept[some] = matrices
+
+    def take(self, spans: Sequence[slice]) -> Iterator[torch.Tensor]:
+        """As :meth:`Shelf.take`."""
+        return (self._kept[span] for span in spans)
+
+
+class OnDisk:
+    """A shelf in a scratch file, whose removal is the caller's.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        (N, k, l).
+    device : torch.device
+        Where matrices come from, and are taken to.
+    file : Path
+    """
+
+    def __init__(self, shape: tuple[int, int, int], device: torch.device, file: Path) -> None:
+        self._shape, self._lane, self._device = shape[1:], Lane(device), device
+        self._stride = 4 * shape[1] * shape[2]
+        self._file = file
+        with open(file, "wb") as made:
+            made.truncate(shape[0] * self._stride)
+        self._buffers: list[torch.Tensor] = []
+
+    def put(self, some: slice, matrices: torch.Tensor) -> None:
+        """As :meth:`Shelf.put`."""
+        with open(self._file, "r+b", buffering=0) as file:
+            written = os.pwrite(file.fileno(), _bytes(matrices.cpu().contiguous()), some.start * self._stride)
+        if written != (some.stop - some.start) * self._stride:
+            raise OSError(f"{self._file}: {written} bytes of a batch were written; is the disk full?")
+
+    def take(self, spans: Sequence[slice]) -> Iterator[torch.Tensor]:
+        """As :meth:`Shelf.take`."""
+        largest = max((span.stop - span.start for span in spans), default=0)
+        if not self._buffers or len(self._buffers[0]) < largest:
+            self._buffers = [self._lane.memory((largest, *self._shape), torch.float32) for _ in range(_BUFFERS)]
+        with open(self._file, "rb", buffering=0) as file:
+
+            def reading(place: int) -> Callable[[], Sent]:
+                def fill(out: torch.Tensor) -> torch.Tensor:
+                    span = spans[place]
+                    part = out[: span.stop - span.start]
+                    if os.preadv(file.fileno(), [_bytes(part)], span.start * self._stride) != part.nbytes:
+                        raise OSError(f"{self._file}: ends before expert {span.stop - 1}")
+                    return part
+
+                return lambda: self._lane.send(fill, self._buffers[place % _BUFFERS])
+
+            for sent in ahead(map(reading, range(len(spans)))):
+                yield self._lane.take(sent)
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8))
+
+
+class Shelves:
+    """Makes shelves: in memory while it lasts, then in a folder.
+
+    Parameters
+    ----------
+    device : torch.device
+    size : int
+        Bytes of the device's memory for all of them.
+    folder : Path
+        For files; the caller removes it.
+    """
+
+    def __init__(self, device: torch.device, size: int, folder: Path) -> None:
+        self._device, self._left, self._folder = device, size, folder
+        self._made = 0
+
+    def make(self, shape: tuple[int, int, int]) -> Shelf:
+        """A shelf of (N, k, l) matrices: those made first lie in memory."""
+        size = 4 * shape[0] * shape[1] * shape[2]
+        if size <= self._left:
+            self._left -= size
+            return InMemory(shape, self._device)
+        self._made += 1
+        return OnDisk(shape, self._device, self._folder / f"shelf-{self._made}")

@@ -1,0 +1,172 @@
+"""Passes over the experts of a pool at a bank and codes: the joint objective, and what its curvature needs of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from globe.compute.forms import per_core, wide_dtype
+from globe.compute.gemm import matmul, mixtures
+from globe.compute.passes import engine, within
+from globe.compute.shelf import Shelves
+from globe.compute.spd import row_basis
+from globe.compute.stream import expert_batches
+from globe.fit.objective import Part, Sums, Value
+from globe.fit.sketch import Sketch
+from globe.runs.job import Job
+from globe.runs.stages import Advance
+from globe.seeds.pool import Pool
+
+Array = NDArray[np.float64]
+_SMALL_ERROR = 1e-3  # of ‖W'‖²: below it the difference of squares in fp32 loses too many digits
+_SAMPLE = 128  # experts whose columns and rows speak for all
+
+
+class Problem:
+    """The experts of a pool as the metric sees them, W'_i = D_i W_i L_i, and what the last pass left of each.
+
+    Parameters
+    ----------
+    pool : Pool
+        Without a metric W'_i = W_i.
+    shape : tuple of int
+        (m, r, d) of the bank.
+    job : Job
+        Settings `ridge` and `ridge_rcond`; `blocks.experts` in hand at a time, up to `blocks.cached` bytes kept.
+    folder : Path
+        For what is more than that.
+
+    Attributes
+    ----------
+    lefts : Shelf
+        C_i = A_iᵀA_i (r × r).
+    hidden : Shelf
+        K_i = L_i (I − Π_i) L_iᵀ (d × d), Π_i the projector on the rows of B̃'_i, where `whole`; otherwise an
+        orthonormal basis of these rows (r × d). K_i takes fewer products where there is a metric, and no more memory
+        than a few times the basis where d ≤ 2 r.
+    """
+
+    def __init__(self, pool: Pool, shape: tuple[int, int, int], job: Job, folder: Path) -> None:
+        self.family, self.metric, self.device = pool.family, pool.metric, job.device
+        self._settings = job.settings
+        self._rcond = job.settings.ridge_rcond**2  # of fp64, where the setting is for Gram matrices of fp32
+        (_, r, d), count, p = shape, len(pool.family), pool.family.p
+        self.spans = [slice(some.start, some.stop) for some in pool.family.batches(min(job.blocks.experts, count))]
+        self.whole = whole_columns(pool.metric is not None, r, d)
+        self._stride = 1 if self.whole else max(1, count // _SAMPLE)
+        shelves = Shelves(job.device, job.blocks.cached, folder)
+        self.lefts = shelves.make((count, r, r))
+        self.hidden = shelves.make((count, d if self.whole else r, d))
+        self._weighted = shelves.make((count, p, d))
+        self._made = False
+
+    def look(self, bank: torch.Tensor, codes: Array, seed: int, advance: Advance) -> Value:
+        """f, its gradient and its curvature at a bank and codes; one pass. `seed` draws the columns of the sketch."""
+        return self.sums(bank, codes, seed, advance).value()
+
+    def sums(self, bank: torch.Tensor, codes: Array, seed: int, advance: Advance) -> Sums:
+        """What `look` comes from."""
+        sums, size = Sums.none(bank, codes), self.spans[0].stop
+        mixed_room, slope_room = (torch.empty(size, *bank.shape[1:], device=self.device) for _ in range(2))
+        left_room = torch.empty(size, *sums.lefts.shape[1:], device=self.device)
+        hidden_room = torch.empty(size, bank.shape[2 if self.whole else 1], bank.shape[2], device=self.device)
+        sketch = Sketch(bank, self.metric, seed)
+        with engine(self.device) as workers:
+            for span, weighted in self._weighted_batches():
+                mixed = mixtures(codes[span], bank, mixed_room)
+
+                def work(
+                    part: slice, span: slice = span, mixed: torch.Tensor = mixed, weighted: torch.Tensor = weighted
+                ) -> Part:
+                    numbers, wanted = within(span, part), weighted[part]
+                    seen = mixed[part] if self.metric is None else self.metric.seen(numbers, mixed[part])
+                    inner, basis, ridged = row_basis(seen, self._settings.ridge, self._rcond)
+                    fitted = matmul(wanted, basis.mT)
+                    square = matmul(fitted.mT, fitted)
+                    moved = matmul(inner.mT, matmul(fitted.mT, wanted) - matmul(square, basis))
+                    slope_room[part] = moved if self.metric is None else self.metric.unseen(numbers, moved)
+                    left_room[part] = left = matmul(matmul(inner.mT, square), inner)
+                    hidden_room[part] = sketch.columns(numbers, basis) if self.whole else basis
+                    free = sketch.free(numbers, basis)
+                    some = slice(-numbers.start % self._stride, None, self._stride)
+                    columns = hidden_room[part] if self.whole else self._columns(sketch, numbers, basis, some)
+                    return Part(
+                        *_squares(wanted, fitted, basis),
+                        ridged,
+                        free.square().sum((1, 2)) / free.shape[1],
+                        sketch.codes(left, free),
+                        (columns * left[some].diagonal(dim1=1, dim2=2).sum(1)[:, None, None]).sum(0),
+                        _unit_grams(seen[some]),
+                        len(seen[some]),
+                    )
+
+                for part, found in workers.map(work, len(weighted)):
+                    sums.add(within(span, part), found)
+                    advance(part.stop - part.start)
+                lefts, hidden = left_room[: len(weighted)], hidden_room[: len(weighted)]
+                self.lefts.put(span, lefts)
+                self.hidden.put(span, hidden)
+                sums.gather(span, (bank, codes), slope_room[: len(weighted)], lefts)
+        return sums
+
+    def _weighted_batches(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """One pass over W'_i, some at a time; they are made in the first pass that comes to its end."""
+        if self._made:
+            yield from zip(self.spans, self._weighted.take(self.spans), strict=True)
+            return
+        size = self.spans[0].stop
+        room = torch.empty(size, self.family.p, self.family.d, device=self.device)
+        with engine(self.device) as workers:
+            for span, batch in expert_batches(self.family, size, self.device):
+
+                def weigh(part: slice, batch: torch.Tensor = batch, span: slice = span) -> None:
+                    plain = batch[part].float()
+                    room[part] = plain if self.metric is None else self.metric.weigh(within(span, part), plain)
+
+                workers.run(weigh, len(batch))
+                self._weighted.put(span, room[: len(batch)])
+                yield span, room[: len(batch)]
+        self._made = True
+
+    def _columns(self, sketch: Sketch, numbers: slice, basis: torch.Tensor, some: slice) -> torch.Tensor:
+        """K_i of the sampled experts among those of these numbers; nothing without a metric, which asks for none."""
+        d = basis.shape[2]
+        if self.metric is None:
+            return torch.zeros(len(basis[some]), 1, 1, device=basis.device).expand(-1, d, d)
+        found = [
+            sketch.columns(slice(numbers.start + k, numbers.start + k + 1), basis[k : k + 1])
+            for k in range(*some.indices(len(basis)))
+        ]
+        return torch.cat(found) if found else basis.new_zeros(0, d, d)
+
+
+def whole_columns(weighed: bool, rank: int, width: int) -> bool:
+    """Whether K_i is kept of every expert."""
+    return weighed and width <= 2 * rank
+
+
+def _squares(wanted: torch.Tensor, fitted: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """‖W'‖² and ‖W' − W' QᵀQ‖² (n,): the difference of squares, or of the residual where the host may look."""
+    wide = wide_dtype(wanted.device)
+
+    def square(matrices: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.vector_norm(matrices.flatten(1), dim=1, dtype=wide).square()
+
+    energies = square(wanted)
+    errors = (energies - square(fitted)).clamp(min=0)
+    if per_core(wanted.device) and bool((errors < _SMALL_ERROR * energies).any()):
+        errors = square(wanted - matmul(fitted, basis))
+    return energies, torch.where(errors.isfinite(), errors, torch.inf)
+
+
+def _unit_grams(seen: torch.Tensor) -> torch.Tensor:
+    """Σ_i B̃'_iB̃'_iᵀ over its mean diagonal (r, r)."""
+    products = matmul(seen, seen.mT)
+    means = products.diagonal(dim1=1, dim2=2).mean(1)
+    shares = torch.where(means > 0, 1 / means, torch.zeros_like(means))
+    found: torch.Tensor = (products * shares[:, None, None]).sum(0)
+    return found

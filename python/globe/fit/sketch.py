@@ -1,0 +1,56 @@
+"""What the curvature of the joint objective needs of single experts, from a few random columns where that is enough."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from globe.compute.gemm import matmul
+from globe.statistics.metric import Metric
+
+_COLUMNS = 16
+
+
+class Sketch:
+    """K_i = L_i (I − Π_i) L_iᵀ of experts, Π_i = QᵀQ being the projector on the rows of B̃'_i, and products with it.
+
+    Parameters
+    ----------
+    bank : torch.Tensor, shape (m, r, d)
+    metric : Metric or None
+        L_i; the identity without.
+    seed : int
+        Draws Ω (d × 16), normal of variance 1/16: E Ω Ωᵀ = I.
+    """
+
+    def __init__(self, bank: torch.Tensor, metric: Metric | None, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self._random = (torch.randn(bank.shape[2], _COLUMNS, generator=generator) / math.sqrt(_COLUMNS)).to(bank.device)
+        self._bank, self._metric = bank, metric
+
+    def columns(self, numbers: slice, basis: torch.Tensor) -> torch.Tensor:
+        """K_i (n, d, d) of experts with bases Q (n, r, d)."""
+        if self._metric is None:
+            return torch.eye(basis.shape[2], device=basis.device) - matmul(basis.mT, basis)
+        hidden = self._metric.unseen(numbers, basis)
+        return self._metric.moment(numbers, basis.shape[2]) - matmul(hidden.mT, hidden)
+
+    def free(self, numbers: slice, basis: torch.Tensor) -> torch.Tensor:
+        """L_i (I − Π_i) Ω (n, d, 16)."""
+        free = self._random - matmul(basis.mT, matmul(basis, self._random))
+        return free if self._metric is None else self._metric.unseen(numbers, free.mT.contiguous()).mT
+
+    def codes(self, lefts: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
+        """⟨A_i B_j F_i, A_i B_k F_i⟩ (n, m, m) of experts with C_i = A_iᵀA_i (n, r, r) and what `free` made."""
+        (atoms, rank, width), (count, _, columns) = self._bank.shape, free.shape
+        probed = matmul(self._bank.view(atoms * rank, width), free.permute(1, 0, 2).reshape(width, -1))
+        probed = probed.view(atoms, rank, count, columns).permute(2, 1, 0, 3).reshape(count, rank, -1)
+        weighed = matmul(lefts, probed)
+        return _by_atoms(probed, columns) @ _by_atoms(weighed, columns).mT
+
+
+def _by_atoms(probed: torch.Tensor, columns: int) -> torch.Tensor:
+    """(n, r, m · 16) as (n, m, r · 16)."""
+    count, rank, wide = probed.shape
+    return probed.view(count, rank, wide // columns, columns).transpose(1, 2).reshape(count, wide // columns, -1)
