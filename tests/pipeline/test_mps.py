@@ -15,6 +15,7 @@ from fake_mps import MPS, FakeMps, OnMps, kernels_of_mps
 from families import CPU, WEIGHTS_ONLY
 from globe import Settings, calibrate, compress
 from globe.compute import devices
+from globe.compute.spd import gram_inverse, row_basis
 from globe.errors import GlobeError
 from globe.seeds import METHODS
 
@@ -81,3 +82,31 @@ def test_a_device_that_multiplies_wrongly_ends_the_run(mps: FakeMps, monkeypatch
         monkeypatch.setattr(devices, "matmul", lambda left, other: right(left[..., :-50], other[..., :-50, :]))
         with pytest.raises(GlobeError, match="is off by .* of its norm, expected rounding"):
             devices.check_device(MPS)
+
+
+def test_a_device_that_factorises_wrongly_or_not_at_all_ends_the_run(
+    mps: FakeMps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = devices.gram_inverse
+
+    def wrong(*given: Any) -> tuple[torch.Tensor, ...]:
+        return 1.01 * right(*given)[0], *right(*given)[1:]
+
+    def missing(*given: Any) -> tuple[torch.Tensor, ...]:
+        raise NotImplementedError("aten::linalg_cholesky_ex.L")
+
+    with mps:
+        monkeypatch.setattr(devices, "gram_inverse", wrong)
+        with pytest.raises(GlobeError, match="the inverse of a 64 × 64 matrix is off by .* of its norm"):
+            devices.check_device(MPS)
+        monkeypatch.setattr(devices, "gram_inverse", missing)
+        with pytest.raises(GlobeError, match=r"torch .* has no Cholesky factors there.* or use --device cpu$"):
+            devices.check_device(MPS)
+
+
+def test_factors_and_bases_stay_on_the_device(mps: FakeMps) -> None:
+    with mps:
+        inner, basis, ridged = row_basis(torch.randn(3, 8, 20).to(MPS), 1e-6, 1e-10)
+        inverses, products, _ = gram_inverse(torch.randn(3, 8, 20).to(MPS), 1e-6, 1e-5)
+    assert all(isinstance(found, OnMps) for found in (inner, basis, ridged, inverses, products))
+    assert not {"_local_scalar_dense", "equal"} & mps.seen

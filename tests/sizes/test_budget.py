@@ -9,19 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoints import make_tiny
 from families import WEIGHTS_ONLY, WEIGHTS_ONLY_OPTIONS
+from globe import compress
 from globe.checkpoint.family import Expert, Family
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.tensorfile import TensorInfo
+from globe.choice.plan import plan
 from globe.compute.blocks import BLOCKS, Blocks
 from globe.errors import UsageError
 from globe.settings import Settings
 from globe.sizes import budget
-from globe.sizes.budget import machine_memory, plan_blocks
+from globe.sizes.budget import Room, fit_device, machine_memory, plan_blocks
 from globe.sizes.ratios import Shape
 from globe.statistics.memory import calibration_bytes, require_memory
 
@@ -115,6 +118,62 @@ def test_a_joint_fit_that_cannot_be_is_refused_with_what_would() -> None:
     needed = float(words[words.index("--max-memory") + 1].removesuffix("GiB"))
     assert blocks_for(int(needed * GIB), "aligned", solver="joint").pairs >= 1
     assert blocks_for(7 * GIB, "aligned").experts >= 1
+
+
+def device_blocks(free: int, blocks: Blocks = BLOCKS, bank: int = 180, **more: Any) -> Blocks:
+    settings = Settings(**{**WEIGHTS_ONLY, **more})
+    return fit_device(blocks, {"gate": family()}, {"gate": Shape(704, bank, 0)}, settings, Room("cuda:0", free))
+
+
+def test_batches_follow_the_memory_of_a_device() -> None:
+    assert device_blocks(80 * GIB) == BLOCKS
+    sizes = [device_blocks(free * GIB, mod="aligned").experts for free in (3, 4, 6, 8, 12, 24)]
+    assert sizes == sorted(sizes) and 2 <= sizes[0] < sizes[-1] == BLOCKS.experts
+    assert device_blocks(24 * GIB, solver="joint", mod="aligned").cached == 0
+    small = Blocks(experts=8, columns=64, pairs=3)
+    assert device_blocks(80 * GIB, small) == small
+    assert device_blocks(80 * GIB, Blocks(experts=1)).experts == 2
+
+
+@given(st.integers(9, 60))
+def test_more_memory_of_a_device_never_means_less_in_hand(size: int) -> None:
+    small, large = (device_blocks(free * GIB, solver="joint", calibrate="auto") for free in (size + 8, size + 12))
+    assert small.experts <= large.experts and small.pairs <= large.pairs and small.cached <= large.cached
+
+
+def test_a_device_without_room_for_two_experts_is_refused_with_what_would_do() -> None:
+    wanted = (
+        r"^device cuda:0 has 2GiB free; family gate \(1440 experts, rank 704, bank 180\) needs at least .*GiB there"
+    )
+    with pytest.raises(
+        UsageError, match=wanted + ", two experts at a time; use --device cpu or --bank-size"
+    ) as refusal:
+        device_blocks(2 * GIB, mod="aligned")
+    assert "\n" not in str(refusal.value)
+    bank = int(str(refusal.value).split("--bank-size ")[1].split()[0])
+    assert device_blocks(2 * GIB, mod="aligned", bank=bank).experts >= 2
+
+
+def test_a_device_without_room_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_tiny("olmoe", tmp_path / "source")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (64 << 20, 8 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 48 << 20)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 16 << 20)
+    settings = Settings(rank=0.5, bank_size=3, device="cuda", **WEIGHTS_ONLY)
+    with pytest.raises(UsageError, match=r"^device cuda has 0\.1GiB free; family gate .* use --device cpu$"):
+        compress(source, tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 << 30, 8 << 30))
+    assert plan(source, settings).blocks.experts == BLOCKS.experts
+
+
+def test_a_batch_in_shared_memory_counts_whole() -> None:
+    settings = Settings(max_memory=6 * GIB, mod="aligned", **WEIGHTS_ONLY)
+    given_blocks = [
+        plan_blocks({"gate": family()}, {"gate": Shape(704, 180, 0)}, settings, threads, 4) for threads in (2, None)
+    ]
+    assert given_blocks[1].experts < given_blocks[0].experts == BLOCKS.experts
 
 
 def test_calibration_that_cannot_be_is_refused_before_anything_is_read(tmp_path: Path) -> None:

@@ -15,13 +15,14 @@ from globe.checkpoint.index import FAMILIES, Checkpoint
 from globe.choice.probe import WeightProber
 from globe.choice.ratio_plan import Probing, candidates, plan_ratio, probes, sizes_of
 from globe.compute.blocks import Blocks
-from globe.compute.devices import pick_device, thread_count
+from globe.compute.devices import device_room, pick_device, thread_count
+from globe.compute.forms import per_core
 from globe.compute.gemm import dictionary_dtype
 from globe.errors import UsageError
 from globe.runs.job import Job
 from globe.seeds.proxies import Scan
 from globe.settings import Settings
-from globe.sizes.budget import plan_blocks
+from globe.sizes.budget import Room, fit_device, plan_blocks
 from globe.sizes.pools import Size, groups, pools, sizes, units
 from globe.sizes.ratios import Shape, ratios
 
@@ -73,18 +74,25 @@ def _sized(
     checkpoint: Checkpoint, whole: dict[str, Family], asked: dict[str, Size], settings: Settings, device: torch.device
 ) -> Plan:
     held, shapes = pools(whole, asked, settings)
+    return Plan(checkpoint, whole, held, shapes, device, _blocks(held, shapes, settings, device))
+
+
+def _blocks(held: dict[str, Family], shapes: dict[str, Shape], settings: Settings, device: torch.device) -> Blocks:
+    """What the memory of the host, and that of the device, have room for at a time."""
+    free = device_room(device)
+    shared = free is None and not per_core(device)
+    threads = None if shared else thread_count(settings.threads)
     exact_bytes = dictionary_dtype(settings.precision, device).itemsize
-    blocks = plan_blocks(held, shapes, settings, thread_count(settings.threads), exact_bytes)
-    return Plan(checkpoint, whole, held, shapes, device, blocks)
+    blocks = plan_blocks(held, shapes, settings, threads, exact_bytes)
+    return blocks if free is None else fit_device(blocks, held, shapes, settings, Room(str(device), free))
 
 
 def _fits(whole: dict[str, Family], settings: Settings, device: torch.device) -> Callable[[str, Size], bool]:
     """Whether there is memory for a size of a unit, if the others take no more."""
-    threads, exact_bytes = thread_count(settings.threads), dictionary_dtype(settings.precision, device)
 
     def fits(name: str, size: Size) -> bool:
         try:
-            plan_blocks(*pools({name: whole[name]}, {name: size}, settings), settings, threads, exact_bytes.itemsize)
+            _blocks(*pools({name: whole[name]}, {name: size}, settings), settings, device)
         except UsageError:
             return False
         return True

@@ -9,10 +9,12 @@ import torch
 
 from globe import kernels
 from globe.compute.gemm import matmul
+from globe.compute.spd import gram_inverse
 from globe.errors import GlobeError, UsageError
 from globe.machine.processors import usable_processors
 from globe.machine.waiting import warn_of_spinning
 
+_ROUNDING = 1e-4
 _AT_FIRST = torch.get_num_threads()
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 
@@ -34,25 +36,48 @@ def pick_device(name: str) -> torch.device:
 
 
 def check_device(device: torch.device) -> None:
-    """Multiply two matrices on a device and on the CPU, with an inner dimension that took wrong turns on some Macs.
+    """Multiply and factorise matrices on a device and on the CPU.
+
+    The inner dimension is one that took wrong turns on some Macs, whose Cholesky factors did too.
 
     Raises
     ------
     GlobeError
-        If the results differ by more than rounding.
+        If the results differ by more than rounding, or this torch has no Cholesky factors there.
     """
     if device.type == "cpu":
         return
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(shape, generator=generator) for shape in ((64, 40_000), (40_000, 48)))
-    wanted = left.double() @ right.double()
-    found = matmul(left.to(device), right.to(device)).cpu().double()
-    error = float((found - wanted).norm() / wanted.norm())
-    if not error < 1e-4:
+    found = matmul(left.to(device), right.to(device))
+    _check(device, "a product of 64 × 40,000 and 40,000 × 48 matrices", found, left.double() @ right.double())
+    rows = torch.randn(3, 64, 200, generator=generator)
+    wide = rows.double()
+    try:
+        found = gram_inverse(rows.to(device), 1e-6, 1e-5)[0]
+    except NotImplementedError as error:
         raise GlobeError(
-            f"device {device}: a product of 64 × 40,000 and 40,000 × 48 matrices is off by {error:.1e} of its norm, "
-            "expected rounding (1e-6); update torch or the system, or use --device cpu"
+            f"device {device}: torch {torch.__version__} has no Cholesky factors there, which the fit needs; "
+            "update torch or use --device cpu"
+        ) from error
+    _check(device, "the inverse of a 64 × 64 matrix", found, torch.linalg.inv(wide @ wide.mT))
+
+
+def _check(device: torch.device, what: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
+    error = float((found.cpu().double() - wanted).norm() / wanted.norm())
+    if not error < _ROUNDING:
+        raise GlobeError(
+            f"device {device}: {what} is off by {error:.1e} of its norm, expected rounding (1e-6); update torch or the "
+            "system, or use --device cpu"
         )
+
+
+def device_room(device: torch.device) -> int | None:
+    """Bytes that this process may still take of a device's own memory; None where it has none of its own."""
+    if device.type != "cuda":
+        return None
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 def thread_count(threads: int | None) -> int:

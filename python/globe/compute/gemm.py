@@ -210,7 +210,8 @@ class GramSum:
             return
         for part in block.split(_FP32_RUN, 1):
             part = part.float()
-            product = _summable(part @ part.T)
+            product = part @ part.T
+            product = product.double() if wide_dtype(part.device) == torch.float64 else product.cpu().double()
             self._there = product if self._there is None else self._there.add_(product)
 
     @property
@@ -220,11 +221,6 @@ class GramSum:
         if self._there is not None:
             total = total + ((self._there + self._there.T) / 2).cpu().numpy()
         return total
-
-
-def _summable(products: torch.Tensor) -> torch.Tensor:
-    """fp32 products in fp64: on their device, or on the host where the device has no fp64."""
-    return products.double() if wide_dtype(products.device) == torch.float64 else products.cpu().double()
 
 
 def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
@@ -241,15 +237,23 @@ def correlations(targets: torch.Tensor, bank: torch.Tensor) -> NDArray[np.float6
     On a device this is the one time that the host reads what was made of a batch.
     """
     flat, atoms = targets.flatten(1), bank.flatten(1)
-    total = torch.zeros(len(flat), len(atoms), dtype=torch.float64)
     if per_core(bank.device):
+        total = torch.zeros(len(flat), len(atoms), dtype=torch.float64)
         for left, right in zip(flat.split(_FP32_RUN, 1), atoms.split(_FP32_RUN, 1), strict=True):
             total += matmul(left, right.T).double()
-    else:
-        whole = flat.shape[1] // _FP32_RUN
-        runs = [matrix[:, : whole * _FP32_RUN].unflatten(1, (whole, _FP32_RUN)) for matrix in (flat, atoms)]
-        rest = [matrix[:, whole * _FP32_RUN :] for matrix in (flat, atoms)]
-        products = runs[0].transpose(0, 1) @ runs[1].permute(1, 2, 0)
-        total = _summable(torch.cat([products, (rest[0] @ rest[1].T)[None]])).sum(0).cpu()
-    products_found: NDArray[np.float64] = total.numpy()
-    return products_found
+        found: NDArray[np.float64] = total.numpy()
+        return found
+    runs = flat.shape[1] // _FP32_RUN
+    (left, over), (right, beyond) = (each.tensor_split([runs * _FP32_RUN], 1) for each in (flat, atoms))
+    whole = left.unflatten(1, (runs, _FP32_RUN)).transpose(0, 1) @ right.unflatten(1, (runs, _FP32_RUN)).permute(
+        1, 2, 0
+    )
+    products = torch.cat([whole, (over @ beyond.T)[None]])
+    return _summed_on_host(products)
+
+
+def _summed_on_host(products: torch.Tensor) -> NDArray[np.float64]:
+    """Σ_k P_k in fp64: on the device where it has fp64, so that less is brought to the host."""
+    if wide_dtype(products.device) == torch.float64:
+        return np.asarray(products.double().sum(0).cpu())
+    return np.asarray(products.cpu().double().sum(0))

@@ -14,6 +14,8 @@ from globe.compute.gemm import grams
 
 # Of the mean diagonal: a ridge below it is lost in the rounding of the matrix.
 _LEAST_RIDGE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_SHIFT = 4 * torch.finfo(torch.float32).eps  # of the norm of a Gram matrix: what its factor in fp32 rounds
+_RESOLVED = 8.0  # times the product of both shifts
 _LIFTS = tuple(16.0**-power for power in range(4, -1, -1))  # of the norm
 
 
@@ -164,29 +166,30 @@ def _orthonormal_rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What `row_basis` finds, in fp32 throughout: CholeskyQR twice shifted, and once with the ridge where it is needed.
 
-    Fukaya et al. (2020): the shifted factors s I + X Xᵀ, s of the size of what fp32 rounds, leave rows of a condition
-    that the last Cholesky factor of their Gram matrix makes orthonormal (Yamamoto et al., 2015). Directions below s²
-    of the mean ‖row‖² are not resolved: what has any takes the ridge, λ I becoming λ K Kᵀ for the rows K X in hand.
+    Fukaya et al. (2020): the shifted factors of s I + X Xᵀ, s of the size of what fp32 rounds, leave rows of a
+    condition that the last Cholesky factor of their Gram matrix makes orthonormal (Yamamoto et al., 2015). Directions
+    below the product of both shifts are not resolved: what has any takes the ridge, λ I becoming λ K Kᵀ for the rows
+    K X in hand.
     """
-    count, size, _ = matrices.shape
-    shift = 2 * size * torch.finfo(torch.float32).eps
     peak = matrices.abs().amax((1, 2))
     there = peak > 0
     scale = torch.where(there, peak, torch.ones_like(peak)).reciprocal()
     mean = (matrices * scale[:, None, None]).square().sum(2).mean(1)
-    scale = scale[:, None, None] * torch.where(there, mean, torch.ones_like(mean)).rsqrt()[:, None, None]
-    basis, inner = matrices * scale, _identities(matrices[:, :, :1].expand(-1, -1, size)) * scale
-    pivots, none = torch.ones(count, size, device=matrices.device), torch.zeros(count, device=matrices.device)
-    failed = ~there
+    scale = (scale * torch.where(there, mean, torch.ones_like(mean)).rsqrt())[:, None, None]
+    basis, inner = matrices * scale, _identities(matrices[:, :, :1].expand(-1, -1, matrices.shape[1]))
+    pivots, resolution, failed = torch.ones_like(basis[:, :, 0]), torch.ones_like(mean), ~there
     for _ in range(2):
-        basis, inner, diagonal, missed = _orthonormal_step(basis, inner, _plus_diagonal(grams(basis), none + shift))
-        pivots, failed = pivots * diagonal, failed | missed
-    resolved = (pivots.amin(1) / pivots.amax(1)).square() > max(rcond, (2 * shift) ** 2)
-    ridged = failed | ~resolved
-    amount = torch.where(ridged, torch.where(there, none + max(ridge, shift**2), none + 1), none)[:, None, None]
-    known = inner / scale
-    basis, inner, _, missed = _orthonormal_step(basis, inner, grams(basis) + amount * (known @ known.mT))
-    return inner, basis, ridged | missed
+        normal = grams(basis)
+        shift = _SHIFT * torch.linalg.vector_norm(normal.flatten(1), dim=1)
+        shift = torch.where(there, shift, torch.ones_like(shift))
+        basis, inner, diagonal, missed = _orthonormal_step(basis, inner, _plus_diagonal(normal, shift))
+        pivots, resolution, failed = pivots * diagonal, resolution * shift, failed | missed
+    least, most = pivots.amin(1).square(), pivots.amax(1).square()
+    ridged = failed | ~(least > rcond * most) | ~(least > _RESOLVED * resolution)
+    ridge_there = torch.where(there, resolution.clamp(min=ridge), torch.ones_like(mean))
+    amount = torch.where(ridged, ridge_there, torch.zeros_like(mean))[:, None, None]
+    basis, inner, _, missed = _orthonormal_step(basis, inner, grams(basis) + amount * (inner @ inner.mT))
+    return inner * scale, basis, ridged | missed
 
 
 def _orthonormal_step(

@@ -14,6 +14,7 @@ from globe.settings import Settings
 from globe.sizes.ratios import Shape
 
 BASE = 768 << 20  # the interpreter with torch, and freed memory that the allocator keeps
+DEVICE_BASE = 512 << 20  # workspaces of a device's libraries, and what its allocator cannot give away
 EXPERTS_AT_ONCE = 64  # in the exact dictionary step
 _FEW = 8  # experts, for which a pass spends some percent of its time on reading the bank
 _BANKS = 4  # of the joint fit beside its pairs, which take one each: the point, its slope, a direction, a trial's slope
@@ -35,7 +36,11 @@ def memory_limit(settings: Settings) -> int:
 
 
 def plan_blocks(
-    families: Mapping[str, Family], shapes: Mapping[str, Shape], settings: Settings, threads: int, exact_bytes: int
+    families: Mapping[str, Family],
+    shapes: Mapping[str, Shape],
+    settings: Settings,
+    threads: int | None,
+    exact_bytes: int,
 ) -> Blocks:
     """The largest blocks with which no stage is expected above `settings.max_memory`, from the shapes alone.
 
@@ -44,8 +49,8 @@ def plan_blocks(
     families, shapes : mapping
         By the name of the family, or of the pool of experts that share a bank.
     settings : Settings
-    threads : int
-        Experts worked on at the same time.
+    threads : int or None
+        Experts worked on at the same time; None where it is all in hand, in the same memory.
     exact_bytes : int
         Bytes of a number of A_iᵀA_i, 2 or 4.
 
@@ -56,20 +61,71 @@ def plan_blocks(
     """
     limit = memory_limit(settings)
     chosen = BLOCKS
-    stored = 2 * sum(shapes[name].bank * shapes[name].rank * family.d for name, family in families.items())
-    for name, family in families.items():
-        cost = _Cost(family, shapes[name], settings, threads, exact_bytes, stored)
+    for cost in _costs(families, shapes, settings, threads, exact_bytes):
         if cost.peak(SMALLEST) > limit:
-            raise UsageError(_advice(cost, settings, limit, cost.peak(SMALLEST)))
-        for field in ("experts", "columns", "proxy_bytes"):
-            while cost.peak(replace(SMALLEST, **{field: getattr(chosen, field)})) > limit:
-                chosen = replace(chosen, **{field: getattr(chosen, field) // 2})
-        if cost.peak(chosen) > limit:
-            chosen = replace(chosen, cached=0)
-        for field, least in (("experts", _FEW), ("pairs", 1), ("experts", 1)):
-            while cost.peak(chosen) > limit and getattr(chosen, field) > least:
-                size = getattr(chosen, field)
-                chosen = replace(chosen, **{field: size - 1 if field == "pairs" else size // 2})
+            raise UsageError(_advice(cost, SMALLEST, limit, f"max_memory is {size_text(limit)}"))
+        chosen = _shrunk(chosen, cost, SMALLEST, limit)
+    return chosen
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a device with a memory of its own has of it: its name, and the bytes that are free."""
+
+    device: str
+    free: int
+
+
+def fit_device(
+    blocks: Blocks, families: Mapping[str, Family], shapes: Mapping[str, Shape], settings: Settings, room: Room
+) -> Blocks:
+    """The largest blocks, of those that the host has room for, with which all that lies on the device fits there.
+
+    Parameters
+    ----------
+    blocks : Blocks
+        Of `plan_blocks`.
+    families, shapes, settings
+        As there.
+    room : Room
+
+    Raises
+    ------
+    UsageError
+        If there is no room for two experts; says what would fit.
+    """
+    least = replace(SMALLEST, experts=2)
+    chosen = replace(blocks, experts=max(blocks.experts, least.experts))
+    for cost in _costs(families, shapes, settings, None, 4):
+        there = replace(cost, base=DEVICE_BASE)
+        if there.peak(least) > room.free:
+            raise UsageError(_advice(there, least, room.free, f"device {room.device} has {size_text(room.free)} free"))
+        chosen = _shrunk(chosen, there, least, room.free)
+    return chosen
+
+
+def _costs(
+    families: Mapping[str, Family],
+    shapes: Mapping[str, Shape],
+    settings: Settings,
+    threads: int | None,
+    exact_bytes: int,
+) -> list[_Cost]:
+    stored = 2 * sum(shapes[name].bank * shapes[name].rank * family.d for name, family in families.items())
+    return [_Cost(family, shapes[name], settings, threads, exact_bytes, stored) for name, family in families.items()]
+
+
+def _shrunk(chosen: Blocks, cost: _Cost, least: Blocks, limit: int) -> Blocks:
+    """The blocks, made smaller until the cost is within a limit, which it is with the `least`."""
+    for field in ("experts", "columns", "proxy_bytes"):
+        while cost.peak(replace(least, **{field: getattr(chosen, field)})) > limit:
+            chosen = replace(chosen, **{field: max(getattr(least, field), getattr(chosen, field) // 2)})
+    if cost.peak(chosen) > limit:
+        chosen = replace(chosen, cached=0)
+    for field, smallest in (("experts", _FEW), ("pairs", 1), ("experts", least.experts)):
+        while cost.peak(chosen) > limit and getattr(chosen, field) > smallest:
+            size = getattr(chosen, field)
+            chosen = replace(chosen, **{field: size - 1 if field == "pairs" else max(smallest, size // 2)})
     return chosen
 
 
@@ -80,9 +136,10 @@ class _Cost:
     family: Family
     shape: Shape
     settings: Settings
-    threads: int
+    threads: int | None
     exact_bytes: int
     stored: int
+    base: int = BASE
 
     @property
     def bank(self) -> int:
@@ -101,29 +158,35 @@ class _Cost:
         p, d, layers = self.family.p, self.family.d, len({expert.layer for expert in self.family.experts})
         return 4 * layers * d * d + 4 * len(self.family) * (d + p * (p if "down" in self.family.families else 1))
 
-    @property
-    def workers(self) -> int:
-        """What each worker makes of an expert: W, W B̃ᵀ, A and its transpose, A⁺W, r × r matrices in fp64."""
+    def workers(self, blocks: Blocks) -> int:
+        """What each worker, or a batch on a device, makes of experts: W, W B̃ᵀ, A, A⁺W, r × r matrices in fp64."""
         p, d, r = self.family.p, self.family.d, self.shape.rank
         turned = 2 * p * d * self.family.bytes_per_weight if "down" in self.family.families else 0
-        seen = 8 * p * d + 8 * r * d + min(SEEN_GRAM_BYTES, self.bank) if self.metric else 0
+        seen = min(SEEN_GRAM_BYTES, self.bank) if self.metric else 0
+        if self.threads is None:
+            weighed = 16 * p * d + 16 * r * d if self.metric else 0
+            return turned + 2 * seen + blocks.experts * (12 * p * d + 28 * p * r + 32 * r * d + 80 * r * r + weighed)
+        seen += 8 * p * d + 8 * r * d if self.metric else 0
         return turned + self.threads * (4 * p * d + 20 * p * r + 12 * r * d + 40 * r * r + seen)
 
     def peak(self, blocks: Blocks) -> int:
         """Of all stages."""
-        stages = (self.seeds(blocks), self.loop(blocks), self.dictionary(blocks), self.joint(blocks), self.writing)
-        return BASE + max(stages)
+        fit = self.loop(blocks), self.dictionary(blocks), self.joint(blocks)
+        return self.base + max(self.seeds(blocks), *fit, self.writing(blocks))
 
-    @property
-    def writing(self) -> int:
-        return max(self.bank, self.stored) + self.metric + self.workers
+    def writing(self, blocks: Blocks) -> int:
+        """Of the stored left factors."""
+        return max(self.bank, self.stored) + self.metric + self.workers(blocks)
+
+    def _at_once(self, blocks: Blocks) -> int:
+        return blocks.experts if self.threads is None else self.threads
 
     def seeds(self, blocks: Blocks) -> int:
         gram = 8 * 8 * len(self.family) ** 2
         sketches = 0  # before there is a bank
         if self.settings.method in ("grouped-subspace", "auto"):
             sketches = 4 * len(self.family) * SKETCH_COLUMNS * self.family.d + gram
-        weights = 4 * self.family.p * self.family.d * self.threads
+        weights = 4 * self.family.p * self.family.d * self._at_once(blocks)
         return max(sketches, 2 * self.bank) + max(gram, 3 * blocks.proxy_bytes) + weights
 
     def loop(self, blocks: Blocks) -> int:
@@ -131,7 +194,7 @@ class _Cost:
         read = 3 * p * d * self.family.bytes_per_weight
         made = 4 * r * d * (3 if self.left_grams else 2) + (4 * r * r if self.left_grams else 0)
         banks = 2 if self.settings.outer_loops > 0 else 1
-        return banks * self.bank + self.left_grams + self.metric + blocks.experts * (read + made) + self.workers
+        return banks * self.bank + self.left_grams + self.metric + blocks.experts * (read + made) + self.workers(blocks)
 
     def dictionary(self, blocks: Blocks) -> int:
         if not self.left_grams:
@@ -153,27 +216,29 @@ class _Cost:
         read = 3 * p * d * self.family.bytes_per_weight
         made = 4 * p * d + 12 * r * d + 4 * d * d + 12 * r * r + 4 * m * m
         kept = whole if whole <= blocks.cached else 0
-        hidden = 20 * self.threads * d * d
-        return banks + curvature + blocks.experts * (read + made) + kept + self.metric + hidden + self.workers
+        hidden = 20 * self._at_once(blocks) * d * d
+        return banks + curvature + blocks.experts * (read + made) + kept + self.metric + hidden + self.workers(blocks)
 
 
-def _advice(cost: _Cost, settings: Settings, limit: int, needed: int) -> str:
-    shape, bank = cost.shape, cost.shape.bank
-    while bank > 1 and replace(cost, shape=replace(shape, bank=bank)).peak(SMALLEST) > limit:
+def _advice(cost: _Cost, least: Blocks, limit: int, found: str) -> str:
+    """What is needed beyond what was `found`, and what would do."""
+    shape, bank, settings, needed = cost.shape, cost.shape.bank, cost.settings, cost.peak(least)
+    while bank > 1 and replace(cost, shape=replace(shape, bank=bank)).peak(least) > limit:
         bank -= max(1, bank // 20)
-    remedies = [f"--max-memory {size_text(needed)}"]
-    if replace(cost, shape=replace(shape, bank=bank)).peak(SMALLEST) <= limit:
+    there = cost.base == DEVICE_BASE
+    remedies = ["--device cpu" if there else f"--max-memory {size_text(needed)}"]
+    if replace(cost, shape=replace(shape, bank=bank)).peak(least) <= limit:
         several = settings.share_families or settings.scope != "global"
         remedies.append("a smaller --bank-size" if several else f"--bank-size {bank}")
-    aligned = replace(cost, settings=replace(settings, mod="aligned")).peak(SMALLEST)
+    aligned = replace(cost, settings=replace(settings, mod="aligned")).peak(least)
     if cost.left_grams and aligned <= limit:
         remedies.append("--mod aligned")
-    alternate = replace(cost, settings=replace(settings, solver="alternate")).peak(SMALLEST)
+    alternate = replace(cost, settings=replace(settings, solver="alternate")).peak(least)
     if alternate <= limit:
         remedies.append("--solver alternate")
     return (
-        f"max_memory is {size_text(limit)}; family {cost.family.name} ({len(cost.family)} experts, rank {shape.rank}, "
-        f"bank {shape.bank}) needs at least {size_text(needed)}; use {' or '.join(remedies)}"
+        f"{found}; family {cost.family.name} ({len(cost.family)} experts, rank {shape.rank}, bank {shape.bank}) needs "
+        f"at least {size_text(needed)}{' there, two experts at a time' if there else ''}; use {' or '.join(remedies)}"
     )
 
 
