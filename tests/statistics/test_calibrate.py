@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import sys
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from click.testing import CliRunner  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 import globe  # noqa: E402
 from checkpoints import TOKENS, WINDOW, calibrate_tiny  # noqa: E402
@@ -25,9 +25,8 @@ from displays import Lines  # noqa: E402
 from globe.checkpoint.index import Checkpoint  # noqa: E402
 from globe.cli import cli  # noqa: E402
 from globe.evaluation.models import load_model  # noqa: E402
-from globe.statistics.calibration import load_calibration  # noqa: E402
+from globe.statistics.calibration import MOMENTS, load_calibration  # noqa: E402
 from globe.statistics.layerwise import Layerwise  # noqa: E402
-from globe.statistics.moments import Moments, value_and_slope  # noqa: E402
 from globe.statistics.texts import evaluation_text  # noqa: E402
 
 # per-expert tensors; a dense first layer; a dense layer between; fused as [E, 2p, d]; linear attention; post-norm
@@ -172,76 +171,52 @@ def test_one_layer_has_weights_at_a_time(
 def test_batches_change_rounding_only(
     tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = calibrate_tiny(tiny("olmoe"), tmp_path / "whole").layer(1)
-    again = calibrate_tiny(tiny("olmoe"), tmp_path / "again")
+    whole = calibrate_tiny(tiny("olmoe"), tmp_path / "whole", row_moments="full").layer(1)
+    again = calibrate_tiny(tiny("olmoe"), tmp_path / "again", row_moments="full")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
     assert again.about["warnings"] == []
     monkeypatch.setattr("globe.statistics.layerwise.TOKENS_AT_ONCE", 192)
-    parts = calibrate_tiny(tiny("olmoe"), tmp_path / "parts").layer(1)
+    parts = calibrate_tiny(tiny("olmoe"), tmp_path / "parts", row_moments="full").layer(1)
     for name, value in asdict(whole).items():
         torch.testing.assert_close(asdict(parts)[name], value, rtol=1e-4, atol=1e-5 * float(value.double().abs().max()))
 
 
 def test_row_moments(tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny("mixtral")
-    assert calibrate_tiny(model, tmp_path / "auto").layer(0).gate_moment is not None
-    assert calibrate_tiny(model, tmp_path / "diagonal", row_moments="diagonal").layer(0).gate_moment is None
-    monkeypatch.setattr(sys.modules["globe.statistics.calibrate"], "_AUTO_BYTES", 3 * 4 * 2 * 4 * 48 * 48)
-    assert calibrate_tiny(model, tmp_path / "auto").layer(0).gate_moment is None
+    def stored(choice: str) -> list[str]:
+        found = calibrate_tiny(tiny("mixtral"), tmp_path / choice, row_moments=choice)
+        layer = asdict(found.layer(0))
+        assert all((layer[name] is not None) == found.has(name) for name in MOMENTS)
+        return [name for name in MOMENTS if found.has(name)]
+
+    assert [stored(choice) for choice in ("diagonal", "hidden", "full")] == [[], ["hidden_moment"], list(MOMENTS)]
+    assert stored("auto") == ["hidden_moment"]
+    monkeypatch.setattr("globe.statistics.row_moments._AUTO_BYTES", 4 * 2 * 4 * 48 * 48)
+    assert stored("auto") == []
 
 
-@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
-def test_slope_of_an_activation(name: str) -> None:
-    activation = transformers.activations.ACT2FN[name]
-    at = torch.linspace(-4, 4, 41, dtype=torch.float64) + 0.01
-    value, slope = value_and_slope(activation, at)
-    torch.testing.assert_close(value, activation(at))
-    torch.testing.assert_close(slope, (activation(at + 1e-6) - activation(at - 1e-6)) / 2e-6, rtol=1e-6, atol=1e-8)
+def test_bf16_products_give_the_same_statistics_but_for_their_rounding(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("globe.compute.gemm._bf16_dots", lambda: True)
+    exact = calibrate_tiny(tiny("olmoe"), tmp_path / "fp32", row_moments="full", precision="fp32")
+    rounded = calibrate_tiny(tiny("olmoe"), tmp_path / "bf16", row_moments="full")
+    assert (exact.about["products"], rounded.about["products"]) == ("float32", "bfloat16")
+    for number in exact.layers:
+        found = asdict(rounded.layer(number))
+        for name, value in asdict(exact.layer(number)).items():
+            distance = torch.linalg.norm(found[name].double() - value)
+            assert 0 < distance <= 0.05 * torch.linalg.norm(value.double()) or name == "counts", (number, name)
 
 
-def test_an_expert_that_is_sent_nothing() -> None:
-    random = torch.Generator().manual_seed(0)
-    gate_up, down = torch.randn(2, 6, 4, generator=random), torch.randn(2, 4, 3, generator=random)
-    moments = Moments(gate_up, down, torch.nn.functional.silu, full=True)
-    x = torch.randn(5, 4, generator=random)
-    moments.add(x, torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1), x)
-    statistics: Any = moments.statistics()
-    assert statistics.counts.tolist() == [5, 0]
-    assert all(value[1].eq(0).all() for value in (statistics.hidden, statistics.gate_moment))
-    torch.testing.assert_close(statistics.diagonal[1], statistics.moment.diagonal())
-
-
-def test_an_experts_own_inputs_are_believed_where_halves_of_them_agree() -> None:
-    random = torch.Generator().manual_seed(0)
-    gate_up, down = torch.randn(2, 6, 4, generator=random), torch.randn(2, 4, 3, generator=random)
-    moments = Moments(gate_up, down, torch.nn.functional.silu, full=False)
-    x = torch.randn(4000, 4, generator=random)
-    chosen = torch.arange(4000)[:, None] % 2
-    x[chosen[:, 0] == 0] *= torch.tensor([3.0, 1.0, 1.0, 1.0])  # expert 0 differs, always in the same way
-    x[0] *= 100
-    moments.add(x, chosen, torch.ones(4000, 1), torch.ones(4000, 4))
-    statistics = moments.statistics()
-    own = x[chosen[:, 0] == 1].square().mean(0)
-    torch.testing.assert_close(statistics.diagonal[1], own, rtol=1e-4, atol=1e-4)  # half of its inputs tell the others'
-    assert not torch.allclose(own, statistics.moment.diagonal(), rtol=0.1)
-    torch.testing.assert_close(statistics.diagonal[0], statistics.moment.diagonal())  # one token makes half of them
-
-
-def test_moments_take_only_what_mps_has() -> None:
-    from fake_mps import MPS, FakeMps
-
-    random = torch.Generator().manual_seed(0)
-    gate_up, down, x = (torch.randn(shape, generator=random) for shape in ((2, 6, 4), (2, 4, 3), (5, 4)))
-    routing = (torch.tensor([[0], [1], [1], [0], [1]]), torch.rand(5, 1, generator=random))
-    found = []
-    for place in (MPS, torch.device("cpu")):
-        with FakeMps():
-            moments = Moments(gate_up.to(place), down.to(place), torch.nn.functional.silu, full=True)
-            given = (x.to(place), *(part.to(place) for part in routing))
-            moments.add(*given, x)
-            found.append({**asdict(moments.statistics()), "output": moments.output(*given).cpu()})
-    for name, value in found[1].items():
-        torch.testing.assert_close(found[0][name], value)
+def test_weights_in_fp32_are_never_rounded_to_bf16(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(tiny("olmoe"), tmp_path / "model")
+    for file in model.glob("*.safetensors"):
+        save_file({name: value.float() for name, value in load_file(file).items()}, file, {"format": "pt"})
+    found = calibrate_tiny(model, tmp_path / "usual").path.read_bytes()
+    monkeypatch.setattr("globe.compute.gemm._bf16_dots", lambda: True)
+    assert calibrate_tiny(model, tmp_path / "able").path.read_bytes() == found
 
 
 def test_the_text_is_not_the_one_evaluated(tiny: Callable[[str], Path], tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from globe.runs.stages import Stages  # noqa: E402
 from globe.runs.store import RunStore  # noqa: E402
 from globe.settings import Settings  # noqa: E402
 from globe.statistics.calibrate import FILE, calibration_for  # noqa: E402
+from globe.statistics.calibration import MOMENTS  # noqa: E402
 
 
 def job_of(stages: Stages, **settings: Any) -> Job:
@@ -58,7 +59,8 @@ def _damage(model: Path) -> None:
         (None, {"tokens": 100}, "tokens is 100; expected at least two windows of 64"),
         (None, {"window": 1}, "window is 1"),
         (None, {"window": 1024, "tokens": 4096}, "window is 1024; the model knows 512 positions"),
-        (None, {"row_moments": "some"}, "row moments is 'some'; expected one of auto, diagonal, full"),
+        (None, {"row_moments": "some"}, "row moments is 'some'; expected one of auto, diagonal, hidden, full"),
+        (None, {"precision": "fp8"}, "precision is 'fp8'; expected auto or fp32"),
         (None, {"device": "toaster"}, "not a torch device"),
         (None, {"text": Path("nowhere")}, "nowhere: No such file"),
     ],
@@ -129,6 +131,22 @@ def test_choices_of_a_compression(tiny: Callable[[str], Path], tmp_path: Path) -
         calibration_for(Checkpoint(tiny("olmoe")), job_of(stages, calibrate=str(made.path)), tmp_path)
     with pytest.raises(GlobeError, match="cannot be read"):
         calibration_for(checkpoint, job_of(stages, calibrate=str(tmp_path / "nowhere")), tmp_path)
+
+
+def test_what_the_families_need_is_measured(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    checkpoint, lines = Checkpoint(tiny("mixtral")), Lines()
+
+    def moments(*families: str) -> list[str]:
+        job = job_of(Stages(lines), calibrate="pydoc", calibration_tokens=1024, families=families)
+        found = calibration_for(checkpoint, job, tmp_path)
+        assert found is not None
+        return [name for name in MOMENTS if found.has(name)]
+
+    assert moments("gate", "up") == []
+    assert moments("gate", "down") == ["hidden_moment"]  # what is there lacks it
+    assert "calibrated on" in lines.lines[-1]
+    assert moments("up") == ["hidden_moment"]  # what is there has all that is needed, and more
+    assert "calibrated before" in lines.lines[-1]
 
 
 def test_auto_goes_on_without_what_it_needs(

@@ -65,12 +65,15 @@ def inspect(model: Path, families: str | None, ratio: float | None, as_json: boo
 @click.option("--window", type=int, default=512, show_default=True, help="Tokens per window.")
 @click.option(
     "--row-moments",
-    type=click.Choice(["auto", "diagonal", "full"]),
+    type=click.Choice(["auto", "diagonal", "hidden", "full"]),
     default="auto",
     show_default=True,
-    help="p × p moments of every expert's rows; auto: if below 1 GiB.",
+    help="p × p moments of every expert: of down's inputs (hidden), of all rows (full); auto: hidden if below 1 GiB.",
 )
 @click.option("--device", type=choice("device"), default="cpu", show_default=True)
+@click.option(
+    "--precision", type=choice("precision"), default="auto", show_default=True, help="fp32: never bf16 on a CPU."
+)
 @click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: all that the process may use]")
 @trusting
 @common

@@ -14,6 +14,7 @@ from globe.checkpoint.tensorfile import DTYPE_NAMES, TensorWriter, read_header, 
 from globe.errors import GlobeError
 
 FORMAT = "globe-calibration-2"
+MOMENTS = ("gate_moment", "up_moment", "hidden_moment")  # p × p for every expert; a file may lack them
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,18 @@ class LayerStatistics:
 class Calibration:
     """A calibration file: which layers have experts, their statistics (read when asked for), and where they are from.
 
-    `about` holds `fingerprint` of the checkpoint, `text`, `tokens`, `window` and `globe_version`.
+    `about` holds `fingerprint` of the checkpoint, `text`, `tokens`, `window`, `globe_version`, and as `products` the
+    dtype that layers ran in.
     """
 
     path: Path
     layers: tuple[int, ...]
     about: dict[str, Any]
+
+    def has(self, name: str) -> bool:
+        """Whether all layers have a statistic, a field of `LayerStatistics`."""
+        stored = read_header(self.path).tensors
+        return all(f"layers.{number}.{name}" in stored for number in self.layers)
 
     def layer(self, number: int) -> LayerStatistics:
         """The statistics of decoder layer `number`.

@@ -14,7 +14,9 @@ import torch
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.pretrained import first_line, import_transformers, quiet, refuse_own_code
 from globe.checkpoint.quantised import KEY, require_plain
+from globe.checkpoint.read_ahead import read_soon
 from globe.checkpoint.tensorfile import TensorInfo, read_tensor
+from globe.compute.gemm import dictionary_dtype
 from globe.errors import GlobeError
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -73,9 +75,11 @@ class Layerwise:
     checkpoint : Checkpoint
         The model's files.
     device : torch.device
-        Where layers run: on a CPU in float32, elsewhere in the checkpoint's dtype.
+        Where layers run: on a CPU in float32, elsewhere in the dtype of the checkpoint's experts.
     trust_remote_code : bool
         Run Python code that the checkpoint brings with it.
+    precision : str
+        With ``auto`` layers run on a CPU in bf16 too, where `working_dtype` says so.
 
     Raises
     ------
@@ -83,12 +87,14 @@ class Layerwise:
         If transformers is not there, does not have the architecture, or misses tensors; or tensors are quantised.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, trust_remote_code: bool = False, precision: str = "fp32"
+    ) -> None:
         require_runnable(checkpoint)
         self.checkpoint, self.device = checkpoint, device
         transformers = import_transformers("calibration")
         stored = checkpoint.family("gate").dtype
-        self.dtype = torch.float32 if device.type == "cpu" else stored
+        self.dtype = self.working_dtype(stored, device, precision)
         import_module("transformers.modeling_utils")  # before "meta": on torch 2.6 its imports make tensors
         with own_code(checkpoint), quiet(transformers), torch.device("meta"):
             config = transformers.AutoConfig.from_pretrained(
@@ -107,6 +113,21 @@ class Layerwise:
             match = LAYER.match(name)
             if match is not None or name.startswith("model."):
                 self._names.setdefault(int(match[1]) if match is not None else None, []).append(name)
+
+    @staticmethod
+    def working_dtype(stored: torch.dtype, device: torch.device, precision: str) -> torch.dtype:
+        """The dtype that layers of a checkpoint in the dtype `stored` run in.
+
+        On a CPU fp32; with precision ``auto`` bf16, where the checkpoint is in bf16 and the CPU has bf16 dot products.
+        """
+        if device.type != "cpu":
+            return stored
+        fast = dictionary_dtype(precision, device) == torch.bfloat16
+        return torch.bfloat16 if fast and stored == torch.bfloat16 else torch.float32
+
+    def expect(self, number: int) -> None:
+        """Let the system read a layer's weights into its cache meanwhile."""
+        read_soon([self.checkpoint.tensors[name] for name in self._names.get(number, [])])
 
     def experts(self, number: int) -> Any:
         """The module of a layer that holds its routed experts, or None."""
@@ -169,8 +190,8 @@ class Layerwise:
         with torch.no_grad(), own_code(self.checkpoint):
             output = layer(hidden.to(self.device), **arguments)
             result: torch.Tensor = (output[0] if isinstance(output, tuple) else output).cpu()
-        if not torch.isfinite(result).all():
-            kind = NotFinite if self.dtype == torch.float32 else GlobeError
+        if not all(map(torch.isfinite, result.aminmax())):
+            kind = NotFinite if self.device.type == "cpu" else GlobeError
             raise kind(
                 f"{self.checkpoint.directory}: layer {number} gives values that are not finite; its weights or its "
                 "compute type are damaged: calibrate on the CPU, or fetch the checkpoint again"

@@ -8,8 +8,9 @@ from globe.checkpoint.index import Checkpoint
 from globe.errors import UsageError
 from globe.settings import Settings
 from globe.sizes.budget import BASE, memory_limit, size_text
-from globe.statistics.calibrate import stores_row_moments
+from globe.statistics.experts import FACTORS
 from globe.statistics.layerwise import LAYER, TOKENS_AT_ONCE
+from globe.statistics.row_moments import moments_for
 
 _STACKING = 4  # stacks of an expert's matrix, as stored, beside the layer's weights while they are loaded
 _ACTIVATIONS = 16  # of a token, each as wide as the widest side of an expert
@@ -25,7 +26,8 @@ def require_memory(checkpoint: Checkpoint, settings: Settings) -> None:
     """
     if settings.calibrate not in ("auto", "pydoc"):
         return
-    limit, needed = memory_limit(settings), calibration_bytes(checkpoint, settings.calibration_tokens)
+    kept = moments_for(settings.families, checkpoint.family("gate"))
+    limit, needed = memory_limit(settings), calibration_bytes(checkpoint, settings.calibration_tokens, len(kept))
     if needed > limit:
         raise UsageError(
             f"max_memory is {size_text(limit)}; calibration needs about {size_text(needed)}: use --max-memory "
@@ -33,8 +35,11 @@ def require_memory(checkpoint: Checkpoint, settings: Settings) -> None:
         )
 
 
-def calibration_bytes(checkpoint: Checkpoint, tokens: int) -> int:
-    """Peak memory of a calibration in float32: a layer, the states of all tokens, statistics of all layers."""
+def calibration_bytes(checkpoint: Checkpoint, tokens: int, kept_moments: int = 0) -> int:
+    """Peak memory of a calibration in float32: a layer, the states of all tokens, statistics of all layers.
+
+    `kept_moments` of the p × p kinds of every expert are among the statistics.
+    """
     gates = checkpoint.family("gate")
     count, p, d, width = len(gates), gates.p, gates.d, gates.bytes_per_weight
     layers = len({expert.layer for expert in gates.experts})
@@ -45,7 +50,9 @@ def calibration_bytes(checkpoint: Checkpoint, tokens: int) -> int:
         weights[key] = weights.get(key, 0) + math.prod(info.shape)
     embedding = (4 + width) * weights.pop(None, 0)
     layer = (4 + width) * max(weights.values(), default=0) + _STACKING * width * (count // layers) * p * d
-    kept = layers * d * d + count * (d + 3 * p) + (3 * count * p * p if stores_row_moments(gates) else 0)
+    kept = layers * d * d + count * (d + 3 * p) + kept_moments * count * p * p
     summed = 4 * kept // layers  # fp64, and its symmetric part
-    activations = 4 * min(tokens, TOKENS_AT_ONCE) * _ACTIVATIONS * max(p, d)
+    choices = checkpoint.config.get("num_experts_per_tok")  # of a token; at most all experts of the layer
+    pair = (choices if isinstance(choices, int) else count // layers) * (FACTORS * p + d)
+    activations = 4 * min(tokens, TOKENS_AT_ONCE) * (_ACTIVATIONS * max(p, d) + pair)
     return BASE + 4 * tokens * d + max(embedding, layer + 4 * summed + activations) + 4 * kept

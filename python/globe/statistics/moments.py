@@ -1,16 +1,18 @@
-"""Second moments of a mixture of experts, gathered while a decoder layer runs."""
+"""Second moments of a mixture of experts, summed while a decoder layer runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 
 import torch
-from torch.nn import functional
 
-from globe.statistics.calibration import LayerStatistics
+from globe.compute.gemm import matmul
+from globe.compute.stream import Workers
+from globe.statistics.calibration import MOMENTS, LayerStatistics
+from globe.statistics.experts import FACTORS, Seen, row_blocks
 
 _STRETCH = 128  # tokens
-Activation = Callable[[torch.Tensor], torch.Tensor]
+_PANELS = 4  # of columns of a symmetric product: 5/8 of it are computed
 
 
 class Moments:
@@ -18,89 +20,89 @@ class Moments:
 
     Parameters
     ----------
-    gate_up : torch.Tensor, shape (E, 2p, d)
-        Every expert's gate above its up matrix.
-    down : torch.Tensor, shape (E, d, p)
-        The down matrices.
-    activation : callable
-        φ, elementwise.
-    full : bool
-        Whether the p × p moments are gathered too.
+    experts : int
+        E.
+    d, p : int
+        The width of the layer's inputs, and of its experts.
+    kept : sequence of str
+        Which p × p moments are gathered too: names out of `MOMENTS`.
     """
 
-    def __init__(self, gate_up: torch.Tensor, down: torch.Tensor, activation: Activation, *, full: bool) -> None:
-        self.gate_up, self.down, self.activation = gate_up, down, activation
-        experts, d, p = down.shape
+    def __init__(self, experts: int, d: int, p: int, kept: Sequence[str]) -> None:
         self.tokens = 0
         self.worth = 0.0
-        self.moment = _zeros(d, d)
+        self.moment = _zeros(d, d)  # its panels below the diagonal are zero, as those of `products`
         self.counts = torch.zeros(experts, dtype=torch.int64)
         self.halves = _zeros(2, experts)  # weights of the tokens, of every other stretch apart
         self.diagonals = _zeros(2, experts, d)
-        self.squares = _zeros(3, experts, p)  # of the gate's and the up matrix's factors, and of down's input
-        self.products = _zeros(3, experts, p, p) if full else None
+        self.squares = _zeros(experts, FACTORS, p)
+        self.products = {name: _zeros(experts, p, p) for name in kept}
 
-    def output(self, inputs: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The experts' output Σ_e w_e down_e (φ(gate_e x) · up_e x) for inputs x (n, d), in their dtype.
+    def add(self, seen: Seen, stream: torch.Tensor, first: int) -> None:
+        """Take a call of the layer's experts.
 
-        `chosen` and `weights` (n, k) are each token's experts and its routing weights.
+        Parameters
+        ----------
+        seen : Seen
+        stream : torch.Tensor, shape (n, d)
+            The residual stream behind the block.
+        first : int
+            The place of the first token in the text.
         """
-        total = torch.zeros_like(inputs, dtype=torch.float32)
-        for expert, rows, mine, w in self._tokens(inputs.float(), chosen, weights.float()):
-            phi, _, up = self._products(expert, mine)
-            total.index_add_(0, rows, functional.linear(phi * up, self.down[expert].float()) * w)
-        return total.to(inputs.dtype)
-
-    def add(self, inputs: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, stream: torch.Tensor) -> None:
-        """Take the block's input x (n, d), what `output` takes with it, and the residual stream behind it (n, d)."""
-        x = inputs.float()
-        size = stream.to(x.device).float().square().sum(-1, keepdim=True)
+        x, routing = seen.inputs.float(), seen.routing
+        size = torch.linalg.vector_norm(stream.to(x.device).float(), dim=-1).square()
         worth = torch.where(size > 0, 1 / size, 0)
-        second = torch.arange(self.tokens, self.tokens + len(x), device=x.device) // _STRETCH % 2 == 1
+        places = torch.arange(first, first + len(x), device=x.device)
         self.tokens += len(x)
         self.worth += float(_double(worth).sum())
-        self.moment += _double(x.T @ (worth * x))
-        for expert, rows, mine, w in self._tokens(x, chosen, weights.float()):
-            w = w * worth[rows].sqrt()
-            phi, slope, up = self._products(expert, mine)
-            self.counts[expert] += len(rows)
-            for half, some in enumerate((~second[rows], second[rows])):
-                self.halves[half, expert] += _double(w[some]).square().sum()
-                self.diagonals[half, expert] += _double((w[some] * mine[some]).square().sum(0))
-            for number, factor in enumerate((slope * up, phi, phi * up)):
-                scaled = factor * w
-                self.squares[number, expert] += _double(scaled.square().sum(0))
-                if self.products is not None:
-                    self.products[number, expert] += _double(scaled.T @ scaled)
+        self.moment += _double(upper_gram(x * worth.sqrt()[:, None]))
+        roots = routing.weights * worth.index_select(0, routing.rows).sqrt()
+        second = (places // _STRETCH % 2).float().index_select(0, routing.rows)
+        halves = torch.stack((1 - second, second))
 
-    def _tokens(
-        self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
-    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Every expert that is sent tokens: which, their inputs (n, d) and routing weights (n, 1)."""
-        for expert in range(len(self.down)):
-            rows, places = torch.where(chosen == expert)
-            if len(rows) > 0:
-                yield expert, rows, x[rows], weights[rows, places, None]
+        def add_expert(expert: int) -> None:
+            span = routing.spans[expert]
+            self.counts[expert] += span.stop - span.start
+            for rows in row_blocks(span.start, span.stop, x.device):
+                root = roots[rows, None]
+                inputs = (x.index_select(0, routing.rows[rows]) * root).square_()
+                self.halves[:, expert] += _double(halves[:, rows] @ root.square())[:, 0]
+                self.diagonals[:, expert] += _double(halves[:, rows] @ inputs)
+                self.squares[expert] += _double((seen.factors[:, rows] * root).square_().sum(1))
+            for name, total in self.products.items():
+                factor = seen.factors[MOMENTS.index(name), span]
+                if len(factor) > 0:
+                    total[expert] += _double(upper_gram(factor * roots[span, None]))
 
-    def _products(self, expert: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """φ(gate x), φ'(gate x) and up x."""
-        gate, up = functional.linear(x, self.gate_up[expert].float()).chunk(2, dim=-1)
-        return *value_and_slope(self.activation, gate), up
+        with Workers(x.device) as workers:
+            for _ in workers.map(add_expert, len(routing.spans)):
+                pass
 
-    def statistics(self) -> LayerStatistics:
-        """The means over the tokens taken."""
-        down = self.down.float().cpu().double()
+    def merge(self, other: Moments) -> None:
+        """Add the sums over other tokens of the same layer: those of all tokens are the sums of their parts.
+
+        Raises
+        ------
+        ValueError
+            If the other's are of another shape, or keep other moments.
+        """
+        mine, theirs = ([*shapes.diagonals.shape, *shapes.squares.shape, *shapes.products] for shapes in (self, other))
+        if mine != theirs:
+            raise ValueError(f"other: found sums of {theirs}; expected {mine}, as here")
+        self.tokens += other.tokens
+        self.worth += other.worth
+        for name in ("moment", "counts", "halves", "diagonals", "squares"):
+            getattr(self, name).add_(getattr(other, name))
+        for name, total in self.products.items():
+            total += other.products[name]
+
+    def statistics(self, down: torch.Tensor) -> LayerStatistics:
+        """The means over the tokens taken, with the down matrices (E, d, p)."""
         weight = self.halves.sum(0)
-        scale = torch.where(weight > 0, 1 / weight, 0)[:, None]
-        gate, up, hidden = self.squares * scale
-        norms = down.square().sum(1)
-        full = {}
-        if self.products is not None:
-            gram = down.mT @ down
-            moments = (self.products + self.products.mT) / 2 * scale[:, :, None]
-            found = {"gate_moment": moments[0] * gram, "up_moment": moments[1] * gram, "hidden_moment": moments[2]}
-            full = {name: value.float() for name, value in found.items()}
-        moment = (self.moment + self.moment.T) / (2 * self.worth)
+        scale = torch.where(weight > 0, 1 / weight, 0)
+        gate, up, hidden = (self.squares * scale[:, None, None]).unbind(1)
+        norms = torch.stack([_double(matrix.float()).square().sum(0) for matrix in down])
+        moment = mirrored(self.moment) / self.worth
         return LayerStatistics(
             moment=moment.float(),
             residual=torch.tensor(self.tokens / self.worth, dtype=torch.float32),
@@ -110,8 +112,18 @@ class Moments:
             gate_rows=(gate * norms).float(),
             up_rows=(up * norms).float(),
             hidden=hidden.float(),
-            **full,
+            **{name: self._row_moments(name, down, scale) for name in self.products},
         )
+
+    def _row_moments(self, name: str, down: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        means = torch.empty(self.products[name].shape)
+        for expert, total in enumerate(self.products[name]):
+            mean = mirrored(total) * scale[expert]
+            if name != "hidden_moment":
+                matrix = _double(down[expert].float())
+                mean *= matrix.T @ matrix
+            means[expert] = mean
+        return means
 
     def _own_diagonals(self, common: torch.Tensor) -> torch.Tensor:
         """E[x∘x] of every expert's tokens; `common` where half of the tokens tell less of the other half than it."""
@@ -124,13 +136,19 @@ class Moments:
         return torch.where(believed[:, None], whole, common)
 
 
-def value_and_slope(activation: Activation, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """φ and φ' of an elementwise activation."""
-    with torch.enable_grad():
-        leaf = at.detach().requires_grad_()
-        value = activation(leaf)
-        (slope,) = torch.autograd.grad(value.sum(), leaf)
-    return value.detach(), slope
+def upper_gram(x: torch.Tensor) -> torch.Tensor:
+    """xᵀ x (k, k) of x (n, k) in fp32, with zeros in most of what lies below its diagonal (see `mirrored`)."""
+    columns = x.shape[1]
+    width = max(64, -(-columns // _PANELS))
+    total = torch.zeros(columns, columns, device=x.device)
+    for first in range(0, columns, width):
+        total[first : first + width, first:] = matmul(x[:, first : first + width].T, x[:, first:])
+    return total
+
+
+def mirrored(upper: torch.Tensor) -> torch.Tensor:
+    """The symmetric matrix of which this one is right on its diagonal and above."""
+    return upper.triu() + upper.triu(1).T
 
 
 def _zeros(*shape: int) -> torch.Tensor:

@@ -1,0 +1,182 @@
+"""Windows of a text through a checkpoint, layer by layer, and the statistics of its experts to a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from globe._version import __version__
+from globe.errors import GlobeError, UsageError
+from globe.runs.stages import Stages
+from globe.statistics.calibration import Calibration, LayerStatistics, save_calibration
+from globe.statistics.experts import Experts, Seen
+from globe.statistics.layerwise import Arguments, Layerwise, own_code
+from globe.statistics.moments import Moments
+from globe.statistics.windows import Reading
+
+_PROBE = 16  # tokens on which the experts' products are compared with the module's own
+_SAME = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How statistics are measured.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where layers run.
+    kept : tuple of str
+        Which p × p moments are gathered: names out of `MOMENTS`.
+    precision : str
+        ``auto``: in bf16 on a CPU that has such products, of a checkpoint in bf16; anything else: in fp32 on a CPU.
+    """
+
+    device: torch.device
+    kept: tuple[str, ...]
+    precision: str
+
+
+def measure(reading: Reading, manner: Manner, path: Path, stages: Stages) -> Calibration:
+    """Let all windows through the layers up to the last one with experts, and write their statistics.
+
+    Raises
+    ------
+    UsageError
+        If the file cannot be at its place.
+    GlobeError
+        If the checkpoint cannot be run, or its experts are not of the form that is known.
+    """
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent}: no such directory; expected a place for the calibration file")
+    if path.is_dir():
+        raise UsageError(f"{path}: is a directory; expected a name for the calibration file")
+    checkpoint, gates = reading.checkpoint, reading.checkpoint.family("gate")
+    streamed = Layerwise(checkpoint, manner.device, reading.trust_remote_code, manner.precision)
+    with own_code(checkpoint):
+        known, largest = streamed.model.get_input_embeddings().num_embeddings, int(reading.windows.max())
+    if largest >= known:
+        raise GlobeError(f"the tokenizer gives token {largest}, the model knows {known}; it is of another model")
+    with_experts = {expert.layer for expert in gates.experts}
+    for number in range(len(streamed.layers)):
+        if (streamed.experts(number) is not None) != (number in with_experts):
+            raise GlobeError(
+                f"{checkpoint.directory}: layer {number} has routed experts in its weight files or as transformers "
+                "builds it, but not in both; calibration cannot read them"
+            )
+    last = max(with_experts)
+    with stages.stage("calibrate", last + 1) as advance:
+        layers = {}
+        with own_code(checkpoint):
+            for number, statistics in _stream(streamed, reading.windows, last, manner):
+                if statistics is not None:
+                    layers[number] = statistics
+                advance(1)
+        warnings = _warnings(layers, reading.about["tokens"], gates.d)
+        for line in warnings:
+            stages.display.log(line)
+        about = {
+            **reading.about,
+            "globe_version": __version__,
+            "device": str(manner.device),
+            "products": products(reading, manner),
+            "warnings": warnings,
+        }
+        return save_calibration(path, layers, about)
+
+
+def products(reading: Reading, manner: Manner) -> str:
+    """What a file says of the dtype that layers run in."""
+    dtype = Layerwise.working_dtype(reading.checkpoint.family("gate").dtype, manner.device, manner.precision)
+    return str(dtype).removeprefix("torch.")
+
+
+def _stream(
+    streamed: Layerwise, windows: torch.Tensor, last: int, manner: Manner
+) -> Iterator[tuple[int, LayerStatistics | None]]:
+    """The statistics of one layer after another, None where it has no experts."""
+    hidden, arguments = streamed.embed(windows)
+    for number in range(last + 1):
+        if number < last:
+            streamed.expect(number + 1)
+        yield number, _pass(streamed, number, hidden, arguments, manner.kept)
+
+
+def _pass(
+    streamed: Layerwise, number: int, hidden: torch.Tensor, arguments: Arguments, kept: tuple[str, ...]
+) -> LayerStatistics | None:
+    """Let all windows through a layer, in place."""
+    with streamed.layer(number) as layer:
+        module = streamed.experts(number)
+        if module is None:
+            for span in streamed.batches(hidden):
+                hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
+            return None
+        experts, (count, d, p) = _experts(streamed, module), module.down_proj.shape
+        moments = Moments(count, d, p, kept)
+        with _in_place_of(module, experts, streamed) as calls:
+            for span in streamed.batches(hidden):
+                hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
+                moments.add(calls.pop(), hidden[span].flatten(0, -2), span.start * hidden.shape[1])
+        return moments.statistics(experts.down)
+
+
+@contextmanager
+def _in_place_of(module: Any, experts: Experts, streamed: Layerwise) -> Iterator[list[Seen]]:
+    """Run a layer's experts instead of their module, once they agree on its first tokens; what they see, by calls."""
+    calls: list[Seen] = []
+    agreed = False
+
+    def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        nonlocal agreed
+        output, seen = experts.run(hidden_states, top_k_index, top_k_weights)
+        if not agreed:
+            some = [part[:_PROBE] for part in (hidden_states, top_k_index, top_k_weights)]
+            own, mine = type(module).forward(module, *some), output[:_PROBE]
+            distance = torch.linalg.norm((mine - own).float())
+            same_finite = torch.equal(own.isfinite(), mine.isfinite())  # what is not finite, `Layerwise.run` tells
+            if distance > _SAME[own.dtype] * torch.linalg.norm(own.float()) or not same_finite:
+                raise _other_form(streamed, module)
+            agreed = True
+        calls.append(seen)
+        return output
+
+    module.forward = forward
+    try:
+        yield calls
+    finally:
+        del module.forward
+
+
+def _experts(streamed: Layerwise, module: Any) -> Experts:
+    gate_up, down = module.gate_up_proj.detach(), module.down_proj.detach()
+    count, d, p = down.shape
+    if gate_up.shape != (count, 2 * p, d):
+        raise _other_form(streamed, module)
+    return Experts(gate_up, down, module.act_fn)
+
+
+def _other_form(streamed: Layerwise, module: Any) -> GlobeError:
+    return GlobeError(
+        f"{streamed.checkpoint.directory}: {type(module).__name__} is not down (φ(gate x) · up x), the form of expert "
+        "that calibration knows; compress it without calibration (--calibrate none)"
+    )
+
+
+def _warnings(layers: dict[int, LayerStatistics], tokens: int, d: int) -> list[str]:
+    lines = []
+    if tokens < 4 * d:
+        lines.append(f"{tokens:,} tokens are few for moments of {d} inputs; at least {4 * d:,} are advised")
+    unused = [
+        (layer, expert) for layer, found in layers.items() for expert in (found.counts == 0).nonzero()[:, 0].tolist()
+    ]
+    if unused:
+        layer, expert = unused[0]
+        total = sum(len(found.counts) for found in layers.values())
+        lines.append(f"{len(unused)} of {total} experts were sent no token, first expert {expert} of layer {layer}")
+    return lines
