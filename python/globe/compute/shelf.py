@@ -96,7 +96,9 @@ class OnDisk:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8))
+    """The memory of a contiguous tensor on the host."""
+    found: memoryview = tensor.numpy().reshape(-1).view(np.uint8).data
+    return found
 
 
 class Shelves:

@@ -44,11 +44,12 @@ def spd_inverse(matrices: torch.Tensor, ridge: float, rcond: float) -> tuple[tor
 
 
 def spd_factor_inverse(matrices: torch.Tensor, ridge: float, rcond: float) -> torch.Tensor:
-    """C⁻¹ (n, r, r), fp32, of Cholesky factors C of symmetric positive definite matrices, ridged as for `spd_inverse`."""
+    """C⁻¹ (n, r, r), fp32, of the Cholesky factors C of matrices that are ridged as for `spd_inverse`."""
     wide = matrices.to(wide_dtype(matrices.device))
     factors, _, failed = _factors(wide, ridge, max(rcond, wide.shape[1] * torch.finfo(wide.dtype).eps))
     factors = _lifted(wide, factors, failed)
-    return torch.linalg.solve_triangular(factors, _identities(factors), upper=False).float()
+    found: torch.Tensor = torch.linalg.solve_triangular(factors, _identities(factors), upper=False).float()
+    return found
 
 
 def gram_inverse(matrices: torch.Tensor, ridge: float, rcond: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -154,7 +154,8 @@ def _squares(wanted: torch.Tensor, fitted: torch.Tensor, basis: torch.Tensor) ->
     wide = wide_dtype(wanted.device)
 
     def square(matrices: torch.Tensor) -> torch.Tensor:
-        return torch.linalg.vector_norm(matrices.flatten(1), dim=1, dtype=wide).square()
+        norms: torch.Tensor = torch.linalg.vector_norm(matrices.flatten(1), dim=1, dtype=wide)
+        return norms.square()
 
     energies = square(wanted)
     errors = (energies - square(fitted)).clamp(min=0)
