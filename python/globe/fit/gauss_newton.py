@@ -82,10 +82,11 @@ class Operator:
 
     def __call__(self, vector: Vector) -> Vector:
         """H times a vector."""
-        return self._apply(vector.bank, self._point.chain * vector.codes)
+        found = self._apply(vector.bank, self._point.chain * vector.codes)
+        return Vector(found.bank, found.codes * self._point.chain)
 
     def jump(self, codes: Array) -> Vector:
-        """H times a change of the codes themselves (N, m)."""
+        """The same for a change of the codes (N, m) themselves, by the codes themselves."""
         return self._apply(None, codes)
 
     def _apply(self, change: torch.Tensor | None, codes: Array) -> Vector:
@@ -109,7 +110,7 @@ class Operator:
             self._workers.run(work, span.stop - span.start)
             slopes[span] = correlations(mixed, point.bank)
             scatter_add(point.codes[span], mixed, total, self._rooms[1])
-        return Vector(total.mul_(2 * self._scale), slopes * point.chain * (2 * self._scale))
+        return Vector(total.mul_(2 * self._scale), slopes * (2 * self._scale))
 
     def _project(self, numbers: slice, matrices: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """X_i K_i."""
