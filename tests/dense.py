@@ -10,12 +10,15 @@ import torch
 from families import Array, make_family, make_job, planted, whole_pool
 from globe.checkpoint.family import Family
 from globe.compute.blocks import Blocks
-from globe.fit.variable_projection import Problem
+from globe.fit.problem import Problem
 from globe.settings import Settings
 from globe.statistics.metric import Metric
 
 EXPERTS, P, D, RANK, ATOMS = 6, 10, 14, 4, 5
+WHOLE = 7  # a rank with which K_i is kept whole in a metric; with RANK it is its basis
 METRICS = ("none", "shared", "scaled", "rows")
+CASES = [*((kind, RANK) for kind in METRICS), *((kind, WHOLE) for kind in METRICS if kind != "none")]
+NOWHERE = Path("all shelves are in memory")
 
 
 def random_metric(kind: str, *, experts: int = EXPERTS, p: int = P, d: int = D, layers: int = 2) -> Metric | None:
@@ -70,6 +73,25 @@ class Dense:
         mixed = self.mixtures(bank, codes)
         return self.columns @ (torch.eye(mixed.shape[2], dtype=torch.float64) - torch.linalg.pinv(mixed) @ mixed)
 
+    def jacobian(self, bank: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the residuals by bank (N p d, m r d) and codes (N p d, N m), without the terms that Kaufman leaves out.
+
+        The differential of W'_i (I − Π_i) is −A_i dB̃'_i (I − Π_i) − W'_i (I − Π_i) dB̃'_iᵀ B̃'_i⁺ᵀ: the second term is
+        left out.
+        """
+        return self.jacobian_of(self.lefts(bank, codes), self.free(bank, codes), bank, codes)
+
+    def jacobian_of(
+        self, lefts: torch.Tensor, free: torch.Tensor, bank: torch.Tensor, codes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of −A_i Σ_j α_ij B_j L_i (I − Π_i) by bank and codes, with A_i and what is `free` as they are."""
+        (count, atoms), rows = codes.shape, self.weights[0].numel()
+        by_bank = torch.einsum("ij,ipr,ide->ipejrd", -codes, lefts, free).reshape(count * rows, -1)
+        by_codes = torch.zeros(count, rows, count, atoms, dtype=torch.float64)
+        each = torch.einsum("ipr,jrd,ide->ipej", lefts, bank, free).reshape(count, rows, atoms)
+        by_codes[torch.arange(count), :, torch.arange(count)] = -each
+        return by_bank, by_codes.reshape(count * rows, -1)
+
 
 def dense_of(family: Family, metric: Metric | None) -> Dense:
     weights = torch.stack([family.read(number).double() for number in range(len(family))])
@@ -93,16 +115,21 @@ def small_family(directory: Path, *, noise: float = 0.5, seed: int = 0) -> Famil
 
 
 def problem_of(
-    family: Family, metric: Metric | None, *, experts: int = 4, cached: int = 1 << 30, settings: Settings | None = None
+    family: Family,
+    metric: Metric | None,
+    *,
+    shape: tuple[int, int, int] = (ATOMS, RANK, D),
+    blocks: Blocks = Blocks(experts=4),
+    settings: Settings | None = None,
+    folder: Path = NOWHERE,
 ) -> Problem:
-    return Problem(
-        whole_pool(family, metric), make_job(settings or Settings(), blocks=Blocks(experts=experts, cached=cached))
-    )
+    """The problem of a family of which no row is held out; shelves that are not in memory lie in `folder`."""
+    return Problem(whole_pool(family, metric), shape, make_job(settings or Settings(), blocks=blocks), folder)
 
 
-def random_point(seed: int = 3, *, signed: bool = True) -> tuple[torch.Tensor, Array]:
+def random_point(seed: int = 3, *, signed: bool = True, rank: int = RANK) -> tuple[torch.Tensor, Array]:
     """A bank (fp32) and codes."""
     random = torch.Generator().manual_seed(seed)
-    bank = torch.randn(ATOMS, RANK, D, generator=random)
+    bank = torch.randn(ATOMS, rank, D, generator=random)
     codes = torch.randn(EXPERTS, ATOMS, generator=random, dtype=torch.float64).numpy()
     return bank, codes if signed else abs(codes)

@@ -1,173 +1,413 @@
-"""L-BFGS directions on quadratics, against a dense recursion, and the preconditioner against its blocks."""
+"""Gauss-Newton steps against dense fp64 algebra: the operator, its preconditioner, and what the gradients solve."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from families import Array
-from globe.fit.quasi_newton import Pairs, Point, Preconditioner, Vector
-from globe.fit.variable_projection import Curvature, Value
+from dense import ATOMS, CASES, EXPERTS, RANK, WHOLE, D, dense_of, problem_of, random_metric, random_point, small_family
+from families import CPU, Array, make_family, silent
+from forms import form
+from globe.checkpoint.family import Family
+from globe.compute.blocks import Blocks
+from globe.compute.passes import engine
+from globe.fit import preconditioner as preconditioner_module
+from globe.fit import problem as problem_module
+from globe.fit.gauss_newton import Newton, Operator, Point, Solving, Vector, newton_step
+from globe.fit.objective import Value
+from globe.fit.preconditioner import Preconditioner
+from globe.fit.problem import Problem
+from globe.statistics.metric import Metric
 
-BANK = (2, 1, 3)
-WHOLE = 6  # numbers of the bank in a vector
+every_case = pytest.mark.parametrize(("kind", "rank"), CASES)
+every_sign = pytest.mark.parametrize("signed", [True, False], ids=["signed", "non-negative"])
+some_cases = pytest.mark.parametrize(
+    ("kind", "rank", "signed"),
+    [
+        ("none", RANK, True),
+        ("none", RANK, False),
+        ("scaled", RANK, False),
+        ("scaled", WHOLE, True),
+        ("rows", WHOLE, False),
+    ],
+)
+TO_THE_END = Solving(600, 1e-3)
 
 
-def vector(values: Array) -> Vector:
-    """The first six numbers are the bank's, as bf16 has them; the others are the codes'."""
-    return exact(values).rounded().copy()
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return small_family(tmp_path_factory.mktemp("newton"))
 
 
-def exact(values: Array) -> Vector:
-    bank = torch.from_numpy(values[:WHOLE].astype(np.float32)).view(BANK)
-    return Vector(bank, values[None, WHOLE:].astype(np.float64))
+def flat(vector: Vector) -> Array:
+    """fp64, the bank first."""
+    return np.concatenate([vector.bank.double().numpy().ravel(), vector.codes.ravel()])
 
 
-def flat(found: Vector) -> Array:
-    return np.concatenate([found.bank.double().numpy().ravel(), found.codes.ravel()])
+def vector_of(values: Array, rank: int) -> Vector:
+    size = ATOMS * rank * D
+    bank = torch.from_numpy(values[:size].astype(np.float32)).view(ATOMS, rank, D)
+    return Vector(bank, values[size:].reshape(EXPERTS, ATOMS).copy())
 
 
-def spd(seed: int, size: int) -> Array:
-    random = np.random.default_rng(seed)
-    root = random.standard_normal((size, size))
-    return root @ root.T / size + 0.3 * np.eye(size)
+def drawn(seed: int, rank: int) -> Array:
+    """As fp32 has it."""
+    size = ATOMS * rank * D + EXPERTS * ATOMS
+    return np.random.default_rng(seed).standard_normal(size).astype(np.float32).astype(np.float64)
 
 
-def same(found: Vector) -> Vector:
+def sparse_point(rank: int, signed: bool) -> Point:
+    """A point; where codes are non-negative some are zero."""
+    bank, codes = random_point(signed=signed, rank=rank)
+    if not signed:
+        codes[np.random.default_rng(0).random(codes.shape) < 0.3] = 0
+        codes[:, 0] += 0.1
+    return Point(bank, codes, signed)
+
+
+def problem_at(family: Family, metric: Metric | None, point: Point, *, experts: int = 4) -> tuple[Problem, Value]:
+    """The problem after a pass at the point, and what it found."""
+    problem = problem_of(family, metric, shape=tuple(point.bank.shape), blocks=Blocks(experts=experts))  # type: ignore[arg-type]
+    return problem, problem.look(point.bank, point.codes, 0, silent)
+
+
+def by_codes(family: Family, metric: Metric | None, point: Point) -> Array:
+    """2 JᵀJ / Σ_i ‖W'_i‖², J by the bank and the codes themselves."""
+    dense = dense_of(family, metric)
+    both = torch.cat(dense.jacobian(point.bank.double(), torch.from_numpy(point.codes)), 1)
+    found: Array = (2 * both.mT @ both / dense.energy).numpy()
     return found
 
 
-@settings(max_examples=40)
-@given(st.integers(0, 1000), st.integers(1, 6))
-def test_conjugate_pairs_give_the_newton_direction(seed: int, extra: int) -> None:
-    size = WHOLE + extra
-    hessian, random = spd(seed, size), np.random.default_rng(seed)
-    steps = np.linalg.inv(np.linalg.cholesky(hessian)).T  # Sᵀ H S = I
-    pairs = Pairs(size)
-    for step in steps.T * random.uniform(0.1, 10, (size, 1)):
-        pairs.add(vector(step), vector(hessian @ step))
-    assert len(pairs) == size
-    slope = random.standard_normal(size)
-    given_slope = vector(slope)
-    found = flat(pairs.direction(given_slope, same))
-    wanted = -np.linalg.solve(hessian, flat(given_slope))
-    assert np.linalg.norm(found - wanted) <= 5e-2 * np.linalg.norm(wanted)  # the pairs are conjugate to bf16 only
+def by_variables(family: Family, metric: Metric | None, point: Point) -> Array:
+    """The same by the bank and the codes' variables."""
+    chain = np.concatenate([np.ones(point.bank.numel()), point.chain.ravel()])
+    return by_codes(family, metric, point) * np.outer(chain, chain)
 
 
-@settings(max_examples=40)
-@given(st.integers(0, 1000), st.integers(1, 5))
-def test_directions_are_those_of_the_dense_recursion(seed: int, count: int) -> None:
-    size = WHOLE + 3
-    random, hessian, metric = np.random.default_rng(seed), spd(seed, size), spd(seed + 1, size)
-    pairs, history = Pairs(count), []
-    for _ in range(count + 2):  # the first two are forgotten
-        step = random.standard_normal(size)
-        change = hessian @ step + 0.05 * random.standard_normal(size)
-        if step @ change > 0.1:
-            pairs.add(vector(step), vector(change))
-            history.append((flat(vector(step)), flat(vector(change))))
-    history = history[-count:]
-    scale = 0.5
-    if history:
-        step, change = history[-1]
-        scale = step @ change / (change @ metric @ change)
-    inverse = scale * metric
-    for step, change in history:
-        rho = 1 / (step @ change)
-        left = np.eye(size) - rho * np.outer(step, change)
-        inverse = left @ inverse @ left.T + rho * np.outer(step, step)
-    slope = random.standard_normal(size)
-    given_slope = vector(slope)
-    before = flat(given_slope)
-    found = flat(pairs.direction(given_slope, lambda other: exact(metric @ flat(other))))
-    assert np.linalg.norm(found + inverse @ before) <= 1e-3 * np.linalg.norm(inverse @ before)
-    assert np.array_equal(flat(given_slope), before)
+def apply(problem: Problem, point: Point, value: Value, values: Array) -> Array:
+    with engine(problem.device) as workers:
+        return flat(Operator(problem, point, value.scale, workers)(vector_of(values, point.bank.shape[1])))
 
 
-def test_pairs_without_curvature_are_not_taken() -> None:
-    random, pairs = np.random.default_rng(0), Pairs(3)
-    step = random.standard_normal(9)
-    across = random.standard_normal(9)
-    across -= across @ step / (step @ step) * step
-    for change in (-step, 0 * step, across - 1e-6 * step, np.full(9, np.nan)):
-        pairs.add(vector(step), vector(change))
-    pairs.add(vector(0 * step), vector(step))
-    assert len(pairs) == 0
-    for factor in (1.0, 2.0, 3.0, 4.0):
-        pairs.add(vector(step), vector(factor * step))
-    assert [round(float(slope.dot(vector(step)) / (step @ step))) for slope in pairs.slopes] == [2, 3, 4]
-    pairs.clear()
-    assert len(pairs) == 0
+def close(found: Array, wanted: Array, tolerance: float) -> None:
+    distance = np.linalg.norm(found - wanted)
+    assert distance <= tolerance * np.linalg.norm(wanted), distance
 
 
-def test_other_coordinates_change_no_inner_product() -> None:
-    generator = torch.Generator().manual_seed(0)
-    random = np.random.default_rng(0)
-
-    def draw() -> Vector:
-        return Vector(torch.randn(3, 4, 5, generator=generator), random.standard_normal((2, 3)))
-
-    pairs = Pairs(4)
-    for _ in range(3):
-        pairs.steps.append(draw())
-        pairs.slopes.append(draw())
-    before = [[step.dot(slope) for slope in pairs.slopes] for step in pairs.steps]
-    turn = torch.eye(4) + 0.3 * torch.randn(4, 4, generator=generator)
-    pairs.move(turn, torch.linalg.inv(turn).mT.contiguous())
-    pairs.resize(random.uniform(0.1, 10, (2, 1)))
-    after = [[step.dot(slope) for slope in pairs.slopes] for step in pairs.steps]
-    np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
+@every_case
+@every_sign
+def test_the_operator_is_the_gauss_newton_matrix(signed: bool, kind: str, rank: int, family: Family) -> None:
+    metric, point = random_metric(kind), sparse_point(rank, signed)
+    problem, value = problem_at(family, metric, point)
+    wanted = by_variables(family, metric, point)
+    for seed in range(3):
+        values = drawn(seed, rank)
+        close(apply(problem, point, value, values), wanted @ values, 1e-4)
+    size = point.bank.numel()
+    for part in (slice(0, size), slice(size, None)):  # each block alone
+        values = np.zeros(len(wanted))
+        values[part] = drawn(5, rank)[part]
+        close(apply(problem, point, value, values), wanted @ values, 1e-4)
 
 
-@pytest.mark.parametrize("signed", [True, False])
-def test_slopes_are_those_of_the_variables(signed: bool) -> None:
-    random = np.random.default_rng(0)
-    codes = random.standard_normal((3, 4)) if signed else random.uniform(0.1, 1, (3, 4)) * (random.random((3, 4)) < 0.6)
-    bank, wanted = torch.zeros(4, 2, 5), random.standard_normal((3, 4))
-    point, direction = Point(bank, codes, signed), Vector(torch.zeros(4, 2, 5), random.standard_normal((3, 4)))
-    np.testing.assert_allclose(point.moved(direction, 0.0).codes, codes)
-    value = Value(0.0, bank, wanted, np.zeros(3), 0)
-    ends = [float((point.moved(direction, s).codes * wanted).sum()) for s in (1e-6, -1e-6)]
-    slope = point.slope(value)
-    on_support = Vector(0 * bank, np.where(codes != 0, direction.codes, 0))
-    assert slope.dot(on_support) == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-6, abs=1e-8)
-    if not signed:  # a step past zero comes out on the other side
-        assert point.moved(direction, 100.0).codes.min() >= 0
+@every_case
+def test_the_operator_is_symmetric_and_semidefinite(kind: str, rank: int, family: Family) -> None:
+    point = sparse_point(rank, False)
+    problem, value = problem_at(family, random_metric(kind), point)
+    with engine(CPU) as workers:
+        times = Operator(problem, point, value.scale, workers)
+        matrix = np.stack([flat(times(vector_of(unit, rank))) for unit in np.eye(len(drawn(0, rank)))])
+    close(matrix, matrix.T, 1e-5)
+    eigenvalues = np.linalg.eigvalsh((matrix + matrix.T) / 2)
+    assert eigenvalues[0] > -1e-5 * eigenvalues[-1]
+    off = np.flatnonzero(np.concatenate([np.ones(point.bank.numel()), point.chain.ravel()]) == 0)
+    assert len(off) and not matrix[off].any() and not matrix[:, off].any()
 
 
-@pytest.mark.parametrize("weigh_columns", [True, False])
-@pytest.mark.parametrize("signed", [True, False])
-def test_the_preconditioner_is_the_inverse_of_its_blocks(weigh_columns: bool, signed: bool) -> None:
-    atoms, rank, d, experts = 3, 4, 6, 2
-    lefts = torch.from_numpy(np.stack([spd(k, rank) for k in range(atoms)])).float()
-    columns = torch.from_numpy(spd(9, d))
-    inner = torch.from_numpy(np.stack([spd(20 + k, atoms) for k in range(experts)])).float()
-    curvature = Curvature(lefts.clone(), columns, inner, torch.eye(rank, dtype=torch.float64))
-    random = np.random.default_rng(0)
-    codes = random.standard_normal((experts, atoms)) if signed else random.uniform(0.1, 1, (experts, atoms))
-    if not signed:
-        codes[0, 1] = 0
-    point = Point(torch.zeros(atoms, rank, d), codes, signed)
-    given_vector = Vector(
-        torch.from_numpy(random.standard_normal((atoms, rank, d))).float(), random.standard_normal((experts, atoms))
+@every_case
+def test_what_costs_nothing_has_no_curvature(kind: str, rank: int, family: Family) -> None:
+    """f does not change under B_j → Q B_j, nor with the size of an expert's codes."""
+    point = sparse_point(rank, True)
+    problem, value = problem_at(family, random_metric(kind), point)
+    turn = torch.randn(rank, rank, generator=torch.Generator().manual_seed(1))
+    usual = flat(vector_of(drawn(0, rank), rank))
+    size = np.linalg.norm(apply(problem, point, value, usual)) / np.linalg.norm(usual)
+    for free in (
+        Vector(turn @ point.bank, np.zeros_like(point.codes)),
+        Vector(torch.zeros_like(point.bank), point.codes * np.arange(1, EXPERTS + 1)[:, None]),
+    ):
+        assert np.linalg.norm(apply(problem, point, value, flat(free))) < 1e-4 * size * np.linalg.norm(flat(free))
+
+
+def test_at_an_exact_fit_it_is_the_hessian(tmp_path: Path) -> None:
+    """There the terms that are left out are zero."""
+    bank, codes = random_point(signed=True)
+    random = np.random.default_rng(1)
+    weights = random.standard_normal((EXPERTS, 10, RANK)) @ np.einsum("ij,jrd->ird", codes, bank.double().numpy())
+    family, point = make_family(tmp_path, weights), Point(bank, codes, True)
+    problem, value = problem_at(family, None, point)
+    dense = dense_of(family, None)
+    values = vector_of(drawn(0, RANK), RANK)
+
+    def shares(bank: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        return dense.shares(bank, codes).sum()
+
+    at = bank.double(), torch.from_numpy(codes)
+    _, products = torch.autograd.functional.hvp(shares, at, (values.bank.double(), torch.from_numpy(values.codes)))  # type: ignore[no-untyped-call]
+    close(apply(problem, point, value, flat(values)), torch.cat([part.flatten() for part in products]).numpy(), 1e-4)
+
+
+@every_case
+@every_sign
+def test_a_jump_is_of_the_codes_themselves(signed: bool, kind: str, rank: int, family: Family) -> None:
+    metric, point = random_metric(kind), sparse_point(rank, signed)
+    problem, value = problem_at(family, metric, point)
+    change = np.random.default_rng(2).standard_normal(point.codes.shape)
+    with engine(CPU) as workers:
+        found = flat(Operator(problem, point, value.scale, workers).jump(change))
+    values = np.concatenate([np.zeros(point.bank.numel()), change.ravel()])
+    close(found, by_codes(family, metric, point) @ values, 1e-4)
+
+
+def whole_step(
+    family: Family, metric: Metric | None, point: Point, target: Array | None = None, how: Solving = TO_THE_END
+) -> tuple[Newton, Value, Array]:
+    """A step, f at its beginning, and the gradient there by bank and codes."""
+    with form("batched"):  # which starts no threads
+        problem, value = problem_at(family, metric, point)
+        slope = np.concatenate([value.bank.double().numpy().ravel(), value.codes.ravel()])
+        return newton_step(problem, point, value, point.codes if target is None else target, how), value, slope
+
+
+@some_cases
+def test_a_step_is_that_of_the_dense_equations(kind: str, rank: int, signed: bool, family: Family) -> None:
+    metric, point = random_metric(kind), sparse_point(rank, signed)
+    found, value, slope = whole_step(family, metric, point)
+    chain = np.concatenate([np.ones(point.bank.numel()), point.chain.ravel()])
+    matrix, slope = by_variables(family, metric, point), slope * chain
+    wanted = -np.linalg.lstsq(matrix, slope, rcond=1e-9)[0]
+    step = flat(found.step)
+    assert 1 < found.iterations < TO_THE_END.steps
+    close(matrix @ step, -slope, 5e-3)  # of a singular matrix: steps differ by what costs nothing
+    assert found.jumped == value.error
+    assert found.slope == pytest.approx(slope @ step, rel=1e-3)
+    assert found.predicted == pytest.approx(value.error + slope @ wanted / 2, abs=2e-3 * value.error)
+    assert found.predicted == pytest.approx(
+        value.error + slope @ step + step @ matrix @ step / 2, abs=1e-3 * value.error
     )
-    found = Preconditioner(curvature, weigh_columns)(given_vector.copy(), point)
-    for atom in range(atoms):
-        left = lefts[atom].double().numpy()
-        left = left + 1e-4 * left.diagonal().mean() * np.eye(rank)
-        right = columns.numpy() + 1e-3 * np.eye(d) if weigh_columns else np.eye(d)
-        back = left @ found.bank[atom].double().numpy() @ right
-        np.testing.assert_allclose(back, given_vector.bank[atom].double().numpy(), atol=1e-4)
-    for number in range(experts):
-        some = np.flatnonzero(codes[number])
-        chain = np.ones(len(some)) if signed else 2 * np.sqrt(codes[number, some])
-        block = inner[number].double().numpy()[np.ix_(some, some)] * np.outer(chain, chain)
-        block += 1e-2 * block.diagonal().mean() * np.eye(len(some))
-        np.testing.assert_allclose(block @ found.codes[number, some], given_vector.codes[number, some], atol=1e-8)
-        assert np.count_nonzero(found.codes[number]) == len(some)
+    assert not found.step.codes[point.chain == 0].any()
+
+
+@some_cases
+def test_a_step_from_other_codes(signed: bool, kind: str, rank: int, family: Family) -> None:
+    metric, point = random_metric(kind), sparse_point(rank, signed)
+    random = np.random.default_rng(4)
+    target = point.codes + 0.3 * random.standard_normal(point.codes.shape)
+    if not signed:  # atoms come in, and go
+        target = np.maximum(target, 0)
+        assert ((target > 0) & (point.codes == 0)).any() and ((target == 0) & (point.codes > 0)).any()
+    how = Solving(6, 0.0)
+    found, value, slope = whole_step(family, metric, point, target, how)
+    change = np.concatenate([np.zeros(point.bank.numel()), (target - point.codes).ravel()])
+    before = by_codes(family, metric, point)
+    assert found.jumped == pytest.approx(value.error + slope @ change + change @ before @ change / 2, rel=1e-4)
+    after = Point(point.bank, target, signed)
+    chain = np.concatenate([np.ones(point.bank.numel()), after.chain.ravel()])
+    # the curvature of the experts as they were, with the codes that are to be
+    dense = dense_of(family, metric)
+    alpha, atoms = torch.from_numpy(point.codes), point.bank.double()
+    lefts, free = dense.lefts(atoms, alpha), dense.free(atoms, alpha)
+    both = torch.cat(dense.jacobian_of(lefts, free, atoms, torch.from_numpy(target)), 1).numpy() * chain
+    matrix = 2 * both.T @ both / float(dense.energy)
+    bank, blocks = dense_preconditioner(problem_at(family, metric, point)[1], target, after.chain, metric is not None)
+    inverse = np.zeros_like(matrix)
+    inverse[: len(bank), : len(bank)] = np.linalg.inv(bank)
+    for number, block in enumerate(blocks):
+        some = len(bank) + ATOMS * number + np.flatnonzero(after.chain[number])
+        inverse[np.ix_(some, some)] = np.linalg.inv(block)
+    wanted, slope, fall = conjugate_gradients(matrix, -(slope + before @ change) * chain, inverse, how.steps)
+    close(flat(found.step), wanted, 2e-2)
+    assert found.slope == pytest.approx(slope, rel=1e-2)
+    assert found.jumped - found.predicted == pytest.approx(fall, rel=1e-2)
+    assert not found.step.codes[after.chain == 0].any()
+
+
+def conjugate_gradients(matrix: Array, right: Array, inverse: Array, steps: int) -> tuple[Array, float, float]:
+    """What steps of them find, its slope, and how far the quadratic model falls."""
+    found, residual, direction, strength = np.zeros_like(right), right, inverse @ right, right @ inverse @ right
+    for _ in range(steps):
+        size = strength / (direction @ matrix @ direction)
+        found, residual = found + size * direction, residual - size * matrix @ direction
+        before, strength = strength, residual @ inverse @ residual
+        direction = inverse @ residual + strength / before * direction
+    return found, float(-right @ found), float(right @ found - found @ matrix @ found / 2)
+
+
+def test_fewer_iterations_are_fewer(family: Family) -> None:
+    point = sparse_point(RANK, False)
+    gains = []
+    for steps in (1, 3, 8):
+        found, value, _ = whole_step(family, random_metric("scaled"), point, how=Solving(steps, 0.0))
+        assert found.iterations == steps and found.slope < 0
+        gains.append(value.error - found.predicted)
+    assert 0 < gains[0] < gains[1] < gains[2]
+    loose, tight = (
+        whole_step(family, random_metric("scaled"), point, how=Solving(100, tolerance))[0].iterations
+        for tolerance in (0.5, 0.01)
+    )
+    assert 1 <= loose < tight < 100
+
+
+def test_a_minimum_takes_no_step(tmp_path: Path) -> None:
+    """Nothing of W is left, and nothing has a slope."""
+    bank, codes = random_point(signed=False)
+    family = make_family(tmp_path, np.zeros((EXPERTS, 10, D)))
+    found, value, _ = whole_step(family, None, Point(bank, codes, False))
+    assert (found.iterations, found.slope, found.predicted) == (0, 0.0, value.error)
+    assert not found.step.bank.any() and not found.step.codes.any()
+
+
+@pytest.mark.parametrize("kind", ["shared", "scaled", "rows"])
+@pytest.mark.parametrize("rank", [RANK, WHOLE])
+def test_both_forms_of_the_columns_agree(rank: int, kind: str, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    metric, point = random_metric(kind), sparse_point(rank, False)
+    values, found = drawn(1, rank), []
+    for whole in (True, False):
+        monkeypatch.setattr(problem_module, "whole_columns", lambda *given, whole=whole: whole)
+        problem, value = problem_at(family, metric, point)
+        assert problem.whole == whole
+        step = newton_step(problem, point, value, point.codes, Solving(6, 0.0))
+        problem, value = problem_at(family, metric, point)
+        found.append((value, apply(problem, point, value, values), step))
+    (one, product, step), (other, same, again) = found
+    assert one.error == pytest.approx(other.error, rel=1e-6)
+    for name in ("bank", "lefts", "columns", "curvature", "gram"):
+        close(getattr(one, name).double().numpy(), getattr(other, name).double().numpy(), 1e-5)
+    close(product, same, 1e-4)
+    close(flat(step.step), flat(again.step), 2e-2)
+    assert step.predicted == pytest.approx(again.predicted, rel=1e-3)
+
+
+@every_case
+def test_batches_shelves_and_forms_change_rounding_only(kind: str, rank: int, family: Family, tmp_path: Path) -> None:
+    point, values = sparse_point(rank, False), drawn(1, rank)
+    problem, value = problem_at(family, random_metric(kind), point)
+    wanted = apply(problem, point, value, values)
+    for experts in (1, 32):
+        problem, value = problem_at(family, random_metric(kind), point, experts=experts)
+        close(apply(problem, point, value, values), wanted, 1e-6)
+    stored = problem_of(
+        family,
+        random_metric(kind),
+        shape=tuple(point.bank.shape),  # type: ignore[arg-type]
+        blocks=Blocks(experts=4, cached=0),
+        folder=tmp_path,
+    )
+    value = stored.look(point.bank, point.codes, 0, silent)
+    assert np.array_equal(apply(stored, point, value, values), wanted)
+    for name in ("batched", "batched in fp32"):
+        with form(name):
+            problem, value = problem_at(family, random_metric(kind), point)
+            close(apply(problem, point, value, values), wanted, 1e-3)
+
+
+def dense_preconditioner(value: Value, codes: Array, chain: Array, weighed: bool) -> tuple[Array, list[Array]]:
+    """S (R ⊗ I) Sᵀ ⊗ K of the bank (m r d, m r d), and the blocks of the codes on their support."""
+    lefts = value.lefts.double().numpy()
+    atoms, rank, _ = lefts.shape
+    lefts = lefts + 1e-4 * np.trace(lefts, axis1=1, axis2=2)[:, None, None] / rank * np.eye(rank)
+    roots = np.linalg.cholesky(lefts)
+    coupling = codes.T @ (value.weights[:, None] * codes)
+    coupling /= np.sqrt(np.outer(np.diag(coupling), np.diag(coupling)))
+    coupling += 1e-2 * np.eye(atoms)
+    whole = np.einsum("jab,jk,kcb->jakc", roots, coupling, roots).reshape(atoms * rank, atoms * rank)
+    columns = value.columns.numpy() + 1e-3 * np.eye(len(value.columns)) if weighed else np.eye(len(value.columns))
+    blocks = []
+    for block, slopes in zip(value.curvature.double().numpy(), chain, strict=True):
+        some = np.flatnonzero(slopes)
+        inner = block[np.ix_(some, some)] * np.outer(slopes[some], slopes[some])
+        blocks.append(inner + 1e-2 * np.trace(inner) / max(len(some), 1) * np.eye(len(some)))
+    return np.kron(whole, columns), blocks
+
+
+@every_case
+@every_sign
+def test_the_preconditioner_is_the_inverse_of_its_blocks(signed: bool, kind: str, rank: int, family: Family) -> None:
+    metric, point = random_metric(kind), sparse_point(rank, signed)
+    value = problem_at(family, metric, point)[1]
+    matrix, blocks = dense_preconditioner(value, point.codes, point.chain, metric is not None)
+    found = Preconditioner(value, point.codes, point.chain, metric is not None)
+    given = vector_of(drawn(3, rank), rank)
+    bank = found.bank(given.bank)
+    close(matrix @ bank.double().numpy().ravel(), given.bank.double().numpy().ravel(), 1e-2)
+    codes = found.codes(given.codes)
+    for number, block in enumerate(blocks):
+        some = np.flatnonzero(point.chain[number])
+        np.testing.assert_allclose(block @ codes[number, some], given.codes[number, some], rtol=1e-6, atol=1e-8)
+        assert np.count_nonzero(codes[number]) == len(some)
+
+
+@every_case
+def test_the_preconditioner_is_symmetric_and_positive_definite(kind: str, rank: int, family: Family) -> None:
+    metric, point = random_metric(kind), sparse_point(rank, False)
+    value = problem_at(family, metric, point)[1]
+    found = Preconditioner(value, point.codes, point.chain, metric is not None)
+    size = point.bank.numel()
+    columns = []
+    for unit in np.eye(len(drawn(0, rank))):
+        part = vector_of(unit, rank)
+        columns.append(flat(Vector(found.bank(part.bank), found.codes(part.codes))))
+    matrix = np.stack(columns)
+    close(matrix, matrix.T, 1e-5)
+    active = np.concatenate([np.ones(size, bool), point.chain.ravel() > 0])
+    assert not matrix[~active].any() and not matrix[:size, size:].any()
+    assert np.linalg.eigvalsh((matrix + matrix.T)[np.ix_(active, active)])[0] > 0
+
+
+@pytest.mark.parametrize("kind", ["none", "shared"])
+def test_it_is_exact_where_experts_are_alike(kind: str, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All C_i and K_i equal: but for damping the bank's part is the inverse of that of the operator."""
+    for name in ("_LEFT_DAMPING", "_COUPLING_DAMPING", "_COLUMN_DAMPING"):
+        monkeypatch.setattr(preconditioner_module, name, 0.0)
+    metric, point = random_metric(kind), sparse_point(WHOLE, False)
+    problem, value = problem_at(family, metric, point)
+    random = np.random.default_rng(6)
+    left, moment = (
+        torch.from_numpy(root @ root.T / len(root) + 0.3 * np.eye(len(root))).float()
+        for root in (random.standard_normal((WHOLE, WHOLE)), random.standard_normal((D, D)))
+    )
+    problem.lefts.put(slice(0, EXPERTS), left.expand(EXPERTS, -1, -1))
+    if metric is None:  # a basis of nothing: K_i = I
+        moment = torch.eye(D)
+        problem.hidden.put(slice(0, EXPERTS), torch.zeros(EXPERTS, WHOLE, D))
+    else:
+        problem.hidden.put(slice(0, EXPERTS), moment.expand(EXPERTS, -1, -1))
+    mean = float(moment.diagonal().mean())
+    sizes = torch.from_numpy(np.square(point.codes).sum(0)).float()
+    alike = Value(
+        value.error,
+        value.bank,
+        value.codes,
+        value.errors,
+        0,
+        value.scale,
+        2 * value.scale * mean * sizes[:, None, None] * left,
+        np.full(EXPERTS, mean * float(left.trace())),
+        (moment / mean).double(),
+        value.curvature,
+        value.gram,
+    )
+    precondition = Preconditioner(alike, point.codes, point.chain, metric is not None)
+    direction = vector_of(drawn(8, WHOLE), WHOLE)
+    direction.codes[:] = 0
+    with engine(CPU) as workers:
+        image = Operator(problem, point, value.scale, workers)(direction)
+    close(precondition.bank(image.bank).numpy(), direction.bank.numpy(), 1e-2)
 
 
 def test_the_preconditioner_passes_over_what_has_no_curvature() -> None:
@@ -175,10 +415,49 @@ def test_the_preconditioner_passes_over_what_has_no_curvature() -> None:
     lefts[1] = 0
     inner[0] = 0
     semidefinite = torch.diag(torch.tensor([1.0, 1.0, 0.0, -1e-12], dtype=torch.float64))
-    curvature = Curvature(lefts, semidefinite, inner, torch.eye(2, dtype=torch.float64))
-    point = Point(torch.zeros(3, 2, 4), np.ones((2, 3)), True)
-    vector = Vector(torch.ones(3, 2, 4), np.ones((2, 3)))
-    found = Preconditioner(curvature, True)(vector.copy(), point)
-    assert bool(found.bank.isfinite().all()) and np.isfinite(found.codes).all()
-    assert (found.codes[0] == 0).all() and (found.codes[1] > 0).all()
-    assert found.dot(vector) > 0
+    nothing = torch.zeros(3, 2, 4)
+    gram = torch.eye(2, dtype=torch.float64)
+    codes = np.array([[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]])
+    value = Value(0.0, nothing, np.zeros((2, 3)), np.zeros(2), 0, 1.0, lefts, np.ones(2), semidefinite, inner, gram)
+    found = Preconditioner(value, codes, np.ones((2, 3)), True)
+    given = Vector(torch.ones(3, 2, 4), np.ones((2, 3)))
+    moved = Vector(found.bank(given.bank), found.codes(given.codes))
+    assert bool(moved.bank.isfinite().all()) and np.isfinite(moved.codes).all()
+    assert (moved.codes[0] == 0).all() and (moved.codes[1] > 0).all()
+    assert moved.dot(given) > 0
+
+
+@some_cases
+def test_it_saves_iterations(
+    signed: bool, kind: str, rank: int, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metric, point = random_metric(kind), sparse_point(rank, signed)
+    ours, value, _ = whole_step(family, metric, point, how=Solving(8, 0.0))
+
+    def plain(precondition: Preconditioner, vector: Vector) -> Vector:
+        return Vector(vector.bank.clone(), vector.codes)
+
+    monkeypatch.setattr("globe.fit.gauss_newton._preconditioned", plain)
+    theirs, _, _ = whole_step(family, metric, point, how=Solving(8, 0.0))
+    assert ours.predicted < theirs.predicted < value.error
+
+
+def test_moves_of_variables_are_those_of_their_slopes() -> None:
+    random = np.random.default_rng(0)
+    for signed in (True, False):
+        codes = random.standard_normal((3, 4))
+        if not signed:
+            codes = abs(codes) * (random.random((3, 4)) < 0.6)
+        point, direction = Point(torch.zeros(4, 2, 5), codes, signed), random.standard_normal((3, 4))
+        np.testing.assert_allclose(point.moved(direction, 0.0), codes, atol=1e-15)
+        ends = [point.moved(direction, s) for s in (1e-6, -1e-6)]
+        np.testing.assert_allclose((ends[0] - ends[1]) / 2e-6, point.chain * direction, rtol=1e-6, atol=1e-8)
+        if not signed:  # a step past zero comes out on the other side
+            assert point.moved(direction, 100.0).min() >= 0
+
+
+def test_vectors_add_and_multiply() -> None:
+    make: Callable[[int], Vector] = lambda seed: vector_of(drawn(seed, RANK), RANK)  # noqa: E731
+    one, other = make(0), make(1)
+    assert one.dot(other) == pytest.approx(drawn(0, RANK) @ drawn(1, RANK), rel=1e-5)
+    np.testing.assert_allclose(flat(one.add_(other, -0.5)), drawn(0, RANK) - 0.5 * drawn(1, RANK), atol=1e-6)
