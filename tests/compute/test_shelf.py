@@ -113,9 +113,17 @@ def test_a_file_cut_short_is_an_error(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shelf, write = shelf_of("disk", tmp_path), os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda file, content, place: write(file, content[:100], place))
-    with pytest.raises(OSError, match="100 bytes of a batch were written; is the disk full?"):
+    monkeypatch.setattr(os, "pwrite", lambda file, left, place: write(file, left[: max(0, 100 - place)], place))
+    with pytest.raises(OSError, match="80 bytes of a batch cannot be written; is the disk full?"):
         shelf.put(SPANS[0], matrices()[:3])
+
+
+def test_batches_may_be_larger_than_one_call_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf, write, read = shelf_of("disk", tmp_path), os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda file, left, place: write(file, left[:100], place))
+    monkeypatch.setattr(os, "preadv", lambda file, left, place: read(file, [left[0][:90]], place))
+    shelf.put(slice(0, 7), matrices())
+    assert torch.equal(torch.cat(taken(shelf, SPANS)), matrices())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -69,10 +69,13 @@ class OnDisk:
 
     def put(self, some: slice, matrices: torch.Tensor) -> None:
         """As :meth:`Shelf.put`."""
+        left, place = _bytes(matrices.cpu().contiguous()), some.start * self._stride
         with open(self._file, "r+b", buffering=0) as file:
-            written = os.pwrite(file.fileno(), _bytes(matrices.cpu().contiguous()), some.start * self._stride)
-        if written != (some.stop - some.start) * self._stride:
-            raise OSError(f"{self._file}: {written} bytes of a batch were written; is the disk full?")
+            while left:  # the system takes at most 2 GiB at a time
+                written = os.pwrite(file.fileno(), left, place)
+                if not written:
+                    raise OSError(f"{self._file}: {len(left)} bytes of a batch cannot be written; is the disk full?")
+                left, place = left[written:], place + written
 
     def take(self, spans: Sequence[slice]) -> Iterator[torch.Tensor]:
         """As :meth:`Shelf.take`."""
@@ -85,8 +88,12 @@ class OnDisk:
                 def fill(out: torch.Tensor) -> torch.Tensor:
                     span = spans[place]
                     part = out[: span.stop - span.start]
-                    if os.preadv(file.fileno(), [_bytes(part)], span.start * self._stride) != part.nbytes:
-                        raise OSError(f"{self._file}: ends before expert {span.stop - 1}")
+                    left, start = _bytes(part), span.start * self._stride
+                    while left:
+                        found = os.preadv(file.fileno(), [left], start)
+                        if not found:
+                            raise OSError(f"{self._file}: ends before expert {span.stop - 1}")
+                        left, start = left[found:], start + found
                     return part
 
                 return lambda: self._lane.send(fill, self._buffers[place % _BUFFERS])
