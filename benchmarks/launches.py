@@ -35,10 +35,10 @@ from globe.compute import forms
 from globe.compute.blocks import Blocks
 from globe.fit.dictionary import Equations, Solving, mod_exact, unit_atoms
 from globe.fit.dictionary_metric import mod_metric
+from globe.fit.problem import Problem
 from globe.fit.stored_lefts import Fit, solve_lefts
 from globe.fit.sums import State
 from globe.fit.sweep import measure, sweep
-from globe.fit.problem import Problem
 from globe.runs.job import Job
 from globe.runs.stages import Stages
 from globe.runs.store import MemoryStore
