@@ -35,10 +35,10 @@ from globe.compute import forms
 from globe.compute.blocks import Blocks
 from globe.fit.dictionary import Equations, Solving, mod_exact, unit_atoms
 from globe.fit.dictionary_metric import mod_metric
+from globe.fit.problem import Problem
 from globe.fit.stored_lefts import Fit, solve_lefts
 from globe.fit.sums import State
 from globe.fit.sweep import measure, sweep
-from globe.fit.variable_projection import Problem
 from globe.runs.job import Job
 from globe.runs.stages import Stages
 from globe.runs.store import MemoryStore
@@ -126,9 +126,9 @@ def _exact_step(pool: Pool, state: State, job: Job) -> Callable[[], Any]:
 
 
 def _evaluation(pool: Pool, state: State, job: Job) -> Callable[[], Any]:
-    problem = Problem(pool.all_trained(), job)
-    problem.evaluate(state.bank, state.codes, nothing)
-    return lambda: problem.evaluate(state.bank, state.codes, nothing)
+    problem = Problem(pool.all_trained(), tuple(state.bank.shape), job, Path())  # all is kept in memory
+    problem.look(state.bank, state.codes, 0, nothing)
+    return lambda: problem.look(state.bank, state.codes, 0, nothing)
 
 
 def _lefts(pool: Pool, state: State, job: Job) -> Callable[[], Any]:

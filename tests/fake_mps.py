@@ -1,7 +1,7 @@
 """An MPS device without a Mac: tensors that say they are on it, hold their data on the CPU, and record what is done.
 
 Every operation on such a tensor is looked up in torch's own table of kernels (torchgen's native_functions.yaml); one
-that has no kernel for MPS, or a float64 on the device, is an error, as it is on a Mac.
+that has no kernel for MPS, or takes tensors of the CPU too, and a float64 there are errors, as they are on a Mac.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 MPS = torch.device("mps", 0)
+MAY_MIX = {"copy_", "index.Tensor", "index_put_", "_index_put_impl_"}  # indices may lie on the CPU
 
 
 @functools.cache
@@ -97,12 +98,20 @@ def on_device(args: Any, kwargs: Any) -> bool:
     return any(isinstance(leaf, OnMps) or (isinstance(leaf, torch.device) and leaf.type == "mps") for leaf in leaves)
 
 
+def mixes_devices(args: Any, kwargs: Any) -> bool:
+    """Whether tensors there and here meet; one value without a dimension may be here."""
+    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+    there = [isinstance(tensor, OnMps) for tensor in tensors]
+    return any(there) and any(not on and tensor.dim() > 0 for on, tensor in zip(there, tensors, strict=True))
+
+
 def run(func: Any, args: Any, kwargs: Any) -> Any:
     """Apply the operator to the data here; results are on the device if an argument is, or where they are asked for."""
     there = on_device(args, kwargs)
     name = name_of(func)
     if there:
         assert kernels_of_mps().get(name, False), f"{name} has no MPS kernel"
+        assert name in MAY_MIX or not mixes_devices(args, kwargs), f"{name} mixes tensors of MPS and of the CPU"
     asked = kwargs.get("device")
     if asked is not None:
         there = asked.type == "mps"

@@ -213,10 +213,6 @@ def test_nothing_in_a_batch_makes_the_host_wait(
 
             yield from super().map(watched, count)
 
-        def run(self, work: Callable[[slice], None], count: int) -> None:
-            for _ in self.map(work, count):
-                pass
-
     monkeypatch.setattr(passes, "Batched", Watched)
     with form(name):
         STAGES[stage](family, random_metric(kind))

@@ -41,6 +41,8 @@ def test_float64_and_missing_kernels_are_refused_there(mps: FakeMps) -> None:
             there.double()
         with pytest.raises(AssertionError, match="has no MPS kernel"):
             torch.linalg.eigh(there)
+        with pytest.raises(AssertionError, match="mixes tensors of MPS and of the CPU"):
+            there @ torch.ones(4, 4)
 
 
 @pytest.mark.parametrize(

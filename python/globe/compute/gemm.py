@@ -18,6 +18,7 @@ from globe.compute.forms import per_core, wide_dtype
 # Apple's matmul returned wrong numbers from an inner dimension of 32,767 on (pytorch#195163).
 _MPS_INNER = 16_384
 _BF16_SHIFT = 2.0**-7
+_PANELS = 4  # of a triangular matrix: 5/8 of the products are left
 _FP32_RUN = 4096  # columns whose products are summed in fp32 before fp64 takes over
 
 Precision = Literal["fp32", "bf16x2"]
@@ -106,6 +107,46 @@ def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     for first in range(chunk, inner, chunk):
         total += left[..., first : first + chunk] @ right[..., first : first + chunk, :]
     return total
+
+
+def times_lower(left: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
+    """left @ lower for a lower triangular matrix (d, d); on a CPU most of its zeros are passed over."""
+    if not per_core(left.device):
+        return matmul(left, lower)
+    panels = [matmul(left[..., some.start :], lower[some.start :, some]) for some in _panels(len(lower))]
+    return torch.cat(panels, -1)
+
+
+def times_upper(left: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
+    """left @ lowerᵀ, likewise."""
+    if not per_core(left.device):
+        return matmul(left, lower.mT)
+    panels = [matmul(left[..., : some.stop], lower[some, : some.stop].mT) for some in _panels(len(lower))]
+    return torch.cat(panels, -1)
+
+
+def lower_times(lower: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """lower @ right for lower triangular matrices (n, r, r), likewise, in any dtype."""
+    if not per_core(right.device):
+        return lower @ right
+    panels = [lower[:, some, : some.stop] @ right[:, : some.stop] for some in _panels(lower.shape[1])]
+    return torch.cat(panels, 1)
+
+
+def lower_gram(matrices: torch.Tensor) -> torch.Tensor:
+    """X_i X_iᵀ (n, r, r) in the dtype of X (n, r, d); on a CPU only what lies below the diagonal, and some above."""
+    if not per_core(matrices.device):
+        return matrices @ matrices.mT
+    found = matrices.new_zeros(len(matrices), matrices.shape[1], matrices.shape[1])
+    for some in _panels(matrices.shape[1]):
+        found[:, some, : some.stop] = matrices[:, some] @ matrices[:, : some.stop].mT
+    return found
+
+
+def _panels(size: int) -> list[slice]:
+    """Rows or columns of a triangular matrix in a few blocks."""
+    step = -(-size // _PANELS)
+    return [slice(first, min(first + step, size)) for first in range(0, size, step)]
 
 
 def _split_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

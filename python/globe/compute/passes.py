@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -15,24 +16,28 @@ from globe.compute.stream import ahead
 Value = TypeVar("Value")
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """Calls work on the experts (atoms, blocks) in hand, by parts; the form says which parts.
 
     Work is written for n of them at once and is right for any n, so no caller knows the form. On a device nothing
     in it may make the host wait: no `float`, `bool`, `item` or `cpu` of a tensor there.
     """
 
+    @abstractmethod
     def map(self, work: Callable[[slice], Value], count: int) -> Iterator[tuple[slice, Value]]:
         """Parts of 0 to `count` in order, each with what `work` made of it."""
 
     def run(self, work: Callable[[slice], None], count: int) -> None:
         """Call `work` for what it writes."""
+        for _ in self.map(work, count):
+            pass
 
     def meanwhile(self, jobs: Iterable[Callable[[], Value]]) -> Iterator[Value]:
         """The jobs' results in order; where the host computes, the next is made while the caller has the last."""
+        return (job() for job in jobs)
 
 
-class PerCore:
+class PerCore(Engine):
     """One expert a call, every call on one core.
 
     Two experts on a core each finish sooner than one after the other on both cores, and no result depends on the
@@ -47,32 +52,18 @@ class PerCore:
         parts = [slice(k, k + 1) for k in range(count)]
         yield from zip(parts, self._pool.map(work, parts), strict=True)
 
-    def run(self, work: Callable[[slice], None], count: int) -> None:
-        """As :meth:`Engine.run`."""
-        for _ in self.map(work, count):
-            pass
-
     def meanwhile(self, jobs: Iterable[Callable[[], Value]]) -> Iterator[Value]:
         """As :meth:`Engine.meanwhile`."""
         return ahead(jobs)
 
 
-class Batched:
+class Batched(Engine):
     """All in hand in one call on the caller's thread, which drives the device."""
 
     def map(self, work: Callable[[slice], Value], count: int) -> Iterator[tuple[slice, Value]]:
         """As :meth:`Engine.map`."""
         if count:
             yield slice(0, count), work(slice(0, count))
-
-    def run(self, work: Callable[[slice], None], count: int) -> None:
-        """As :meth:`Engine.run`."""
-        if count:
-            work(slice(0, count))
-
-    def meanwhile(self, jobs: Iterable[Callable[[], Value]]) -> Iterator[Value]:
-        """As :meth:`Engine.meanwhile`."""
-        return (job() for job in jobs)
 
 
 @contextmanager

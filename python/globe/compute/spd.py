@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from globe.compute.forms import per_core, wide_dtype
-from globe.compute.gemm import grams
+from globe.compute.gemm import grams, lower_gram, lower_times
 
 # Of the mean diagonal: a ridge below it is lost in the rounding of the matrix.
 _LEAST_RIDGE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -99,10 +99,9 @@ def row_basis(matrices: torch.Tensor, ridge: float, rcond: float) -> tuple[torch
     if wide_dtype(matrices.device) == torch.float32:
         return _orthonormal_rows(matrices, ridge, rcond)
     wide = matrices.double()
-    factors, ridged, _ = _factors(wide @ wide.mT, ridge, rcond)
+    factors, ridged, _ = _factors(lower_gram(wide), ridge, rcond)
     inner = torch.linalg.solve_triangular(factors, _identities(factors), upper=False)
-    basis = torch.linalg.solve_triangular(factors, wide, upper=False)
-    return inner.float(), basis.float(), ridged
+    return inner.float(), lower_times(inner, wide).float(), ridged
 
 
 def ridged_factor(matrix: torch.Tensor, ridge: float) -> torch.Tensor:

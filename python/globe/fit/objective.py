@@ -62,7 +62,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Part:
-    """What n experts add: ‖W'‖² and squared errors (n,), `means` t_i and curvature of the codes (n, m, m).
+    """What n experts add: ‖W'‖² and squared errors (n,), which were ridged, and `means` t_i.
 
     `columns` (d, d) and `gram` (r, r) are sums over `sampled` of them.
     """
@@ -71,7 +71,6 @@ class Part:
     errors: torch.Tensor
     ridged: torch.Tensor
     means: torch.Tensor
-    curvature: torch.Tensor
     columns: torch.Tensor
     gram: torch.Tensor
     sampled: int
@@ -120,7 +119,6 @@ class Sums:
         """Add some experts."""
         self.energies[numbers], self.errors[numbers] = part.energies, part.errors
         self.ridged[numbers], self.means[numbers] = part.ridged, part.means
-        self.curvature[numbers] = part.curvature
         self.columns += part.columns
         self.gram += part.gram
         self.sampled += part.sampled

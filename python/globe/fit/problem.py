@@ -16,14 +16,14 @@ from globe.compute.shelf import Shelves
 from globe.compute.spd import row_basis
 from globe.compute.stream import expert_batches
 from globe.fit.objective import Part, Sums, Value
-from globe.fit.sketch import Sketch
+from globe.fit.sketch import COLUMNS, Sketch
 from globe.runs.job import Job
 from globe.runs.stages import Advance
 from globe.seeds.pool import Pool
 
 Array = NDArray[np.float64]
 _SMALL_ERROR = 1e-3  # of ‖W'‖²: below it the difference of squares in fp32 loses too many digits
-_SAMPLE = 128  # experts whose columns and rows speak for all
+_SAMPLE = 48  # experts whose columns and rows speak for all
 
 
 class Problem:
@@ -57,9 +57,10 @@ class Problem:
         (_, r, d), count, p = shape, len(pool.family), pool.family.p
         self.spans = [slice(some.start, some.stop) for some in pool.family.batches(min(job.blocks.experts, count))]
         self.whole = whole_columns(pool.metric is not None, r, d)
-        self._stride = 1 if self.whole else max(1, count // _SAMPLE)
+        self._stride = max(1, count // _SAMPLE)
         shelves = Shelves(job.device, job.blocks.cached, folder)
         self.lefts = shelves.make((count, r, r))
+        self._moments = pool.metric.layer_moments() if self.whole and pool.metric is not None else {}
         self.hidden = shelves.make((count, d if self.whole else r, d))
         self._weighted = shelves.make((count, p, d))
         self._made = False
@@ -74,7 +75,8 @@ class Problem:
         mixed_room, slope_room = (torch.empty(size, *bank.shape[1:], device=self.device) for _ in range(2))
         left_room = torch.empty(size, *sums.lefts.shape[1:], device=self.device)
         hidden_room = torch.empty(size, bank.shape[2 if self.whole else 1], bank.shape[2], device=self.device)
-        sketch = Sketch(bank, self.metric, seed)
+        free_room = torch.empty(size, bank.shape[2], COLUMNS, device=self.device)
+        sketch = Sketch(bank, self.metric, self._moments, seed)
         with engine(self.device) as workers:
             for span, weighted in self._weighted_batches():
                 mixed = mixtures(codes[span], bank, mixed_room)
@@ -91,14 +93,13 @@ class Problem:
                     slope_room[part] = moved if self.metric is None else self.metric.unseen(numbers, moved)
                     left_room[part] = left = matmul(matmul(inner.mT, square), inner)
                     hidden_room[part] = sketch.columns(numbers, basis) if self.whole else basis
-                    free = sketch.free(numbers, basis)
+                    free_room[part] = free = sketch.free(numbers, basis)
                     some = slice(-numbers.start % self._stride, None, self._stride)
-                    columns = hidden_room[part] if self.whole else self._columns(sketch, numbers, basis, some)
+                    columns = hidden_room[part][some] if self.whole else self._columns(sketch, numbers, basis, some)
                     return Part(
                         *_squares(wanted, fitted, basis),
                         ridged,
                         free.square().sum((1, 2)) / free.shape[1],
-                        sketch.codes(left, free),
                         (columns * left[some].diagonal(dim1=1, dim2=2).sum(1)[:, None, None]).sum(0),
                         _unit_grams(seen[some]),
                         len(seen[some]),
@@ -108,6 +109,7 @@ class Problem:
                     sums.add(within(span, part), found)
                     advance(part.stop - part.start)
                 lefts, hidden = left_room[: len(weighted)], hidden_room[: len(weighted)]
+                sums.curvature[span] = sketch.codes(lefts, free_room[: len(weighted)], workers)
                 self.lefts.put(span, lefts)
                 self.hidden.put(span, hidden)
                 sums.gather(span, (bank, codes), slope_room[: len(weighted)], lefts)

@@ -95,7 +95,7 @@ def _group_gram(task: SeedTask, members: Labels) -> torch.Tensor:
     for number, weights in enumerate(_experts(task, members), 1):
         held.append(weights.mT)
         if len(held) == _TOGETHER or number == len(members):
-            total += grams(torch.cat(held, 1)[None])[0]
+            total += grams(torch.cat(held, 1)[None])[0].cpu().double()
             held.clear()
         task.advance(1 / len(task.family))
     return total.float().to(task.device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from globe.compute.stream import Workers
+from globe.compute.passes import engine
 from globe.statistics.activations import Activation, sloped
 
 FACTORS = 3  # of a token and expert, each as wide as the expert: see Seen
@@ -95,17 +95,19 @@ class Experts:
         tokens = list(row_blocks(0, len(inputs), inputs.device))
         output = torch.empty_like(inputs)
 
-        def sum_up(number: int) -> None:
-            rows = tokens[number]
-            places = routing.places[rows]
-            mine = self._answers.index_select(0, places.flatten()).view(*places.shape, -1)
-            output[rows] = torch.bmm(weights[rows, None].float(), mine)[:, 0].to(output.dtype)
+        def answer(part: slice) -> None:
+            for block in blocks[part]:
+                self._answer(seen, *block)
 
-        with Workers(inputs.device) as workers:
-            for _ in workers.map(lambda number: self._answer(seen, *blocks[number]), len(blocks)):
-                pass
-            for _ in workers.map(sum_up, len(tokens)):
-                pass
+        def sum_up(part: slice) -> None:
+            for rows in tokens[part]:
+                places = routing.places[rows]
+                mine = self._answers.index_select(0, places.flatten()).view(*places.shape, -1)
+                output[rows] = torch.bmm(weights[rows, None].float(), mine)[:, 0].to(output.dtype)
+
+        with engine(inputs.device) as workers:
+            workers.run(answer, len(blocks))
+            workers.run(sum_up, len(tokens))
         return output, seen
 
     def _answer(self, seen: Seen, expert: int, rows: slice) -> None:

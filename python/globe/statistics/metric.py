@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
 
 import torch
 
 from globe.checkpoint.family import Family
 from globe.checkpoint.powers import times_power, usual_exponent
-from globe.compute.gemm import matmul
+from globe.compute.gemm import matmul, times_lower, times_upper
 from globe.compute.spd import ridged_factor
 from globe.settings import Settings
 from globe.statistics.calibration import Calibration, LayerStatistics
@@ -57,7 +59,8 @@ class Metric:
             factor, scales = self._columns(run)
             if factor is None:
                 return found
-            return matmul(found if scales is None else found * scales[:, None], factor)
+            scaled = found if scales is None else found * scales[:, None]
+            return times_lower(scaled, factor) if self._lower[self.layers[run.start]] else matmul(scaled, factor)
 
         return by_runs(self.layers[some], some, matrices, product)
 
@@ -68,20 +71,28 @@ class Metric:
             factor, scales = self._columns(run)
             if factor is None:
                 return found
-            moved = matmul(found, factor.mT)
+            lower = self._lower[self.layers[run.start]]
+            moved = times_upper(found, factor) if lower else matmul(found, factor.mT)
             return moved if scales is None else moved * scales[:, None]
 
         return by_runs(self.layers[some], some, gradients, product)
 
-    def moment(self, some: slice, width: int) -> torch.Tensor:
-        """L_i L_iᵀ (n, d, d), d being the `width`."""
+    def layer_moments(self) -> dict[int | None, torch.Tensor]:
+        """L Lᵀ (d, d) of every layer."""
+        return {layer: matmul(factor, factor.mT) for layer, factor in self.columns.items()}
+
+    def moment(
+        self, some: slice, width: int, known: Mapping[int | None, torch.Tensor] = MappingProxyType({})
+    ) -> torch.Tensor:
+        """L_i L_iᵀ (n, d, d), d being the `width`, with what is `known` of `layer_moments`."""
         unit = torch.eye(width, device=self.rows[some.start].device).expand(some.stop - some.start, -1, -1)
 
         def product(run: slice, found: torch.Tensor) -> torch.Tensor:
             factor, scales = self._columns(run)
             if factor is None:
                 return found
-            whole = matmul(factor, factor.mT).expand_as(found)
+            layer = self.layers[run.start]
+            whole = (known[layer] if layer in known else matmul(factor, factor.mT)).expand_as(found)
             return whole if scales is None else whole * scales[:, :, None] * scales[:, None]
 
         return by_runs(self.layers[some], some, unit, product)
@@ -112,6 +123,11 @@ class Metric:
             return found * rows[:, :, None] if rows.ndim == 2 else matmul(rows, found)
 
         return by_runs([self.rows[number].ndim for number in range(some.start, some.stop)], some, matrices, product)
+
+    @cached_property
+    def _lower(self) -> dict[int | None, bool]:
+        """Whether L of a layer is lower triangular, as a Cholesky factor is."""
+        return {layer: not bool(factor.triu(1).any()) for layer, factor in self.columns.items()}
 
     def _columns(self, run: slice) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """L of a run of experts of one layer, and their scales (n, d)."""

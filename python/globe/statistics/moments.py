@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from globe.compute.gemm import matmul
-from globe.compute.stream import Workers
+from globe.compute.passes import engine
 from globe.statistics.calibration import MOMENTS, LayerStatistics
 from globe.statistics.experts import FACTORS, Seen, row_blocks
 
@@ -74,9 +74,12 @@ class Moments:
                 if len(factor) > 0:
                     total[expert] += _double(upper_gram(factor * roots[span, None]))
 
-        with Workers(x.device) as workers:
-            for _ in workers.map(add_expert, len(routing.spans)):
-                pass
+        def add_experts(part: slice) -> None:
+            for expert in range(part.start, part.stop):
+                add_expert(expert)
+
+        with engine(x.device) as workers:
+            workers.run(add_experts, len(routing.spans))
 
     def merge(self, other: Moments) -> None:
         """Add the sums over other tokens of the same layer: those of all tokens are the sums of their parts.
