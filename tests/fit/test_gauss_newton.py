@@ -15,9 +15,10 @@ from forms import form
 from globe.checkpoint.family import Family
 from globe.compute.blocks import Blocks
 from globe.compute.passes import engine
+from globe.fit import gauss_newton
 from globe.fit import preconditioner as preconditioner_module
 from globe.fit import problem as problem_module
-from globe.fit.gauss_newton import Newton, Operator, Point, Solving, Vector, newton_step
+from globe.fit.gauss_newton import Newton, Operator, Point, Vector, newton_step
 from globe.fit.objective import Value
 from globe.fit.preconditioner import Preconditioner
 from globe.fit.problem import Problem
@@ -35,7 +36,7 @@ some_cases = pytest.mark.parametrize(
         ("rows", WHOLE, False),
     ],
 )
-TO_THE_END = Solving(600, 1e-3)
+TO_THE_END = 600
 
 
 @pytest.fixture(scope="module")
@@ -162,105 +163,96 @@ def test_at_an_exact_fit_it_is_the_hessian(tmp_path: Path) -> None:
     close(apply(problem, point, value, flat(values)), torch.cat([part.flatten() for part in products]).numpy(), 1e-4)
 
 
-@every_case
-@every_sign
-def test_a_jump_is_of_the_codes_themselves(signed: bool, kind: str, rank: int, family: Family) -> None:
-    metric, point = random_metric(kind), sparse_point(rank, signed)
-    problem, value = problem_at(family, metric, point)
-    change = np.random.default_rng(2).standard_normal(point.codes.shape)
-    with engine(CPU) as workers:
-        found = flat(Operator(problem, point, value.scale, workers).jump(change))
-    values = np.concatenate([np.zeros(point.bank.numel()), change.ravel()])
-    close(found, by_codes(family, metric, point) @ values, 1e-4)
-
-
 def whole_step(
-    family: Family, metric: Metric | None, point: Point, target: Array | None = None, how: Solving = TO_THE_END
+    family: Family, metric: Metric | None, point: Point, previous: Vector | None = None, steps: int = TO_THE_END
 ) -> tuple[Newton, Value, Array]:
-    """A step, f at its beginning, and the gradient there by bank and codes."""
+    """A step, f at its beginning, and the gradient there by the bank and the variables."""
     with form("batched"):  # which starts no threads
         problem, value = problem_at(family, metric, point)
-        slope = np.concatenate([value.bank.double().numpy().ravel(), value.codes.ravel()])
-        return newton_step(problem, point, value, point.codes if target is None else target, how), value, slope
+        slope = np.concatenate([value.bank.double().numpy().ravel(), (value.codes * point.chain).ravel()])
+        return newton_step(problem, point, value, previous, steps), value, slope
 
 
 @some_cases
-def test_a_step_is_that_of_the_dense_equations(kind: str, rank: int, signed: bool, family: Family) -> None:
+def test_a_step_is_that_of_the_dense_equations(
+    kind: str, rank: int, signed: bool, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gauss_newton, "_RESIDUAL", 1e-3)
     metric, point = random_metric(kind), sparse_point(rank, signed)
     found, value, slope = whole_step(family, metric, point)
-    chain = np.concatenate([np.ones(point.bank.numel()), point.chain.ravel()])
-    matrix, slope = by_variables(family, metric, point), slope * chain
+    matrix = by_variables(family, metric, point)
     wanted = -np.linalg.lstsq(matrix, slope, rcond=1e-9)[0]
     step = flat(found.step)
-    assert 1 < found.iterations < TO_THE_END.steps
+    assert 1 < found.iterations < TO_THE_END
     close(matrix @ step, -slope, 5e-3)  # of a singular matrix: steps differ by what costs nothing
-    assert found.jumped == value.error
     assert found.slope == pytest.approx(slope @ step, rel=1e-3)
-    assert found.predicted == pytest.approx(value.error + slope @ wanted / 2, abs=2e-3 * value.error)
-    assert found.predicted == pytest.approx(
-        value.error + slope @ step + step @ matrix @ step / 2, abs=1e-3 * value.error
-    )
+    assert slope @ step + step @ matrix @ step / 2 == pytest.approx(slope @ wanted / 2, abs=2e-3 * value.error)
     assert not found.step.codes[point.chain == 0].any()
 
 
 @some_cases
-def test_a_step_from_other_codes(signed: bool, kind: str, rank: int, family: Family) -> None:
+@pytest.mark.parametrize("before", [False, True], ids=["the first", "after another"])
+def test_iterations_are_those_of_dense_conjugate_gradients(
+    before: bool, kind: str, rank: int, signed: bool, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gauss_newton, "_RESIDUAL", 0.0)
     metric, point = random_metric(kind), sparse_point(rank, signed)
-    random = np.random.default_rng(4)
-    target = point.codes + 0.3 * random.standard_normal(point.codes.shape)
-    if not signed:  # atoms come in, and go
-        target = np.maximum(target, 0)
-        assert ((target > 0) & (point.codes == 0)).any() and ((target == 0) & (point.codes > 0)).any()
-    how = Solving(6, 0.0)
-    found, value, slope = whole_step(family, metric, point, target, how)
-    change = np.concatenate([np.zeros(point.bank.numel()), (target - point.codes).ravel()])
-    before = by_codes(family, metric, point)
-    assert found.jumped == pytest.approx(value.error + slope @ change + change @ before @ change / 2, rel=1e-4)
-    after = Point(point.bank, target, signed)
-    chain = np.concatenate([np.ones(point.bank.numel()), after.chain.ravel()])
-    # the curvature of the experts as they were, with the codes that are to be
-    dense = dense_of(family, metric)
-    alpha, atoms = torch.from_numpy(point.codes), point.bank.double()
-    lefts, free = dense.lefts(atoms, alpha), dense.free(atoms, alpha)
-    both = torch.cat(dense.jacobian_of(lefts, free, atoms, torch.from_numpy(target)), 1).numpy() * chain
-    matrix = 2 * both.T @ both / float(dense.energy)
-    bank, blocks = dense_preconditioner(problem_at(family, metric, point)[1], target, after.chain, metric is not None)
-    inverse = np.zeros_like(matrix)
-    inverse[: len(bank), : len(bank)] = np.linalg.inv(bank)
-    for number, block in enumerate(blocks):
-        some = len(bank) + ATOMS * number + np.flatnonzero(after.chain[number])
-        inverse[np.ix_(some, some)] = np.linalg.inv(block)
-    wanted, slope, fall = conjugate_gradients(matrix, -(slope + before @ change) * chain, inverse, how.steps)
+    previous = vector_of(drawn(11, rank), rank) if before else None
+    if previous is not None:
+        previous.codes[point.chain == 0] = 0
+    found, _, slope = whole_step(family, metric, point, previous, 5)
+    assert found.iterations == 5 + before
+    matrix = by_variables(family, metric, point)
+    value = problem_at(family, metric, point)[1]
+    inverse = dense_inverse(value, point, metric is not None)
+    direction = flat(previous) if previous is not None else None
+    wanted = conjugate_gradients(matrix, -slope, inverse, direction, 5)
     close(flat(found.step), wanted, 2e-2)
-    assert found.slope == pytest.approx(slope, rel=1e-2)
-    assert found.jumped - found.predicted == pytest.approx(fall, rel=1e-2)
-    assert not found.step.codes[after.chain == 0].any()
+    assert found.slope == pytest.approx(slope @ wanted, rel=1e-2)
+    if direction is not None:  # nothing is left to do along it
+        left = abs((matrix @ flat(found.step) + slope) @ direction)
+        assert left <= 1e-3 * np.linalg.norm(direction) * np.linalg.norm(slope)
 
 
-def conjugate_gradients(matrix: Array, right: Array, inverse: Array, steps: int) -> tuple[Array, float, float]:
-    """What steps of them find, its slope, and how far the quadratic model falls."""
-    found, residual, direction, strength = np.zeros_like(right), right, inverse @ right, right @ inverse @ right
+def conjugate_gradients(matrix: Array, right: Array, inverse: Array, previous: Array | None, steps: int) -> Array:
+    """What steps of them find that begin with the best multiple of another direction, and stay conjugate to it."""
+    found, residual, conjugate = np.zeros_like(right), right, np.eye(len(right))
+    if previous is not None:
+        image = matrix @ previous
+        found = right @ previous / (previous @ image) * previous
+        residual = right - matrix @ found
+        conjugate = conjugate - np.outer(previous, image) / (previous @ image)
+    direction, strength = conjugate @ inverse @ residual, residual @ inverse @ residual
     for _ in range(steps):
         size = strength / (direction @ matrix @ direction)
         found, residual = found + size * direction, residual - size * matrix @ direction
-        before, strength = strength, residual @ inverse @ residual
-        direction = inverse @ residual + strength / before * direction
-    return found, float(-right @ found), float(right @ found - found @ matrix @ found / 2)
+        last, strength = strength, residual @ inverse @ residual
+        direction = conjugate @ inverse @ residual + strength / last * direction
+    return found
 
 
-def test_fewer_iterations_are_fewer(family: Family) -> None:
-    point = sparse_point(RANK, False)
-    gains = []
+def test_a_direction_without_curvature_is_no_step_before(family: Family) -> None:
+    metric, point = random_metric("scaled"), sparse_point(RANK, False)
+    nothing = Vector(torch.zeros_like(point.bank), np.zeros_like(point.codes))
+    alone, other = (whole_step(family, metric, point, previous, 4)[0] for previous in (None, nothing))
+    assert (alone.slope, alone.iterations) == (other.slope, other.iterations)
+    assert np.array_equal(flat(alone.step), flat(other.step))
+
+
+def test_iterations_end_where_they_are_told_to(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    metric, point = random_metric("scaled"), sparse_point(RANK, False)
+    matrix, models, taken = by_variables(family, metric, point), [0.0], []
+    monkeypatch.setattr(gauss_newton, "_RESIDUAL", 0.0)
     for steps in (1, 3, 8):
-        found, value, _ = whole_step(family, random_metric("scaled"), point, how=Solving(steps, 0.0))
+        found, _, slope = whole_step(family, metric, point, None, steps)
+        step = flat(found.step)
+        models.append(slope @ step + step @ matrix @ step / 2)
         assert found.iterations == steps and found.slope < 0
-        gains.append(value.error - found.predicted)
-    assert 0 < gains[0] < gains[1] < gains[2]
-    loose, tight = (
-        whole_step(family, random_metric("scaled"), point, how=Solving(100, tolerance))[0].iterations
-        for tolerance in (0.5, 0.01)
-    )
-    assert 1 <= loose < tight < 100
+    assert models == sorted(models, reverse=True) and len(set(models)) == 4
+    for residual in (0.5, 0.01):
+        monkeypatch.setattr(gauss_newton, "_RESIDUAL", residual)
+        taken.append(whole_step(family, metric, point, None, 100)[0].iterations)
+    assert 1 <= taken[0] < taken[1] < 100
 
 
 def test_a_minimum_takes_no_step(tmp_path: Path) -> None:
@@ -268,7 +260,7 @@ def test_a_minimum_takes_no_step(tmp_path: Path) -> None:
     bank, codes = random_point(signed=False)
     family = make_family(tmp_path, np.zeros((EXPERTS, 10, D)))
     found, value, _ = whole_step(family, None, Point(bank, codes, False))
-    assert (found.iterations, found.slope, found.predicted) == (0, 0.0, value.error)
+    assert (found.iterations, found.slope, value.error) == (0, 0.0, 0.0)
     assert not found.step.bank.any() and not found.step.codes.any()
 
 
@@ -281,7 +273,7 @@ def test_both_forms_of_the_columns_agree(rank: int, kind: str, family: Family, m
         monkeypatch.setattr(problem_module, "whole_columns", lambda *given, whole=whole: whole)
         problem, value = problem_at(family, metric, point)
         assert problem.whole == whole
-        step = newton_step(problem, point, value, point.codes, Solving(6, 0.0))
+        step = newton_step(problem, point, value, None, 6)
         problem, value = problem_at(family, metric, point)
         found.append((value, apply(problem, point, value, values), step))
     (one, product, step), (other, same, again) = found
@@ -290,7 +282,7 @@ def test_both_forms_of_the_columns_agree(rank: int, kind: str, family: Family, m
         close(getattr(one, name).double().numpy(), getattr(other, name).double().numpy(), 1e-5)
     close(product, same, 1e-4)
     close(flat(step.step), flat(again.step), 2e-2)
-    assert step.predicted == pytest.approx(again.predicted, rel=1e-3)
+    assert step.slope == pytest.approx(again.slope, rel=1e-3)
 
 
 @every_case
@@ -333,6 +325,18 @@ def dense_preconditioner(value: Value, codes: Array, chain: Array, weighed: bool
         inner = block[np.ix_(some, some)] * np.outer(slopes[some], slopes[some])
         blocks.append(inner + 1e-2 * np.trace(inner) / max(len(some), 1) * np.eye(len(some)))
     return np.kron(whole, columns), blocks
+
+
+def dense_inverse(value: Value, point: Point, weighed: bool) -> Array:
+    """The inverse of both parts together; zero where a code has no variable."""
+    bank, blocks = dense_preconditioner(value, point.codes, point.chain, weighed)
+    size = len(bank) + EXPERTS * ATOMS
+    inverse = np.zeros((size, size))
+    inverse[: len(bank), : len(bank)] = np.linalg.inv(bank)
+    for number, block in enumerate(blocks):
+        some = len(bank) + ATOMS * number + np.flatnonzero(point.chain[number])
+        inverse[np.ix_(some, some)] = np.linalg.inv(block)
+    return inverse
 
 
 @every_case
@@ -429,17 +433,18 @@ def test_the_preconditioner_passes_over_what_has_no_curvature() -> None:
 
 @some_cases
 def test_it_saves_iterations(
-    signed: bool, kind: str, rank: int, family: Family, monkeypatch: pytest.MonkeyPatch
+    kind: str, rank: int, signed: bool, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(gauss_newton, "_RESIDUAL", 0.0)
     metric, point = random_metric(kind), sparse_point(rank, signed)
-    ours, value, _ = whole_step(family, metric, point, how=Solving(8, 0.0))
-
-    def plain(precondition: Preconditioner, vector: Vector) -> Vector:
-        return Vector(vector.bank.clone(), vector.codes)
-
-    monkeypatch.setattr("globe.fit.gauss_newton._preconditioned", plain)
-    theirs, _, _ = whole_step(family, metric, point, how=Solving(8, 0.0))
-    assert ours.predicted < theirs.predicted < value.error
+    matrix, models = by_variables(family, metric, point), []
+    for _ in range(2):
+        found, _, slope = whole_step(family, metric, point, None, 8)
+        step = flat(found.step)
+        models.append(slope @ step + step @ matrix @ step / 2)
+        monkeypatch.setattr(Preconditioner, "bank", lambda _, slope: slope.clone())
+        monkeypatch.setattr(Preconditioner, "codes", lambda _, slope: slope)
+    assert models[0] < models[1] < 0
 
 
 def test_moves_of_variables_are_those_of_their_slopes() -> None:
