@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from globe.fit.variable_projection import Problem
 
-from dense import ATOMS, EXPERTS, RANK, D, P, random_metric, small_family
+from dense import ATOMS, EXPERTS, RANK, WHOLE, D, P, problem_of, random_metric, random_point, small_family
 from families import CPU, Array, make_job, make_pool, random_state, silent, whole_pool
 from forms import FORMS, Looks, form, no_copies
 from globe.checkpoint.family import Family
@@ -20,6 +19,8 @@ from globe.compute.blocks import Blocks
 from globe.compute.passes import Batched, PerCore, engine, within
 from globe.fit.dictionary import Equations, Solving, mod_exact
 from globe.fit.dictionary_metric import mod_metric
+from globe.fit.gauss_newton import Operator, Point, Vector
+from globe.fit.preconditioner import Preconditioner
 from globe.fit.stored_lefts import Fit, Solved, rounded, solve_lefts
 from globe.fit.sums import State
 from globe.fit.sweep import measure, measure_some, sweep, sweep_some
@@ -161,12 +162,25 @@ def left_factors(family: Family, metric: Metric | None) -> list[Array]:
     return [torch.stack([one.left for one in found]).double().numpy(), figures]
 
 
-def objective(family: Family, metric: Metric | None) -> list[Array]:
-    problem = Problem(whole_pool(family, metric), make_job(Settings(), blocks=Blocks(experts=4)))
-    value, curvature = problem.curvature(state().bank, state().codes, 0, silent)
-    assert problem.evaluate(state().bank, state().codes, silent).error == value.error
-    tensors = value.bank, curvature.lefts, curvature.columns, curvature.codes, curvature.gram
-    return [value.errors, value.codes, *(tensor.double().numpy() for tensor in tensors)]
+def objective(family: Family, metric: Metric | None, rank: int = RANK) -> list[Array]:
+    problem = problem_of(family, metric, shape=(ATOMS, rank, D))
+    bank, codes = random_point(signed=False, rank=rank)
+    value = problem.look(bank, codes, 0, silent)
+    assert problem.look(bank, codes, 0, silent).error == value.error
+    tensors = value.bank, value.lefts, value.columns, value.curvature, value.gram
+    return [value.errors, value.codes, value.weights, *(tensor.double().numpy() for tensor in tensors)]
+
+
+def curvature(family: Family, metric: Metric | None, rank: int = RANK) -> list[Array]:
+    problem = problem_of(family, metric, shape=(ATOMS, rank, D))
+    point = Point(*random_point(signed=False, rank=rank), False)
+    value = problem.look(point.bank, point.codes, 0, silent)
+    given = Vector(torch.ones_like(point.bank), np.ones_like(point.codes))
+    with engine(CPU) as workers:
+        found = Operator(problem, point, value.scale, workers)(given)
+    preconditioned = Preconditioner(value, point.codes, point.chain, metric is not None)
+    inverse = preconditioned.bank(given.bank).double().numpy(), preconditioned.codes(given.codes)
+    return [found.bank.double().numpy(), found.codes, *inverse]
 
 
 STAGES: dict[str, Callable[[Family, Metric | None], list[Array]]] = {
@@ -176,6 +190,9 @@ STAGES: dict[str, Callable[[Family, Metric | None], list[Array]]] = {
     "dictionary": stepped,
     "left factors": left_factors,
     "objective": objective,
+    "objective, columns whole": lambda family, metric: objective(family, metric, WHOLE),
+    "curvature": curvature,
+    "curvature, columns whole": lambda family, metric: curvature(family, metric, WHOLE),
 }
 CASES = [
     (stage, kind) for stage in STAGES for kind in ("none", "scaled", "rows") if stage != "dictionary" or kind != "none"
