@@ -25,6 +25,7 @@ from unittest import mock
 import click
 import numpy as np
 import torch
+from globe.fit.variable_projection import Problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.synthetic import Shape as Sizes
@@ -38,7 +39,6 @@ from globe.fit.dictionary_metric import mod_metric
 from globe.fit.stored_lefts import Fit, solve_lefts
 from globe.fit.sums import State
 from globe.fit.sweep import measure, sweep
-from globe.fit.variable_projection import Problem
 from globe.runs.job import Job
 from globe.runs.stages import Stages
 from globe.runs.store import MemoryStore
