@@ -25,7 +25,6 @@ from unittest import mock
 import click
 import numpy as np
 import torch
-from globe.fit.variable_projection import Problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.synthetic import Shape as Sizes
@@ -39,6 +38,7 @@ from globe.fit.dictionary_metric import mod_metric
 from globe.fit.stored_lefts import Fit, solve_lefts
 from globe.fit.sums import State
 from globe.fit.sweep import measure, sweep
+from globe.fit.problem import Problem
 from globe.runs.job import Job
 from globe.runs.stages import Stages
 from globe.runs.store import MemoryStore
@@ -126,9 +126,9 @@ def _exact_step(pool: Pool, state: State, job: Job) -> Callable[[], Any]:
 
 
 def _evaluation(pool: Pool, state: State, job: Job) -> Callable[[], Any]:
-    problem = Problem(pool.all_trained(), job)
-    problem.evaluate(state.bank, state.codes, nothing)
-    return lambda: problem.evaluate(state.bank, state.codes, nothing)
+    problem = Problem(pool.all_trained(), tuple(state.bank.shape), job, Path())  # all is kept in memory
+    problem.look(state.bank, state.codes, 0, nothing)
+    return lambda: problem.look(state.bank, state.codes, 0, nothing)
 
 
 def _lefts(pool: Pool, state: State, job: Job) -> Callable[[], Any]:

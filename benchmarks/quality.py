@@ -171,7 +171,7 @@ def _calibration(model: Path, given: str | None, scratch: Path, needed: bool) ->
     if given is not None:
         return Path(given)
     file = scratch / "calibration.safetensors"
-    command = [sys.executable, "-m", "globe", "calibrate", str(model), str(file)]
+    command = [sys.executable, "-m", "globe", "calibrate", str(model), str(file), "--row-moments", "full"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return file

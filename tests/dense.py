@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from globe.fit.variable_projection import Problem
 
 from families import Array, make_family, make_job, planted, whole_pool
 from globe.checkpoint.family import Family
 from globe.compute.blocks import Blocks
+from globe.fit.variable_projection import Problem
 from globe.settings import Settings
 from globe.statistics.metric import Metric
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from globe.fit.variable_projection import Problem
 
 from dense import ATOMS, EXPERTS, RANK, D, P, random_metric, small_family
 from families import CPU, Array, make_job, make_pool, random_state, silent, whole_pool
@@ -23,6 +22,7 @@ from globe.fit.dictionary_metric import mod_metric
 from globe.fit.stored_lefts import Fit, Solved, rounded, solve_lefts
 from globe.fit.sums import State
 from globe.fit.sweep import measure, measure_some, sweep, sweep_some
+from globe.fit.variable_projection import Problem
 from globe.seeds.proxies import Rows, split_rows
 from globe.settings import Settings
 from globe.statistics.metric import Metric

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from globe.fit.quasi_newton import Pairs, Vector
 
 from checkpoints import make_tiny
 from dense import dense_of, problem_of, random_metric
@@ -24,6 +23,7 @@ from globe.compute.blocks import Blocks
 from globe.compute.codes import supports
 from globe.fit.codes import coding_step
 from globe.fit.joint import Steps, _recentre, fit_joint
+from globe.fit.quasi_newton import Pairs, Vector
 from globe.fit.sums import State
 from globe.runs import store as store_module
 from globe.runs.store import FOLDER, MemoryStore, RunStore, Store

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from globe.fit.quasi_newton import Pairs, Point, Preconditioner, Vector
-from globe.fit.variable_projection import Curvature, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from families import Array
+from globe.fit.quasi_newton import Pairs, Point, Preconditioner, Vector
+from globe.fit.variable_projection import Curvature, Value
 
 BANK = (2, 1, 3)
 WHOLE = 6  # numbers of the bank in a vector

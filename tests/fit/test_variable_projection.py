@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from globe.fit.quasi_newton import Point
-from globe.fit.variable_projection import Problem, Value
 
 from dense import ATOMS, EXPERTS, METRICS, RANK, D, dense_of, problem_of, random_metric, random_point, small_family
 from families import make_family, make_job, planted, silent, whole_pool
@@ -16,6 +14,8 @@ from globe.checkpoint.family import Family
 from globe.compute.blocks import Blocks
 from globe.compute.devices import set_threads
 from globe.fit import variable_projection
+from globe.fit.quasi_newton import Point
+from globe.fit.variable_projection import Problem, Value
 from globe.settings import Settings
 
 every_metric = pytest.mark.parametrize("kind", METRICS)

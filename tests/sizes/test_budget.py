@@ -242,6 +242,9 @@ def test_calibration_that_cannot_be_is_refused_before_anything_is_read(tmp_path:
     source = make_tiny("mixtral", tmp_path / "source")
     needed = calibration_bytes(Checkpoint(source), 1024)
     assert budget.BASE < needed < calibration_bytes(Checkpoint(source), 1 << 20)
+    with_down = Settings(families=("gate", "down"), calibration_tokens=1024, max_memory=needed)
+    with pytest.raises(UsageError, match="calibration needs about"):  # it gathers moments of down's inputs
+        require_memory(Checkpoint(source), with_down)
     options = {"calibration_tokens": 1024, "max_memory": needed - 1}
     for calibrate in ("auto", "pydoc"):
         with pytest.raises(UsageError, match=r"calibration needs about .*GiB: use --max-memory .* --calibrate none$"):

@@ -15,6 +15,7 @@ from globe.fit.preconditioner import Preconditioner
 from globe.fit.problem import Problem
 
 Array = NDArray[np.float64]
+_RESIDUAL = 0.1
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Vector:
             [torch.dot(a.flatten(), b.flatten()) for a, b in zip(self.bank, other.bank, strict=True)]
         )
         return float(products.cpu().double().sum()) + float((self.codes * other.codes).sum())
+
+    def scale_(self, factor: float) -> Vector:
+        """This vector times `factor`, the bank in place."""
+        return Vector(self.bank.mul_(factor), self.codes * factor)
 
     def add_(self, other: Vector, factor: float) -> Vector:
         """This vector plus `factor` times the other, the bank in place."""
@@ -82,20 +87,13 @@ class Operator:
 
     def __call__(self, vector: Vector) -> Vector:
         """H times a vector."""
-        return self._apply(vector.bank, self._point.chain * vector.codes)
-
-    def jump(self, codes: Array) -> Vector:
-        """H times a change of the codes themselves (N, m)."""
-        return self._apply(None, codes)
-
-    def _apply(self, change: torch.Tensor | None, codes: Array) -> Vector:
-        problem, point = self._problem, self._point
-        total, slopes = torch.zeros_like(point.bank), np.zeros_like(codes)
+        problem, point, chain = self._problem, self._point, self._point.chain
+        changes = chain * vector.codes
+        total, slopes = torch.zeros_like(point.bank), np.zeros_like(changes)
         lefts, hidden = problem.lefts.take(problem.spans), problem.hidden.take(problem.spans)
         for span, left, columns in zip(problem.spans, lefts, hidden, strict=True):
-            mixed = mixtures(codes[span], point.bank, self._rooms[0])
-            if change is not None:
-                mixed += mixtures(point.codes[span], change, self._rooms[1])
+            mixed = mixtures(changes[span], point.bank, self._rooms[0])
+            mixed += mixtures(point.codes[span], vector.bank, self._rooms[1])
 
             def work(
                 part: slice,
@@ -109,7 +107,7 @@ class Operator:
             self._workers.run(work, span.stop - span.start)
             slopes[span] = correlations(mixed, point.bank)
             scatter_add(point.codes[span], mixed, total, self._rooms[1])
-        return Vector(total.mul_(2 * self._scale), slopes * point.chain * (2 * self._scale))
+        return Vector(total.mul_(2 * self._scale), slopes * chain * (2 * self._scale))
 
     def _project(self, numbers: slice, matrices: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """X_i K_i."""
@@ -130,30 +128,21 @@ class Newton:
     step : Vector
     slope : float
         Of f along it.
-    jumped : float
-        What the quadratic model says of f at the new codes before the step.
-    predicted : float
-        And after it.
     iterations : int
+        Products with the Gauss-Newton matrix.
     """
 
     step: Vector
     slope: float
-    jumped: float
-    predicted: float
     iterations: int
 
 
-@dataclass(frozen=True)
-class Solving:
-    """At most `steps` of conjugate gradients, fewer once the preconditioned residual is `tolerance` of the first."""
+def newton_step(problem: Problem, point: Point, value: Value, previous: Vector | None, steps: int) -> Newton:
+    """argmin over (dB, dv) of the quadratic model of f, by preconditioned conjugate gradients.
 
-    steps: int
-    tolerance: float
-
-
-def newton_step(problem: Problem, point: Point, value: Value, target: Array, how: Solving) -> Newton:
-    """argmin over (dB, dv) of the quadratic model of f, from new codes on, by preconditioned conjugate gradients.
+    The iteration starts with the best multiple of the step before and stays conjugate to it (deflation, Saad et al.,
+    2000): what a few iterations leave undone in one step, because the matrix is ill-conditioned, is undone in the next
+    one for much the same directions. It ends early once the preconditioned residual is `_RESIDUAL` of the first.
 
     Parameters
     ----------
@@ -161,54 +150,63 @@ def newton_step(problem: Problem, point: Point, value: Value, target: Array, how
         Whose last pass was at the point.
     point : Point
     value : Value
-        At the point. The memory of its bank is taken.
-    target : array, shape (N, m)
-        The codes that the step starts from, of a support of their own; those of the point for none.
-    how : Solving
+        At the point. The memory of its tensors is taken.
+    previous : Vector or None
+        The step before, in the coordinates of now.
+    steps : int
+        At most.
     """
-    change = target - point.codes
-    residual = Vector(value.bank, value.codes)
+    chain = point.chain
     with engine(problem.device) as workers:
         operator = Operator(problem, point, value.scale, workers)
-        jumped = value.error
-        after = Point(point.bank, target, point.signed)
-        if change.any():
-            raw = operator.jump(change)
-            jumped += float((value.codes * change).sum()) + 0.5 * float((raw.codes * change).sum())
-            residual = Vector(residual.bank.add_(raw.bank), residual.codes + raw.codes)
-            del raw
-        operator = Operator(problem, after, value.scale, workers)
-        residual = Vector(residual.bank.neg_(), -residual.codes * after.chain)
-        precondition = Preconditioner(value, after.codes, after.chain, problem.metric is not None)
-        step = Vector(torch.zeros_like(point.bank), np.zeros_like(target))
-        direction = _preconditioned(precondition, residual)
-        strength = residual.dot(direction)
-        first, slope, gained, taken = strength, 0.0, 0.0, 0
-        for taken in range(1, how.steps + 1):
+        precondition = Preconditioner(value, point.codes, chain, problem.metric is not None)
+        residual = Vector(value.bank.neg_(), -value.codes * chain)
+        step = Vector(torch.zeros_like(point.bank), np.zeros_like(point.codes))
+        slope, taken, deflated = 0.0, 0, _Deflated.of(previous, operator)
+        if deflated is not None:
+            along = residual.dot(deflated.direction)
+            size = along / deflated.curvature
+            step, residual = step.add_(deflated.direction, size), residual.add_(deflated.image, -size)
+            slope, taken = -size * along, 1
+        direction: Vector | None = None
+        first = before = 0.0
+        for number in range(steps):
+            moved = Vector(precondition.bank(residual.bank), precondition.codes(residual.codes))
+            strength = residual.dot(moved)
+            first = strength if number == 0 else first
+            if not strength > _RESIDUAL**2 * first * (number > 0):
+                break
+            moved = moved if deflated is None else deflated.without(moved)
+            direction = moved if direction is None else direction.scale_(strength / before).add_(moved, 1.0)
+            del moved
             image = operator(direction)
             curvature = direction.dot(image)
-            if not curvature > 0:
-                taken -= 1
+            taken += 1
+            if not curvature > 0:  # rounding has the last word
                 break
-            size = strength / curvature
-            step = step.add_(direction, size)
+            size, before = strength / curvature, strength
+            step, residual = step.add_(direction, size), residual.add_(image, -size)
             slope -= size * strength
-            gained += 0.5 * size * strength
-            residual = residual.add_(image, -size)
             del image
-            if taken == how.steps:
-                break
-            moved = _preconditioned(precondition, residual)
-            before, strength = strength, residual.dot(moved)
-            if strength <= how.tolerance**2 * first:
-                break
-            direction = Vector(
-                direction.bank.mul_(strength / before).add_(moved.bank),
-                direction.codes * (strength / before) + moved.codes,
-            )
-            del moved
-    return Newton(step, slope, jumped, jumped - gained, taken)
+    return Newton(step, slope, taken)
 
 
-def _preconditioned(precondition: Preconditioner, vector: Vector) -> Vector:
-    return Vector(precondition.bank(vector.bank), precondition.codes(vector.codes))
+@dataclass(frozen=True)
+class _Deflated:
+    """A direction s that was searched, H s, and sᵀ H s."""
+
+    direction: Vector
+    image: Vector
+    curvature: float
+
+    @staticmethod
+    def of(direction: Vector | None, operator: Operator) -> _Deflated | None:
+        if direction is None:
+            return None
+        image = operator(direction)
+        curvature = direction.dot(image)
+        return _Deflated(direction, image, curvature) if curvature > 0 else None
+
+    def without(self, vector: Vector) -> Vector:
+        """The vector made conjugate to the direction, in place."""
+        return vector.add_(self.direction, -vector.dot(self.image) / self.curvature)

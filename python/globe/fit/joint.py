@@ -17,7 +17,7 @@ from globe.compute.codes import supports
 from globe.compute.gemm import matmul
 from globe.fit.codes import entmax_alpha, one_atom_each, prune, spread
 from globe.fit.dictionary import unit_atoms
-from globe.fit.gauss_newton import Newton, Point, Solving, newton_step
+from globe.fit.gauss_newton import Newton, Point, Vector, newton_step
 from globe.fit.objective import Value
 from globe.fit.problem import Problem
 from globe.fit.sums import State
@@ -30,7 +30,6 @@ from globe.settings import Settings
 Array = NDArray[np.float64]
 
 _SETTLING = 0.5  # share of the steps before which no plateau ends the fit
-_RESIDUAL = 0.1  # of a step's equations, preconditioned, at which they are solved well enough
 _ARMIJO = 1e-4
 _REACH = 2.0  # of the size of a bank or an expert's variables, in one step
 _NOTHING = 1e-9  # of the energy: the fp32 residual is rounding
@@ -108,12 +107,11 @@ def fit_joint(problem: Problem, start: State, job: Job, advance: Advance) -> tup
     advance : callable
     """
     started, settings, name = time.perf_counter(), job.settings, problem.family.name
-    state, now = _recall(job, start, problem)
-    bank, codes = state.bank, _sized(state.codes)
+    state, previous, now = _recall(job, start, problem)
+    bank, codes = state.bank, state.codes
     del start, state
     started -= now.seconds
     signed = settings.codes == "signed"
-
     value = problem.look(bank, codes, settings.seed + now.step, advance)
     if now.step == 0:
         now = replace(now, evaluations=1)
@@ -125,68 +123,58 @@ def fit_joint(problem: Problem, start: State, job: Job, advance: Advance) -> tup
         median = float(np.median(supports(codes)))
         now = _noted(replace(now, seconds=time.perf_counter() - started), value, median)
         job.log(f"{name}: step {now.step}: error {value.error:.5f}, median support {median:g}")
-        met = settings.codes not in ("entmax", "sparsemax") or median <= settings.support
-        now = replace(now, stopped=_ended(now, met, settings))
+        changed, temperature = _supported(value, codes, now, settings)
+        now = replace(now, stopped=_ended(now, changed is None, settings))
         if now.stopped is not None:
             break
-        target, temperature = codes, now.temperature
-        if now.step == 0 and not signed and settings.support > 1 and one_atom_each(codes):
-            others = min(settings.support, len(bank)) - 1
-            codes = _sized(spread(codes, others, 2 / others, settings.seed))  # together about as much as their own
-            target = codes
-            value = problem.look(bank, codes, settings.seed, advance)
-            now = replace(now, evaluations=now.evaluations + 1)
-        elif not met:
-            model = Quadratic(value.curvature, codes, value.codes)
-            target, temperature = shrink_support(model, newton_codes(model), settings.support, entmax_alpha(settings))
-        newton = newton_step(problem, Point(bank, codes, signed), value, target, Solving(settings.cg_steps, _RESIDUAL))
-        now = replace(now, iterations=now.iterations + newton.iterations)
-        jumped = target is not codes
-        line_search = _Line(
+        if changed is not None:
+            codes = changed
+            value = problem.look(bank, codes, settings.seed + now.step, advance)
+            now = replace(now, evaluations=now.evaluations + 1, temperature=temperature)
+        newton = newton_step(problem, Point(bank, codes, signed), value, previous, settings.cg_steps)
+        line = _Line(
             partial(problem.look, seed=settings.seed + now.step + 1, advance=advance),
-            Point(bank, target, signed),
+            Point(bank, codes, signed),
             newton,
-            max(value.error, newton.jumped) if jumped else value.error,
+            value.error,
             _centre(value.gram).to(bank.device),
         )
         del value
-        found, tried = line_search.down(certainly=jumped)
-        now = replace(now, evaluations=now.evaluations + tried)
+        found, tried = line.search()
+        now = replace(now, evaluations=now.evaluations + tried, iterations=now.iterations + newton.iterations)
         if found is None:
             job.log(f"{name}: step {now.step}: no step lowers the error")
             now = replace(now, stopped="no descent")
             break
         bank, codes, value = found
-        now = replace(now, step=now.step + 1, temperature=temperature)
-        _save(job, name, State(bank, codes, temperature), now)
+        previous = Vector(matmul(line.centre, newton.step.bank), newton.step.codes)
+        now = replace(now, step=now.step + 1)
+        _save(job, name, (State(bank, codes, now.temperature), previous), now)
     state = _finished(State(bank, codes, now.temperature), settings)
     return state, replace(now, seconds=time.perf_counter() - started)
 
 
 @dataclass(frozen=True)
 class _Line:
-    """A line to search: f at a bank and codes, where the line begins, its direction, f to go below, coordinates Q."""
+    """A line to search: f at a bank and codes, where the line begins and its direction, f there, coordinates Q."""
 
     look: Callable[[torch.Tensor, Array], Value]
     begin: Point
     newton: Newton
-    reference: float
+    error: float
     centre: torch.Tensor
 
-    def down(self, *, certainly: bool) -> tuple[tuple[torch.Tensor, Array, Value] | None, int]:
-        """A bank and codes at which f falls enough (Armijo, 1966) and their value, and how often f was asked for.
-
-        Where there is none: None, or `certainly` where the line begins.
-        """
-        size = self._reach()
+    def search(self) -> tuple[tuple[torch.Tensor, Array, Value] | None, int]:
+        """A bank and codes at which f falls enough (Armijo, 1966) and their value, and how often f was asked for."""
+        size, slope = self._reach(), self.newton.slope
         for tried in range(1, _TRIALS + 1):
             bank, codes, value = self._at(size)
-            if value.error <= self.reference + _ARMIJO * size * self.newton.slope:
+            if value.error <= self.error + _ARMIJO * size * slope:
                 return (bank, codes, value), tried
-            rise = value.error - self.reference - size * self.newton.slope
-            size *= max(0.1, min(0.5, -self.newton.slope * size / (2 * rise))) if math.isfinite(rise) else 0.1
+            rise = value.error - self.error - size * slope
+            size *= max(0.1, min(0.5, -slope * size / (2 * rise))) if math.isfinite(rise) else 0.1
             del bank, value
-        return (self._at(0.0), _TRIALS + 1) if certainly else (None, _TRIALS)
+        return None, _TRIALS
 
     def _at(self, size: float) -> tuple[torch.Tensor, Array, Value]:
         bank = torch.empty_like(self.begin.bank)
@@ -219,6 +207,19 @@ def _centre(gram: torch.Tensor) -> torch.Tensor:
     return found
 
 
+def _supported(value: Value, codes: Array, now: Steps, settings: Settings) -> tuple[Array | None, float]:
+    """Codes on supports that the settings ask for, and their temperature; None where they are on such already."""
+    if settings.codes in ("entmax", "sparsemax") and np.median(supports(codes)) > settings.support:
+        model = Quadratic(value.curvature, codes, value.codes)
+        kept, temperature = shrink_support(model, newton_codes(model), settings.support, entmax_alpha(settings))
+        return _sized(kept), temperature
+    if now.step == 0 and settings.codes != "signed" and settings.support > 1 and one_atom_each(codes):
+        others = min(settings.support, codes.shape[1]) - 1
+        # together about as much as their own
+        return _sized(spread(codes, others, 2 / others, settings.seed)), now.temperature
+    return None, now.temperature
+
+
 def _noted(now: Steps, value: Value, median: float) -> Steps:
     """The history with a line on where the fit is."""
     line = Segment(
@@ -248,21 +249,23 @@ def _finished(state: State, settings: Settings) -> State:
     return State(bank, _sized(codes), state.temperature)
 
 
-def _save(job: Job, name: str, state: State, now: Steps) -> None:
-    mine = f"{name}.joint-{now.step}"
+def _save(job: Job, name: str, reached: tuple[State, Vector], now: Steps) -> None:
+    mine, (state, previous) = f"{name}.joint-{now.step}", reached
     tensors = {"bank": state.bank, "codes": torch.from_numpy(state.codes)}
+    tensors |= {"step": previous.bank, "step.codes": torch.from_numpy(previous.codes)}
     job.store.save(mine, tensors, {**asdict(now), "elapsed": job.stages.so_far()})
     drop_joint(job.store, name, but=mine)  # after: a process that ends in between loses no step
 
 
-def _recall(job: Job, start: State, problem: Problem) -> tuple[State, Steps]:
+def _recall(job: Job, start: State, problem: Problem) -> tuple[State, Vector | None, Steps]:
     found = (job.store.load(key) for key in _keys(job.store, problem.family.name))
     saved = next((each for each in found if each is not None), None)
     if saved is None:
-        return start, Steps(start.temperature)
+        return replace(start, codes=_sized(start.codes)), None, Steps(start.temperature)
     meta = {key: value for key, value in saved.meta.items() if key != "elapsed"}
     now = Steps(**{**meta, "history": [Segment(**line) for line in meta["history"]]})
-    return State(saved.tensors["bank"].to(problem.device), saved.array("codes"), now.temperature), now
+    state, step = (saved.tensors[kind].to(problem.device) for kind in ("bank", "step"))
+    return State(state, saved.array("codes"), now.temperature), Vector(step, saved.array("step.codes")), now
 
 
 def joint_before(store: Store, name: str) -> dict[str, Any] | None:
