@@ -51,7 +51,7 @@ def output_directory(path: Path, claim: Claim, *, overwrite: bool, log: Log) -> 
         if not overwrite:
             _refuse_other_files(path, going)
         _refuse_rivals(path, claim, going)
-        _require_space(path, claim.needed_bytes, going)
+        _require_space(path, claim, going)
         refuse_directories(path, going)
         _tell_staying(path, going, log)
         try:
@@ -132,7 +132,7 @@ def run_directory(
             elif not folder.is_dir():
                 _refuse_other_files(path, going)
         _refuse_reads(path, claim, going)
-        _require_space(path, claim.needed_bytes, going)
+        _require_space(path, claim, going)
         refuse_directories(path, going)
         if renewed:
             _tell_staying(path, going, log)
@@ -159,7 +159,7 @@ def run_directory(
             if kept:
                 log(f"{path}: unfinished; {FOLDER} keeps what is done, and the same command goes on from there")
             if _is_full(error):
-                raise _unwritable(path, error, max(claim.needed_bytes - written, 1 << 20) if kept else None) from None
+                raise _unwritable(path, error, max(claim.all_bytes - written, 1 << 20) if kept else None) from None
             raise
         if not existing.keep_run:
             shutil.rmtree(folder, ignore_errors=True)
@@ -271,10 +271,15 @@ def _tell_staying(path: Path, going: set[str], log: Log) -> None:
         log(f"{path}: left as they are: {some(stays)}")
 
 
-def _require_space(path: Path, needed: int, going: set[str]) -> None:
-    free = shutil.disk_usage(path).free + _used(path, going)
-    if free < needed:
-        raise GlobeError(f"output {path}: {free:,} bytes free, about {needed:,} needed; free some or name another disk")
+def _require_space(path: Path, claim: Claim, going: set[str]) -> None:
+    free, scratch = shutil.disk_usage(path).free + _used(path, going), claim.scratch
+    if free >= claim.all_bytes:
+        return
+    remedies, told = "free some or name another disk", ""
+    if scratch is not None:
+        told = f", {scratch.size:,} of them for matrices of experts that the joint fit has no memory for"
+        remedies += f", or use {scratch.remedies}" if free >= claim.needed_bytes else ""
+    raise GlobeError(f"output {path}: {free:,} bytes free, about {claim.all_bytes:,} needed{told}; {remedies}")
 
 
 def _used(path: Path, names: set[str]) -> int:

@@ -111,10 +111,10 @@ def calibrate(
         "ratio",
         "families",
         "method",
-        "outer_loops",
         "calibrate",
         "device",
         "max_memory",
+        "time_limit",
         "config",
     ),
 )
@@ -132,16 +132,17 @@ def calibrate(
 @click.option("--method", type=choice("method"), help="Seeds.  [default: ts-pca]")
 @click.option("--solver", type=choice("solver"), help="Training.  [default: joint]")
 @click.option("--mod", type=choice("mod"), help="Dictionary step.  [default: exact]")
-@click.option("--outer-loops", type=int, help="0: seeds, NNLS codes and left factors only.  [default: 6]")
+@click.option("--outer-loops", type=int, help="Of --solver alternate; 0: keep the seeds.  [default: 6]")
 @click.option("--init-codes", type=choice("init_codes"), help="Codes at the start.  [default: nnls]")
 @click.option("--codes", type=choice("codes"), help="Codes in the loop.  [default: entmax]")
 @click.option("--support", type=int, help="Target median support.  [default: 12]")
-@click.option("--joint-steps", type=int, help="Steps of the joint solver.  [default: 60]")
+@click.option("--joint-steps", type=int, help="Most steps of the joint solver.  [default: 14]")
 @click.option("--calibrate", metavar="auto|pydoc|none|FILE", help="Activation statistics.  [default: auto]")
 @click.option("--calibration-tokens", type=int, help="Tokens of pydoc or auto.  [default: 32768]")
 @click.option("--device", type=choice("device"), help="[default: auto]")
 @click.option("--precision", type=choice("precision"), help="fp32 refuses bf16 products.  [default: auto]")
 @click.option("--max-memory", help="Ceiling of resident memory, e.g. 6GiB.  [default: half of the machine's]")
+@click.option("--time-limit", help="Deliver what fits in e.g. 40m, 2h; writing included.  [default: none]")
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--threads", type=int, help="CPU threads.  [default: all that the process may use]")
 @click.option("--config", type=PATH, help="Settings as YAML; options win over it.  [default: none]")
