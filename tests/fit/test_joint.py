@@ -57,7 +57,7 @@ def fit(
     store: Store | None = None,
     **changed: Any,
 ) -> Found:
-    settings = Settings(**{"joint_steps": 30, "support": 3, **changed})
+    settings = Settings(**{"joint_steps": 8, "support": 3, **changed})
     start = start or random_state(1, experts=EXPERTS, atoms=ATOMS, rank=RANK, d=D)
     problem = problem_of(family, metric, shape=(ATOMS, RANK, D), settings=settings)
     job = make_job(settings, store=store)
@@ -148,7 +148,7 @@ def test_a_planted_model_is_recovered(kind: str, codes: str, tmp_path: Path) -> 
     near = bank + 0.3 * random.standard_normal(bank.shape)
     start = State(torch.from_numpy(near).float(), alpha * random.uniform(0.7, 1.3, alpha.shape), 1.0)
     assert value_at(family, metric_of(kind), start) > 0.02
-    found = fit(family, metric_of(kind), start, codes=codes, joint_steps=100, tolerance=0.0)
+    found = fit(family, metric_of(kind), start, codes=codes, joint_steps=30, tolerance=0.0)
     assert errors(found)[-1] < 1e-4
     assert value_at(family, metric_of(kind), found.state) < 1e-4
 
@@ -162,8 +162,8 @@ def test_it_stops_at_an_exact_fit(tmp_path: Path) -> None:
 
 
 def test_a_plateau_ends_it(family: Family) -> None:
-    found = fit(family, codes="signed", joint_steps=300, tolerance=1e-2)
-    assert found.steps.stopped == "plateau" and 180 <= found.steps.step < 300
+    found = fit(family, codes="signed", joint_steps=30, tolerance=1e-2)
+    assert found.steps.stopped == "plateau" and 15 <= found.steps.step < 30
 
 
 @pytest.mark.parametrize("kind", ["none", "scaled"])
@@ -188,7 +188,7 @@ def test_codes_of_free_size_stay_where_they_are(codes: str, family: Family) -> N
     start = random_state(1, experts=EXPERTS, atoms=ATOMS, rank=RANK, d=D)
     start.codes[:, 1:] = 0
     start.codes[: EXPERTS // 2, 1] = 1e-12
-    found = fit(family, start=start, codes=codes, support=2, joint_steps=60)
+    found = fit(family, start=start, codes=codes, support=2, joint_steps=10)
     assert 1e-3 < found.state.codes.max() < 1e3
     assert errors(found)[-1] <= errors(found)[0]
 
@@ -253,7 +253,7 @@ SMALL: dict[str, Any] = {
     "rank": 0.5,
     "bank_size": 3,
     "outer_loops": 1,
-    "joint_steps": 12,
+    "joint_steps": 5,
     "support": 2,
     "device": "cpu",
     "threads": 1,
@@ -327,9 +327,9 @@ def test_a_killed_run_ends_with_the_same_files(tmp_path: Path) -> None:
 def test_a_process_that_ends_while_it_saves_has_the_state_before(family: Family, tmp_path: Path) -> None:
     whole, store = fit(family), RunStore(tmp_path / "run", {}, {}, lambda line: None)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("globe.runs.store._digest", dying_at("20", store_module._digest))
+        patch.setattr("globe.runs.store._digest", dying_at("2", store_module._digest))
         fit(family, store=store)
-    assert "gate.joint-10" in store.names()
+    assert "gate.joint-1" in store.names()
     again = fit(family, store=RunStore(tmp_path / "run", {}, {}, lambda line: None))
     assert errors(again) == errors(whole) and torch.equal(again.state.bank, whole.state.bank)
 
