@@ -128,7 +128,7 @@ def run_directory(
                 yield None
                 return
             if begun is not None:
-                _refuse_other_key(path, "an unfinished run", begun, key, going)
+                _refuse_other_key(path, "an unfinished run", _without_limit(begun), _without_limit(key), going)
             elif not folder.is_dir():
                 _refuse_other_files(path, going)
         _refuse_reads(path, claim, going)
@@ -180,6 +180,12 @@ def finished_key(path: Path) -> dict[str, Any] | None:
 def run_key(version: str, fingerprint: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the weight files of a run depend on, as plain values."""
     return {"globe_version": version, "source": {"fingerprint": fingerprint}, "settings": dict(settings)}
+
+
+def _without_limit(key: Mapping[str, Any]) -> dict[str, Any]:
+    """A key but for the time limit: an unfinished run may go on under another one."""
+    settings = {name: value for name, value in key.get("settings", {}).items() if name != "time_limit"}
+    return {**key, "settings": settings}
 
 
 @contextmanager

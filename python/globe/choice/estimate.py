@@ -20,7 +20,6 @@ from globe.sizes.work import (
     Task,
     Work,
     dictionary_work,
-    iteration_work,
     joint_pass_work,
     joint_start_work,
     lefts_work,
@@ -124,13 +123,6 @@ def seconds_of(work: Work, rates: Rates) -> float:
     """What some work takes: products, what passes through memory, calls; reading is done meanwhile."""
     busy = work.flops / rates.products + work.wide / rates.wide + work.moved / rates.memory + work.calls * rates.call
     return max(busy, work.read / rates.reading) + work.written / rates.writing
-
-
-def iteration_share(task: Task, cached: int) -> float:
-    """Operations of an iteration over those of a pass of the joint fit."""
-    held = kept(task.family, task.shape, task.settings, cached)
-    once, whole = iteration_work(task, held), joint_pass_work(task, held)
-    return (once.flops + once.wide) / (whole.flops + whole.wide)
 
 
 def _stage(name: str, work: Work, rates: Rates, least: Work | None = None) -> Expected:

@@ -64,14 +64,15 @@ class Pace:
     def steps(self, steps: int, iterations: int, passes: int = 0) -> Fitting:
         """Of so many steps of the joint fit those that fit, of so many iterations each, after so many passes.
 
-        Half of them where more steps fit so: the first iterations of a step are worth the most, and a pass sees anew
-        what they are for.
+        Half of them where half as many steps more fit so: in equal time short steps are then no worse (gate of the
+        SmolLM2 mixture: two of 8 iterations 0.0217, three of 4 0.0206; six of 8 0.0134, eight of 4 0.0140).
         """
         if self._turn is None:
             return Fitting(steps, iterations)
         fewer = max(1, iterations // 2)
         whole, half = (min(steps, self._count(self._step(each), passes)) for each in (iterations, fewer))
-        return Fitting(half, fewer) if half > whole else Fitting(whole, iterations)
+        shorter = half > whole and 2 * half >= 3 * whole
+        return Fitting(half, fewer) if shorter else Fitting(whole, iterations)
 
     def loops(self, loops: int) -> int:
         """Of so many loops of the alternating solver those that fit, after the pass that measures the last one."""
