@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from globe.errors import UsageError
-from globe.settings import Settings, parse_bytes
+from globe.settings import Settings, parse_bytes, parse_seconds, seconds_text
 from globe.settings.yaml_file import read_settings
 
 DOCS = Path(__file__).parents[2] / "docs" / "settings.md"
@@ -59,7 +59,6 @@ COUNTS = {
     "seed": 0,
     "threads": 1,
     "joint_steps": 1,
-    "history": 1,
     "calibration_tokens": 64,
 }
 CHOICES = {
@@ -97,6 +96,7 @@ def any_settings(draw: st.DrawFn) -> dict[str, Any]:
         "share_families": st.booleans(),
         "families": st.sampled_from([("gate",), ("up",), ("gate", "up"), ("up", "gate"), ("down", "up")]),
         "entmax_alpha": st.floats(1, 2, exclude_min=True),
+        "time_limit": st.floats(1, 1e9),
         "calibrate": st.sampled_from(["auto", "pydoc", "none", "folder/calibration.safetensors"]),
         **{name: st.floats(*bounds) for name, bounds in FLOATS.items()},
         **{name: st.integers(least, least + 900) for name, least in COUNTS.items()},
@@ -111,7 +111,7 @@ def any_settings(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def test_every_setting_is_covered_here() -> None:
-    others = {"rank", "ratio", "families", "scope", "share_families", "entmax_alpha", "calibrate"}
+    others = {"rank", "ratio", "families", "scope", "share_families", "entmax_alpha", "calibrate", "time_limit"}
     assert {*FLOATS, *COUNTS, *CHOICES} | others == set(NAMES)
 
 
@@ -235,6 +235,41 @@ def test_sizes_as_people_write_them(text: str, found: int) -> None:
 def test_refused_sizes(text: str) -> None:
     with pytest.raises(UsageError, match="expected bytes or a size such as 6GiB"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("90s", 90), ("40m", 2400), ("2h", 7200), ("1h30m", 5400), ("1h 30m 5s", 5405), ("0.5h", 1800), ("90", 90),
+        ("2 min", 120), ("1.5m", 90),
+    ],
+)  # fmt: skip
+def test_times_as_people_write_them(text: str, found: float, tmp_path: Path) -> None:
+    assert parse_seconds(text) == found
+    assert Settings(time_limit=text).time_limit == found  # type: ignore[arg-type]
+    assert read(tmp_path, f"time_limit: {text}\n").time_limit == found
+    assert read_settings(None, {"time_limit": text}) == Settings(time_limit=found)
+
+
+@pytest.mark.parametrize("text", ["", "h", "2 days", "-1h", "30m1h", "1e3", "inf", "1:30", "m"])
+def test_refused_times(text: str) -> None:
+    with pytest.raises(UsageError, match=f"^time_limit is {text!r}; expected seconds or a time such as 90s, 40m"):
+        parse_seconds(text)
+
+
+@pytest.mark.parametrize("bad", [0, 0.5, -1, 2e9, math.nan, math.inf, True, "0s", [1]])
+def test_refused_time_limits(bad: Any) -> None:
+    with pytest.raises(UsageError, match="^time_limit is "):
+        Settings(time_limit=bad)
+    assert Settings(time_limit=1).time_limit == 1 and Settings().time_limit is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(1.25, "1.2 s"), (52, "52 s"), (90, "2 min"), (3120, "52 min"), (3599, "1 h 0 min"), (6720, "1 h 52 min")],
+)
+def test_times_in_words(seconds: float, text: str) -> None:
+    assert seconds_text(seconds) == text
 
 
 def read(tmp_path: Path, text: str, **overrides: Any) -> Settings:

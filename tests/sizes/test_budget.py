@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoints import make_tiny
-from families import WEIGHTS_ONLY, WEIGHTS_ONLY_OPTIONS
+from families import WEIGHTS_ONLY, WEIGHTS_ONLY_OPTIONS, make_family, make_job, planted, whole_pool
 from globe import compress
 from globe.checkpoint.family import Expert, Family
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.tensorfile import TensorInfo
 from globe.choice.plan import plan
 from globe.compute.blocks import BLOCKS, Blocks
-from globe.errors import UsageError
+from globe.errors import GlobeError, UsageError
+from globe.fit.problem import Problem
+from globe.pipeline.opening import Opened, scratch_bytes
 from globe.settings import Settings
 from globe.sizes import budget
 from globe.sizes.budget import Room, fit_device, machine_memory, plan_blocks
+from globe.sizes.kept import Kept, kept
 from globe.sizes.ratios import Shape
 from globe.statistics.memory import calibration_bytes, require_memory
+from globe.statistics.metric import Metric
 
 GIB = 1 << 30
 
@@ -85,39 +91,93 @@ def test_the_plan_follows_the_machine_unless_told(monkeypatch: pytest.MonkeyPatc
         plan_blocks({"gate": family()}, shapes, settings, 2, 2)
 
 
-def test_the_joint_fit_takes_fewer_pairs_and_keeps_no_experts() -> None:
-    joint = {"solver": "joint", "mod": "aligned"}
-    whole = 4 * 1440 * 1408 * 2048
-    assert blocks_for(100 * GIB, **joint) == BLOCKS and BLOCKS.cached >= whole
-    some = blocks_for(24 * GIB, **joint)
-    assert (some.cached, some.pairs) == (0, BLOCKS.pairs)
-    fewer = blocks_for(14 * GIB, **joint)
-    assert fewer.cached == 0 and 1 <= fewer.pairs < BLOCKS.pairs
-    assert blocks_for(14 * GIB, **joint, loops=0) == blocks_for(14 * GIB, "aligned", loops=0)
-    calibrated = blocks_for(14 * GIB, **joint, calibrate="auto")
-    assert calibrated.pairs <= fewer.pairs and calibrated.experts <= fewer.experts
+JOINT = {"solver": "joint"}
 
 
-@pytest.mark.parametrize("mod", ["exact", "aligned"])
-def test_the_joint_fit_takes_12_gib_at_full_size(mod: str) -> None:
-    assert blocks_for(12 * GIB, mod, solver="joint", calibrate="auto").pairs >= 4
+def test_the_joint_fit_keeps_in_memory_what_fits() -> None:
+    sizes = [4 * 1440 * each for each in (704 * 704, 704 * 2048, 1408 * 2048)]  # C_i, a basis or K_i, W'_i
+    whole = blocks_for(100 * GIB, **JOINT)
+    assert whole == BLOCKS and kept_of(whole).in_memory == sum(sizes)
+    found = {limit: kept_of(blocks_for(limit * GIB, **JOINT)) for limit in (16, 20, 28, 64)}
+    assert {each.in_memory + each.on_disk for each in found.values()} == {sum(sizes)}
+    memory = [each.in_memory for each in found.values()]
+    assert memory == sorted(memory) and memory[0] < sizes[0] + sizes[1] < memory[-1]
+    assert found[20].buffer > found[64].buffer == 0
+    assert blocks_for(14 * GIB, **JOINT, loops=0) == blocks_for(14 * GIB, loops=0, solver="alternate")
 
 
-@given(st.integers(9, 60))
+def kept_of(blocks: Blocks, **more: Any) -> Kept:
+    settings = Settings(**{**WEIGHTS_ONLY, **JOINT, **more})
+    return kept(family(), Shape(704, 180, 0), settings, blocks.cached)
+
+
+def test_what_is_kept_counts_where_it_will_be(tmp_path: Path) -> None:
+    """Sizes from shapes alone are those of the shelves and files that a fit makes."""
+    weights = planted(0, experts=8, p=6, d=10, rank=5, atoms=3)
+    experts, shape = make_family(tmp_path / "source", weights), Shape(5, 3, 0)
+    columns = {layer: torch.eye(10) for layer in range(2)}
+    for metric in (None, Metric(torch.ones(8, 6), columns, None, (0,) * 4 + (1,) * 4)):
+        settings = Settings(calibrate="none" if metric is None else "pydoc")
+        for cached in (0, 4 * 8 * 25, 4 * 8 * (25 + 100), 1 << 20):
+            folder = tmp_path / f"{metric is None}-{cached}"
+            folder.mkdir()
+            job = make_job(settings, blocks=Blocks(cached=cached))
+            Problem(whole_pool(experts, metric), (3, 5, 10), job, folder)
+            found = kept(experts, shape, settings, cached)
+            assert sum(file.stat().st_size for file in folder.iterdir()) == found.on_disk
+            assert found.in_memory <= cached and (found.on_disk == 0) == (cached == 1 << 20)
+    auto = kept(experts, shape, Settings(), 4 * 8 * 200)
+    assert auto.on_disk == max(
+        kept(experts, shape, Settings(calibrate=each), 4 * 8 * 200).on_disk for each in ("none", "pydoc")
+    )
+
+
+@pytest.mark.parametrize("calibrate", ["none", "auto"])
+def test_the_joint_fit_takes_14_gib_at_full_size(calibrate: str) -> None:
+    assert blocks_for(14 * GIB, **{**JOINT, "calibrate": calibrate}).experts >= 8
+
+
+@given(st.integers(13, 60))
 def test_more_memory_never_means_a_smaller_joint_fit(size: int) -> None:
-    small, large = (blocks_for(limit * GIB, "aligned", solver="joint") for limit in (size, size + 4))
-    assert small.pairs <= large.pairs and small.experts <= large.experts and small.cached <= large.cached
+    small, large = (blocks_for(limit * GIB, **JOINT) for limit in (size, size + 4))
+    assert (small.experts, small.cached) <= (large.experts, large.cached)
 
 
 def test_a_joint_fit_that_cannot_be_is_refused_with_what_would() -> None:
+    more = {"solver": "joint", "mod": "aligned"}
     with pytest.raises(UsageError, match="max_memory is 7GiB; family gate .* or --solver alternate$") as refusal:
-        blocks_for(7 * GIB, "aligned", solver="joint")
+        blocks_for(7 * GIB, **more)
     words = str(refusal.value).replace(" or", "").split()
     bank = int(words[words.index("--bank-size") + 1])
-    assert blocks_for(7 * GIB, "aligned", bank, solver="joint").pairs == 1
+    assert blocks_for(7 * GIB, bank=bank, **more).experts >= 1
     needed = float(words[words.index("--max-memory") + 1].removesuffix("GiB"))
-    assert blocks_for(int(needed * GIB), "aligned", solver="joint").pairs >= 1
+    assert blocks_for(int(needed * GIB), **more).experts >= 1
     assert blocks_for(7 * GIB, "aligned").experts >= 1
+
+
+def test_a_disk_without_room_for_scratch_files_is_refused_with_what_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_tiny("olmoe", tmp_path / "source")
+    settings = Settings(rank=0.5, bank_size=3, device="cpu", calibrate="none")
+    planned = plan(source, settings)
+    cramped = replace(planned, blocks=replace(planned.blocks, cached=0))
+    needed = scratch_bytes(cramped, settings)
+    count, p, d = len(planned.families["gate"]), planned.families["gate"].p, planned.families["gate"].d
+    rank = planned.shapes["gate"].rank
+    assert scratch_bytes(planned, settings) == 0 and needed == 4 * count * (rank * rank + rank * d + p * d)
+    monkeypatch.setattr("globe.pipeline.opening.plan", lambda *given: cramped)
+    usual = Opened(source, cramped, "", False).claim(settings).needed_bytes
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, usual + needed - 1))
+    wanted = (
+        rf"{needed:,} of them for matrices of experts .*; free some or name another disk, or use --max-memory .*GiB"
+    )
+    with pytest.raises(GlobeError, match=wanted + " or --solver alternate$"):
+        compress(source, tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, usual - 1))
+    with pytest.raises(GlobeError, match="free some or name another disk$"):
+        compress(source, tmp_path / "out", settings)
 
 
 def device_blocks(free: int, blocks: Blocks = BLOCKS, bank: int = 180, **more: Any) -> Blocks:
@@ -129,16 +189,18 @@ def test_batches_follow_the_memory_of_a_device() -> None:
     assert device_blocks(80 * GIB) == BLOCKS
     sizes = [device_blocks(free * GIB, mod="aligned").experts for free in (3, 4, 6, 8, 12, 24)]
     assert sizes == sorted(sizes) and 2 <= sizes[0] < sizes[-1] == BLOCKS.experts
-    assert device_blocks(24 * GIB, solver="joint", mod="aligned").cached == 0
-    small = Blocks(experts=8, columns=64, pairs=3)
+    assert (
+        device_blocks(24 * GIB, solver="joint").cached < BLOCKS.cached == device_blocks(80 * GIB, solver="joint").cached
+    )
+    small = Blocks(experts=8, columns=64)
     assert device_blocks(80 * GIB, small) == small
     assert device_blocks(80 * GIB, Blocks(experts=1)).experts == 2
 
 
-@given(st.integers(9, 60))
+@given(st.integers(12, 60))
 def test_more_memory_of_a_device_never_means_less_in_hand(size: int) -> None:
     small, large = (device_blocks(free * GIB, solver="joint", calibrate="auto") for free in (size + 8, size + 12))
-    assert small.experts <= large.experts and small.pairs <= large.pairs and small.cached <= large.cached
+    assert (small.experts, small.cached) <= (large.experts, large.cached)
 
 
 def test_a_device_without_room_for_two_experts_is_refused_with_what_would_do() -> None:
@@ -191,7 +253,7 @@ def test_calibration_that_cannot_be_is_refused_before_anything_is_read(tmp_path:
         require_memory(Checkpoint(source), Settings(**{**options, **other}))
 
 
-@pytest.mark.parametrize("options", [WEIGHTS_ONLY_OPTIONS, ("--joint-steps", "10", "--calibration-tokens", "1024")])
+@pytest.mark.parametrize("options", [WEIGHTS_ONLY_OPTIONS, ("--joint-steps", "3", "--calibration-tokens", "1024")])
 def test_a_run_stays_below_its_ceiling_and_another_is_refused_at_once(options: tuple[str, ...], tmp_path: Path) -> None:
     source = make_tiny("olmoe", tmp_path / "source")
     call = [sys.executable, "-m", "globe", "compress", str(source), str(tmp_path / "out"), "-q", "--json"]

@@ -51,7 +51,7 @@ def output_directory(path: Path, claim: Claim, *, overwrite: bool, log: Log) -> 
         if not overwrite:
             _refuse_other_files(path, going)
         _refuse_rivals(path, claim, going)
-        _require_space(path, claim.needed_bytes, going)
+        _require_space(path, claim, going)
         refuse_directories(path, going)
         _tell_staying(path, going, log)
         try:
@@ -128,11 +128,11 @@ def run_directory(
                 yield None
                 return
             if begun is not None:
-                _refuse_other_key(path, "an unfinished run", begun, key, going)
+                _refuse_other_key(path, "an unfinished run", _without_limit(begun), _without_limit(key), going)
             elif not folder.is_dir():
                 _refuse_other_files(path, going)
         _refuse_reads(path, claim, going)
-        _require_space(path, claim.needed_bytes, going)
+        _require_space(path, claim, going)
         refuse_directories(path, going)
         if renewed:
             _tell_staying(path, going, log)
@@ -159,7 +159,7 @@ def run_directory(
             if kept:
                 log(f"{path}: unfinished; {FOLDER} keeps what is done, and the same command goes on from there")
             if _is_full(error):
-                raise _unwritable(path, error, max(claim.needed_bytes - written, 1 << 20) if kept else None) from None
+                raise _unwritable(path, error, max(claim.all_bytes - written, 1 << 20) if kept else None) from None
             raise
         if not existing.keep_run:
             shutil.rmtree(folder, ignore_errors=True)
@@ -180,6 +180,12 @@ def finished_key(path: Path) -> dict[str, Any] | None:
 def run_key(version: str, fingerprint: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the weight files of a run depend on, as plain values."""
     return {"globe_version": version, "source": {"fingerprint": fingerprint}, "settings": dict(settings)}
+
+
+def _without_limit(key: Mapping[str, Any]) -> dict[str, Any]:
+    """A key but for the time limit: an unfinished run may go on under another one."""
+    settings = {name: value for name, value in key.get("settings", {}).items() if name != "time_limit"}
+    return {**key, "settings": settings}
 
 
 @contextmanager
@@ -271,10 +277,15 @@ def _tell_staying(path: Path, going: set[str], log: Log) -> None:
         log(f"{path}: left as they are: {some(stays)}")
 
 
-def _require_space(path: Path, needed: int, going: set[str]) -> None:
-    free = shutil.disk_usage(path).free + _used(path, going)
-    if free < needed:
-        raise GlobeError(f"output {path}: {free:,} bytes free, about {needed:,} needed; free some or name another disk")
+def _require_space(path: Path, claim: Claim, going: set[str]) -> None:
+    free, scratch = shutil.disk_usage(path).free + _used(path, going), claim.scratch
+    if free >= claim.all_bytes:
+        return
+    remedies, told = "free some or name another disk", ""
+    if scratch is not None:
+        told = f", {scratch.size:,} of them for matrices of experts that the joint fit has no memory for"
+        remedies += f", or use {scratch.remedies}" if free >= claim.needed_bytes else ""
+    raise GlobeError(f"output {path}: {free:,} bytes free, about {claim.all_bytes:,} needed{told}; {remedies}")
 
 
 def _used(path: Path, names: set[str]) -> int:

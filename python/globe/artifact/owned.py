@@ -23,16 +23,30 @@ _RUN_RECORD = "written.txt"  # in the run's folder, beside its results
 
 
 @dataclass(frozen=True)
+class Scratch:
+    """Files that a run has beside its output for a while: their bytes, and the options that would do without them."""
+
+    size: int
+    remedies: str
+
+
+@dataclass(frozen=True)
 class Claim:
     """What a run does to an output directory: its source, the files it writes, the bytes it needs, the files it reads.
 
-    `names` are relative to the directory.
+    `names` are relative to the directory; `scratch` files, if it has any, come on top of the bytes.
     """
 
     source: Path
     names: tuple[str, ...]
     needed_bytes: int
     reads: tuple[Path, ...] = ()
+    scratch: Scratch | None = None
+
+    @property
+    def all_bytes(self) -> int:
+        """The bytes it needs, scratch files and all."""
+        return self.needed_bytes + (self.scratch.size if self.scratch is not None else 0)
 
 
 def factored_names(shards: Iterable[str], companions: Iterable[str]) -> tuple[str, ...]:

@@ -17,6 +17,8 @@ from globe.errors import GlobeError
 from globe.fit.sums import State
 from globe.fit.sweep import measure
 from globe.seeds import Seeds, SeedTask
+from globe.sizes.ratios import Shape
+from globe.sizes.work import Task, seeds_work
 
 SAMPLE = 64
 ENOUGH = 0.1
@@ -123,21 +125,8 @@ def cost(method: str, task: SeedTask) -> float:
 
     A method that it does not know costs what left-gram does.
     """
-    n, p, d, r, m = len(task.family), task.family.p, task.family.d, task.rank, task.size
-    read = _FLOPS_PER_BYTE * n * p * d * task.family.bytes_per_weight
-    rows = r / p * read
-    pca = float(n * n * r * d + 2 * n * m * r * d)
-    projected = float(n * p * p * d + 10 * p**3 + 2 * n * p * r * d) + 2 * read + rows
-    if method == "ts-pca":
-        return pca + 2 * rows
-    if method == "grouped-subspace":
-        steps = task.settings.subspace_steps + 1
-        return float(n * p * d * d + 128 * n * p * d + m * steps * (2 * d * d * r + 4 * d * r * r)) + 2 * read
-    if method == "rpca":
-        return projected + 8.0 * n * m * r * d + 4.0 * m * m * r * d + 4 * rows
-    if method == "residual-greedy":
-        return pca + 2 * rows + 2.0 * n * m**3 + 400.0 * m * n * n
-    return projected + pca + 2 * rows
+    work = seeds_work(method, Task(task.family, Shape(task.rank, task.size, 0), task.settings, sparse=True))
+    return work.flops + _FLOPS_PER_BYTE * work.read
 
 
 def _reason_against(

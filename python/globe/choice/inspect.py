@@ -8,7 +8,10 @@ from typing import Any
 
 from globe.checkpoint.family import Family
 from globe.checkpoint.index import FAMILIES, Checkpoint
+from globe.choice.estimate import estimate, measured_rates
+from globe.choice.plan import plan
 from globe.choice.ratio_plan import candidates
+from globe.compute.devices import thread_count
 from globe.errors import UsageError
 from globe.settings import Settings
 from globe.sizes.ratios import Shape, ratios
@@ -17,7 +20,7 @@ _RANKS = (1.0, 0.75, 0.5, 0.25)
 _BANK_RATIOS = (0.125, 1 / 6, 0.25)
 
 
-def inspect(directory: Path | str, settings: Settings | None = None) -> dict[str, Any]:
+def inspect(directory: Path | str, settings: Settings | None = None, *, estimated: bool = False) -> dict[str, Any]:
     """Describe a checkpoint and its choices of rank and bank size.
 
     Parameters
@@ -25,7 +28,10 @@ def inspect(directory: Path | str, settings: Settings | None = None) -> dict[str
     directory : Path or str
         A dense checkpoint directory.
     settings : Settings, optional
-        Which families are chosen, and the target support that their codes are counted with.
+        Which families are chosen, and the target support that their codes are counted with; all of them for an
+        estimate.
+    estimated : bool
+        Time this machine's products for a second or two, and say what a compression would take.
 
     Returns
     -------
@@ -33,12 +39,15 @@ def inspect(directory: Path | str, settings: Settings | None = None) -> dict[str
         `architecture`, `layout`, `families` (N, layers, p, d, dtype, bytes, floor r/d at the default rank),
         `bytes` on three axes, `chosen` families, and `choices`: rank, bank size and the ratio on three axes with these.
         With `settings.ratio`, the choices are those of a family that store so much of it.
-        `notes` tell what of the directory no output will have.
+        `notes` tell what of the directory no output will have. Where asked for, `estimate`: `seconds`, in all and by
+        `stages`; `peak_bytes` of resident memory, in all and by stage (`peaks`); `scratch_bytes` of disk beside the
+        output while it is made; `gflops`, the rate of fp32 products that was found; `device`, `threads`.
 
     Raises
     ------
     GlobeError
-        If the directory is not a checkpoint of a known layout, or experts are missing.
+        If the directory is not a checkpoint of a known layout, or experts are missing; for an estimate, if it cannot
+        be compressed with these settings.
     """
     settings = settings or Settings()
     checkpoint = Checkpoint(Path(directory))
@@ -63,6 +72,14 @@ def inspect(directory: Path | str, settings: Settings | None = None) -> dict[str
         for name, family in everything.items()
     }
     architectures = checkpoint.config.get("architectures")
+    told = {}
+    if estimated:
+        planned = plan(Path(directory), settings)
+        told["estimate"] = {
+            **estimate(planned, settings, measured_rates(planned, settings)).as_dict(),
+            "device": str(planned.device),
+            "threads": thread_count(settings.threads),
+        }
     return {
         "model": str(directory),
         "architecture": architectures[0] if isinstance(architectures, list) and architectures else None,
@@ -79,6 +96,7 @@ def inspect(directory: Path | str, settings: Settings | None = None) -> dict[str
         "chosen": list(families),
         "choices": choices,
         "notes": checkpoint.notes,
+        **told,
     }
 
 

@@ -22,7 +22,7 @@ from globe.errors import UsageError
 from globe.runs.job import Job
 from globe.seeds.proxies import Scan
 from globe.settings import Settings
-from globe.sizes.budget import Room, fit_device, plan_blocks
+from globe.sizes.budget import Room, fit_device, plan_blocks, stage_peaks
 from globe.sizes.pools import Size, groups, pools, sizes, units
 from globe.sizes.ratios import Shape, ratios
 
@@ -79,12 +79,22 @@ def _sized(
 
 def _blocks(held: dict[str, Family], shapes: dict[str, Shape], settings: Settings, device: torch.device) -> Blocks:
     """What the memory of the host, and that of the device, have room for at a time."""
-    free = device_room(device)
-    shared = free is None and not per_core(device)
-    threads = None if shared else thread_count(settings.threads)
+    free, threads = device_room(device), _threads(settings, device)
     exact_bytes = dictionary_dtype(settings.precision, device).itemsize
     blocks = plan_blocks(held, shapes, settings, threads, exact_bytes)
     return blocks if free is None else fit_device(blocks, held, shapes, settings, Room(str(device), free))
+
+
+def _threads(settings: Settings, device: torch.device) -> int | None:
+    """Experts that are worked on at a time in the host's memory; None where a device takes all in hand there."""
+    shared = device_room(device) is None and not per_core(device)
+    return None if shared else thread_count(settings.threads)
+
+
+def peaks(planned: Plan, settings: Settings, blocks: Blocks) -> dict[str, int]:
+    """Bytes of resident memory that every stage is to stay below in these blocks, of all pools."""
+    found = stage_peaks(planned.families, planned.shapes, settings, _threads(settings, planned.device), blocks)
+    return {stage: max(each[stage] for each in found.values()) for stage in next(iter(found.values()))}
 
 
 def _fits(whole: dict[str, Family], settings: Settings, device: torch.device) -> Callable[[str, Size], bool]:

@@ -16,7 +16,7 @@ HEADINGS = {
         "calibrate", "calibration_tokens", "text", "tokens", "window", "max_tokens", "row_moments", "against",
         "tasks", "lm_eval_path", "limit",
     ),
-    "Machine": ("device", "precision", "max_memory", "threads", "trust_remote_code"),
+    "Machine": ("device", "precision", "max_memory", "time_limit", "threads", "trust_remote_code"),
     "Run": (),
 }  # fmt: skip
 

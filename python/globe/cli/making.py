@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,33 @@ from rich.table import Table
 from globe.cli.headings import Headed
 from globe.cli.options import PATH, Rank, Scope, choice, common, display_for, resuming, tracking, trusting
 from globe.errors import GlobeError, UsageError
-from globe.settings.yaml_file import merge_settings, read_settings
+from globe.machine.age import process_age
+from globe.settings import seconds_text
+from globe.settings.yaml_file import read_settings
 
 
 @click.command(cls=Headed)
 @click.argument("model", type=PATH)
 @click.option("--families", help="Any of gate, up and down.  [default: gate,up]")
 @click.option("--ratio", type=float, help="Show the ranks and bank sizes that store this much of these families.")
+@click.option(
+    "--estimate", is_flag=True, help="Time products for a second, and say what a compression would take here."
+)
+@click.option("--device", type=choice("device"), help="To estimate for.  [default: auto]")
+@click.option("--max-memory", help="To estimate for.  [default: half of the machine's]")
+@click.option("--threads", type=int, help="To estimate for.  [default: all that the process may use]")
+@click.option("--config", type=PATH, help="Settings as YAML to estimate for; options win over it.  [default: none]")
 @common
-def inspect(model: Path, families: str | None, ratio: float | None, as_json: bool, quiet: bool) -> None:
-    """Show what MODEL holds and what each rank and bank size would save, from headers only."""
+def inspect(model: Path, config: Path | None, estimate: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Show what MODEL holds and what each rank and bank size would save, from headers only.
+
+    With --estimate also how long `globe compress` with these settings would take on this machine, stage by stage, how
+    much memory, and how much disk beside the output.
+    """
     from globe.choice.inspect import inspect as run
 
-    given = {"families": families, "ratio": ratio}
-    found = run(model, merge_settings({key: value for key, value in given.items() if value is not None}))
+    settings = read_settings(config, {key: value for key, value in options.items() if value is not None})
+    found = run(model, settings, estimated=estimate)
     if as_json:
         click.echo(json.dumps(found))
         return
@@ -53,8 +67,25 @@ def inspect(model: Path, families: str | None, ratio: float | None, as_json: boo
         shown = (f"{row['ratio'][axis]:.3f}" for axis in ("touched", "experts", "checkpoint"))
         choices.add_row(str(row["rank"]), str(row["bank"]), f"{row['floor']:.3f}", *shown)
     console.print(choices)
+    if estimate:
+        _print_estimate(found["estimate"], console)
     for line in found["notes"]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_estimate(found: dict[str, Any], console: Console) -> None:
+    stages = Table(title=f"globe compress on {found['device']}, {found['threads']} threads")
+    for column, side in (("stage", "left"), ("time", "right")):
+        stages.add_column(column, justify="left" if side == "left" else "right")
+    for stage in found["stages"]:
+        stages.add_row(stage["name"], seconds_text(stage["seconds"]))
+    stages.add_row("all", seconds_text(found["seconds"]))
+    console.print(stages)
+    scratch = f", {found['scratch_bytes'] / 2**30:.1f} GiB of scratch files" if found["scratch_bytes"] else ""
+    console.print(
+        f"at most {found['peak_bytes'] / 2**30:.1f} GiB of memory{scratch}; fp32 products at {found['gflops']:.0f} GFLOP/s",
+        highlight=False,
+    )
 
 
 @click.command(cls=Headed)
@@ -111,10 +142,10 @@ def calibrate(
         "ratio",
         "families",
         "method",
-        "outer_loops",
         "calibrate",
         "device",
         "max_memory",
+        "time_limit",
         "config",
     ),
 )
@@ -132,16 +163,17 @@ def calibrate(
 @click.option("--method", type=choice("method"), help="Seeds.  [default: ts-pca]")
 @click.option("--solver", type=choice("solver"), help="Training.  [default: joint]")
 @click.option("--mod", type=choice("mod"), help="Dictionary step.  [default: exact]")
-@click.option("--outer-loops", type=int, help="0: seeds, NNLS codes and left factors only.  [default: 6]")
+@click.option("--outer-loops", type=int, help="Of --solver alternate; 0: keep the seeds.  [default: 6]")
 @click.option("--init-codes", type=choice("init_codes"), help="Codes at the start.  [default: nnls]")
 @click.option("--codes", type=choice("codes"), help="Codes in the loop.  [default: entmax]")
 @click.option("--support", type=int, help="Target median support.  [default: 12]")
-@click.option("--joint-steps", type=int, help="Steps of the joint solver.  [default: 60]")
+@click.option("--joint-steps", type=int, help="Most steps of the joint solver.  [default: 14]")
 @click.option("--calibrate", metavar="auto|pydoc|none|FILE", help="Activation statistics.  [default: auto]")
 @click.option("--calibration-tokens", type=int, help="Tokens of pydoc or auto.  [default: 32768]")
 @click.option("--device", type=choice("device"), help="[default: auto]")
 @click.option("--precision", type=choice("precision"), help="fp32 refuses bf16 products.  [default: auto]")
 @click.option("--max-memory", help="Ceiling of resident memory, e.g. 6GiB.  [default: half of the machine's]")
+@click.option("--time-limit", help="Deliver what fits in e.g. 40m, 2h; writing included.  [default: none]")
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--threads", type=int, help="CPU threads.  [default: all that the process may use]")
 @click.option("--config", type=PATH, help="Settings as YAML; options win over it.  [default: none]")
@@ -170,13 +202,14 @@ def compress(
     metrics.json to a tracker (tensorboard: to OUT/runs/globe). OUT/report.html shows what was done.
     """
 
+    began = time.perf_counter() - process_age()
     settings = read_settings(config, {key: value for key, value in options.items() if value is not None})
     from globe.pipeline.compress import compress as run
 
     display = display_for(quiet)
     kept: dict[str, Any] = {"overwrite": overwrite, "fresh": fresh, "keep_run": keep_run}
     kept["trust_remote_code"] = trust_remote_code
-    result = run(model, out, settings, **kept, log=tracker, progress=display)
+    result = run(model, out, settings, **kept, log=tracker, progress=display, began=began)
     if as_json:
         click.echo(json.dumps({"output": str(out), **result.metrics}))
     elif not quiet:

@@ -17,18 +17,15 @@ class Blocks:
         Bytes of one block of proxies.
     columns : int
         Columns of the bank in the exact dictionary step.
-    pairs : int
-        Pairs of differences that the joint fit keeps.
     cached : int
-        Bytes of experts, as its metric sees them, that the joint fit keeps in memory: all of a pool's or none.
+        Bytes of what the joint fit keeps of single experts that may lie in memory: the rest goes to scratch files.
     """
 
     experts: int = 32
     proxy_bytes: int = 256 << 20
     columns: int = 512
-    pairs: int = 10
     cached: int = 1 << 40
 
 
 BLOCKS = Blocks()
-SMALLEST = Blocks(1, 1 << 20, 16, 1, 0)
+SMALLEST = Blocks(1, 1 << 20, 16, 0)

@@ -19,13 +19,15 @@ from globe.fit.codes import entmax_alpha, one_atom_each, prune, spread
 from globe.fit.dictionary import unit_atoms
 from globe.fit.gauss_newton import Newton, Point, Vector, newton_step
 from globe.fit.objective import Value
+from globe.fit.pace import Pace
 from globe.fit.problem import Problem
 from globe.fit.sums import State
 from globe.fit.support import Quadratic, newton_codes, shrink_support
 from globe.runs.job import Job
 from globe.runs.stages import Advance
 from globe.runs.store import Store
-from globe.settings import Settings
+from globe.settings import Settings, seconds_text
+from globe.sizes.flops import iteration_flops, pass_flops
 
 Array = NDArray[np.float64]
 
@@ -96,6 +98,8 @@ def fit_joint(problem: Problem, start: State, job: Job, advance: Advance) -> tup
     sparsemax supports above the target shrink to it by temperature in the first step, which starts from what is left.
     Where every expert starts from one atom, others up to the target support come in by chance first.
 
+    With a turn a step is taken only if it will be done in time; where none will, supports shrink all the same.
+
     Parameters
     ----------
     problem : Problem
@@ -103,7 +107,7 @@ def fit_joint(problem: Problem, start: State, job: Job, advance: Advance) -> tup
         The warm start. The memory of its bank is taken.
     job : Job
         Settings `joint_steps`, `cg_steps`, `codes`, `support`, `epsilon`, `tolerance`; the store keeps the newest
-        state, and a fit that is found there goes on.
+        state, and a fit that is found there goes on. The `turn`, if there is one.
     advance : callable
     """
     started, settings, name = time.perf_counter(), job.settings, problem.family.name
@@ -111,40 +115,55 @@ def fit_joint(problem: Problem, start: State, job: Job, advance: Advance) -> tup
     bank, codes = state.bank, state.codes
     del start, state
     started -= now.seconds
-    signed = settings.codes == "signed"
-    value = problem.look(bank, codes, settings.seed + now.step, advance)
+    signed, told = settings.codes == "signed", False
+    pace = Pace(job.turn, _share(bank, problem))
+
+    def look(bank: torch.Tensor, codes: Array, seed: int) -> Value:
+        return pace.a_pass(lambda: problem.look(bank, codes, seed, advance))
+
+    value = look(bank, codes, settings.seed + now.step)
     if now.step == 0:
         now = replace(now, evaluations=1)
         if value.ridged:  # the warm start's coordinates may be far from the metric's
             bank = matmul(_centre(value.gram).to(bank.device), bank)
-            value = problem.look(bank, codes, settings.seed, advance)
+            value = look(bank, codes, settings.seed)
             now = replace(now, evaluations=2)
     while now.stopped is None:
         median = float(np.median(supports(codes)))
         now = _noted(replace(now, seconds=time.perf_counter() - started), value, median)
         job.log(f"{name}: step {now.step}: error {value.error:.5f}, median support {median:g}")
         changed, temperature = _supported(value, codes, now, settings)
-        now = replace(now, stopped=_ended(now, changed is None, settings))
+        fitting = pace.steps(settings.joint_steps - now.step, settings.cg_steps, passes=int(changed is not None))
+        now = replace(now, stopped=_ended(now, changed is None, settings) or (None if fitting.steps else "time_limit"))
+        if job.turn is not None and not told and now.stopped in (None, "time_limit"):
+            job.log(f"{name}: {seconds_text(pace.left())}: {fitting.told()}")
+            told = True
+        if now.stopped == "time_limit" and changed is not None and median > settings.support:
+            codes, now = changed, replace(now, temperature=temperature)
         if now.stopped is not None:
             break
         if changed is not None:
             codes = changed
-            value = problem.look(bank, codes, settings.seed + now.step, advance)
+            value = look(bank, codes, settings.seed + now.step)
             now = replace(now, evaluations=now.evaluations + 1, temperature=temperature)
-        newton = newton_step(problem, Point(bank, codes, signed), value, previous, settings.cg_steps)
+        newton = pace.products(
+            partial(newton_step, problem, Point(bank, codes, signed), value, previous, fitting.iterations),
+            lambda found: found.iterations,
+        )
         line = _Line(
-            partial(problem.look, seed=settings.seed + now.step + 1, advance=advance),
+            partial(look, seed=settings.seed + now.step + 1),
             Point(bank, codes, signed),
             newton,
             value.error,
             _centre(value.gram).to(bank.device),
         )
         del value
-        found, tried = line.search()
+        found, tried = line.search(pace.fits_pass)
         now = replace(now, evaluations=now.evaluations + tried, iterations=now.iterations + newton.iterations)
         if found is None:
-            job.log(f"{name}: step {now.step}: no step lowers the error")
-            now = replace(now, stopped="no descent")
+            why = "no descent" if tried == _TRIALS else "time_limit"
+            job.log(f"{name}: step {now.step}: no step lowers the error{' in time' * (tried < _TRIALS)}")
+            now = replace(now, stopped=why)
             break
         bank, codes, value = found
         previous = Vector(matmul(line.centre, newton.step.bank), newton.step.codes)
@@ -164,10 +183,15 @@ class _Line:
     error: float
     centre: torch.Tensor
 
-    def search(self) -> tuple[tuple[torch.Tensor, Array, Value] | None, int]:
-        """A bank and codes at which f falls enough (Armijo, 1966) and their value, and how often f was asked for."""
+    def search(self, more: Callable[[], bool]) -> tuple[tuple[torch.Tensor, Array, Value] | None, int]:
+        """A bank and codes at which f falls enough (Armijo, 1966) and their value, and how often f was asked for.
+
+        None where there is none in `_TRIALS`, or in as many as there was time for `more`.
+        """
         size, slope = self._reach(), self.newton.slope
         for tried in range(1, _TRIALS + 1):
+            if tried > 1 and not more():
+                return None, tried - 1
             bank, codes, value = self._at(size)
             if value.error <= self.error + _ARMIJO * size * slope:
                 return (bank, codes, value), tried
@@ -190,6 +214,12 @@ class _Line:
         bank, change = (float(torch.linalg.vector_norm(part)) for part in (self.begin.bank, step.bank))
         parts = [_REACH * sizes[0] / np.maximum(sizes[1], 1e-300), np.array([_REACH * bank / max(change, 1e-300)])]
         return float(min(1.0, *(part.min() for part in parts)))
+
+
+def _share(bank: torch.Tensor, problem: Problem) -> float:
+    """Operations of a product with the Gauss-Newton matrix over those of a pass."""
+    (m, r, d), weighed = bank.shape, problem.metric is not None
+    return iteration_flops(d, r, m, weighed) / pass_flops(problem.family.p, d, r, m, weighed)
 
 
 def _sized(codes: Array) -> Array:

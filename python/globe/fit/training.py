@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from globe.compute.codes import supports
 from globe.fit.codes import one_atom_each, spread, update_temperature
 from globe.fit.dictionary import Equations, Solving, mod, mod_exact, unit_atoms
 from globe.fit.dictionary_metric import mod_metric
+from globe.fit.pace import Pace
 from globe.fit.progress import Progress, Record, States
 from globe.fit.reseed import decorrelate, reseed
 from globe.fit.sums import Measure, State, Sums
@@ -21,7 +23,7 @@ from globe.fit.sweep import measure, sweep
 from globe.runs.job import Job
 from globe.runs.stages import Advance
 from globe.seeds.pool import Pool
-from globe.settings import Settings
+from globe.settings import Settings, seconds_text
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ def train(pool: Pool, start: State | Progress, job: Job, advance: Advance, state
     One state is in memory, `states` keeps the others; a `start` that is a progress goes on from those. Where every
     expert has but one atom at the start, that state is measured, as loop -1, and the loops begin with its codes
     spread. Where the metric mixes rows none is held out. Atoms that do no work are re-seeded after every loop
-    that another one codes.
+    that another one codes. With a turn a loop is begun only if it, and the measure of what it makes, will be done in
+    time.
     """
     family, settings, log = pool.family, job.settings, job.log
     if pool.metric is not None and pool.metric.mixes_rows:
@@ -60,13 +63,14 @@ def train(pool: Pool, start: State | Progress, job: Job, advance: Advance, state
         now, state = first_progress(start.codes, settings), start
         states.save(state, now)
     del start  # a caller that has let go of it leaves one bank in memory
-    stopped = "outer_loops"
+    stopped, pace, told = "outer_loops", Pace(job.turn, share=1.0), False
     while True:
         sums: Sums | None = None
-        if now.loop in (-1, settings.outer_loops):
-            measured = measure(pool, state, job, advance)
+        late = now.loop > 0 and now.loop < settings.outer_loops and pace.loops(1) == 0
+        if now.loop in (-1, settings.outer_loops) or late:
+            measured = pace.a_pass(partial(measure, pool, state, job, advance))
         else:
-            measured, sums = sweep(pool, state, job, advance)
+            measured, sums = pace.a_pass(partial(sweep, pool, state, job, advance))
         median = float(np.median(supports(state.codes)))
         seconds, started = time.perf_counter() - started, time.perf_counter()
         log(f"{family.name}: loop {now.loop}: {error} {measured.relative_error:.4f}, median support {median:g}")
@@ -82,14 +86,22 @@ def train(pool: Pool, start: State | Progress, job: Job, advance: Advance, state
             states.save(state, now)
             continue
         if sums is None:
+            stopped = "time_limit" if late else stopped
             break
         if now.plateau >= settings.patience:
             stopped = "plateau"
             break
+        if job.turn is not None and not told:
+            log(f"{family.name}: {seconds_text(job.turn.left)}: {pace.loops(settings.outer_loops - now.loop)} loops")
+            told = True
+        if not pace.fits_update():
+            stopped = "time_limit"
+            break
         if sums.irregular:
             lost = f"{sums.irregular} coding problems were singular or did not converge"
             log(f"{family.name}: loop {now.loop + 1}: {lost}")
-        state = _dictionary_step(state, sums, settings, now.relaxation if now.loop else 0.0, job.blocks)
+        relaxation = now.relaxation if now.loop else 0.0
+        state = pace.between(partial(_dictionary_step, state, sums, settings, relaxation, job.blocks))
         if settings.codes in ("entmax", "sparsemax") and now.loop % settings.temperature_every == 0:
             median = float(np.median(supports(state.codes)))
             temperature = update_temperature(state.temperature, median, settings.support, settings.temperature_rate)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter as clock
 from typing import Any
 
 from globe.artifact.output import Existing, finished_key, run_directory
@@ -15,10 +16,12 @@ from globe.compute.gemm import pick_precision, working_precision
 from globe.fit.stages import alternate, fit_jointly, fit_report, load_fit
 from globe.pipeline.closing import Made, describe, draw_report, finished, publish
 from globe.pipeline.opening import Opened, open_source
+from globe.pipeline.schedule import Schedule, done_stages, measured, schedule
 from globe.runs.job import Job
 from globe.runs.stages import Display, Stages
 from globe.runs.store import FOLDER
 from globe.runs.tracking import require_tracker, track
+from globe.runs.turn import Turn
 from globe.seeds.pool import Pool, pool_of
 from globe.seeds.proxies import Scan, scan_family
 from globe.settings import Settings
@@ -52,11 +55,13 @@ def compress(
     log: str | None = None,
     trust_remote_code: bool = False,
     progress: Display | None = None,
+    began: float | None = None,
 ) -> Result:
     """Factor the routed experts of a checkpoint: W_i ≈ A_i Σ_j α_ij B_j with one bank per family.
 
     Every stage leaves its result in OUT/.globe-run, and the same call after a run that was stopped goes on from
-    there: the weight files are the same to the bit. Where OUT is finished already, its result is returned.
+    there: the weight files are the same to the bit, unless there is a time limit. Where OUT is finished already, its
+    result is returned.
 
     Parameters
     ----------
@@ -79,6 +84,8 @@ def compress(
         Run Python code that the source brings with it (`auto_map`); without, it is not calibrated on.
     progress : Display, optional
         Shows stages and lines as they go.
+    began : float, optional
+        When `time.perf_counter` said that the command began, of which `time_limit` counts; now if not given.
 
     Returns
     -------
@@ -87,24 +94,45 @@ def compress(
     Raises
     ------
     UsageError
-        If a setting does not fit the checkpoint or saves nothing, or OUT holds something else.
+        If a setting does not fit the checkpoint or saves nothing, or OUT holds something else; or a time limit does
+        not allow one pass.
     GlobeError
         If the checkpoint, the output directory or the tracker cannot be used.
     """
     if log is not None:
         require_tracker(log)
     settings, stages = settings or Settings(), Stages(progress)
+    began = began if began is not None else clock()
+    turn = Turn(began + settings.time_limit, clock) if settings.time_limit is not None else None
     opened = open_source(Path(model_dir), settings, stages, trust_remote_code=trust_remote_code)
-    result = _run(opened, Path(out_dir), settings, Existing(fresh, overwrite, keep_run), stages)
+    run = Run(opened, Path(out_dir), settings, Existing(fresh, overwrite, keep_run), turn)
+    result = _run(run, stages)
     if log is not None:
         track(log, result.directory, result.metrics)
     return result
 
 
-def _run(opened: Opened, target: Path, settings: Settings, existing: Existing, stages: Stages) -> Result:
+@dataclass(frozen=True)
+class Run:
+    """What is compressed, where to, how, what becomes of what is there, and by when."""
+
+    opened: Opened
+    target: Path
+    settings: Settings
+    existing: Existing
+    turn: Turn | None
+
+
+def _run(run: Run, stages: Stages) -> Result:
+    opened, target, settings, existing = run.opened, run.target, run.settings, run.existing
     identity, planned, show = opened.identity(settings), opened.plan, stages.display.log
+    timed: Schedule | None = None
     if existing.overwrite or existing.fresh or finished_key(target) != identity.key:
         named_calibration(planned.checkpoint, settings.calibrate)  # before anything is removed or made
+        timed = schedule(run.turn, planned, settings)
+        if timed is not None:
+            anew = existing.overwrite or existing.fresh
+            timed.refuse(settings, set() if anew else done_stages(target / FOLDER))
     directory = run_directory(target, opened.claim(settings), identity, existing, show)
     with working_precision(pick_precision(settings.precision, planned.device)), directory as store:
         if store is None:
@@ -116,9 +144,12 @@ def _run(opened: Opened, target: Path, settings: Settings, existing: Existing, s
         job = replace(job, blocks=planned.blocks)
         trusted = opened.trust_remote_code
         calibration = calibration_for(planned.checkpoint, job, target / FOLDER / STATISTICS, trust_remote_code=trusted)
+        timed = measured(timed, planned, settings, stages)
         pools, reports = {}, {}
         for pool in _pools(planned, scans, calibration, job):
-            alternate(pool, seed(pool, job), job, measured=False)
+            seeds = seed(pool, job)
+            job = replace(job, turn=timed.turn_of(pool.name, job) if timed is not None else None)
+            alternate(pool, seeds, job, measured=False)
             fit_jointly(pool, job)
             pools[pool.name], reports[pool.name] = pool, fit_report(pool, job)
         made = Made(planned, calibration, {name: load_fit(pool, job) for name, pool in pools.items()}, reports, seen)

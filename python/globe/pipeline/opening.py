@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,17 @@ import torch
 
 from globe._version import __version__
 from globe.artifact.output import Identity, run_key
-from globe.artifact.owned import Claim, factored_names
+from globe.artifact.owned import Claim, Scratch, factored_names
 from globe.checkpoint.companions import companions
 from globe.checkpoint.quantised import KEY, quantised_dtypes, told
-from globe.choice.plan import Plan, plan
+from globe.choice.plan import Plan, peaks, plan
+from globe.compute.blocks import BLOCKS
 from globe.compute.devices import check_device, keep_memory, set_threads
 from globe.compute.gemm import precision_report
 from globe.runs.stages import Stages
 from globe.settings import Settings
+from globe.sizes.budget import machine_memory, size_text
+from globe.sizes.kept import kept
 from globe.sizes.ratios import stored_elements
 from globe.statistics.calibrate import is_file
 from globe.statistics.memory import require_memory
@@ -41,7 +44,7 @@ class Opened:
         shards = [shard.path.name for shard in checkpoint.shards]
         names = factored_names(shards, companions(checkpoint.directory).carried)
         reads = (Path(settings.calibrate),) if is_file(settings.calibrate) else ()
-        return Claim(self.source, names, _needed_bytes(self.plan), reads)
+        return Claim(self.source, names, _needed_bytes(self.plan), reads, _scratch(self.plan, settings))
 
     def identity(self, settings: Settings) -> Identity:
         """What the weight files depend on."""
@@ -90,10 +93,28 @@ def environment(planned: Plan, settings: Settings) -> dict[str, Any]:
 
 
 def _needed_bytes(planned: Plan) -> int:
-    """Disk that a run takes: three banks in fp32 while one family is trained, or the output; and all factors."""
+    """Disk that a run takes without scratch files: three banks in fp32 while a family is trained, or the output."""
     families, shapes = planned.families, planned.shapes
     everything = sum(info.nbytes for info in planned.checkpoint.tensors.values())
     touched = sum(family.stored_bytes for family in families.values())
     output = everything - touched + 2 * sum(stored_elements(families[name], shapes[name]) for name in families)
     banks = [shapes[name].bank * shapes[name].rank * family.d for name, family in families.items()]
     return 2 * sum(banks) + max(output, 3 * 4 * max(banks))
+
+
+def scratch_bytes(planned: Plan, settings: Settings) -> int:
+    """Disk that the joint fit takes for what it keeps of single experts and memory has no room for: of one pool."""
+    cached, families = planned.blocks.cached, planned.families
+    return max(kept(family, planned.shapes[name], settings, cached).on_disk for name, family in families.items())
+
+
+def _scratch(planned: Plan, settings: Settings) -> Scratch | None:
+    """The scratch files, and what would do without them."""
+    size = scratch_bytes(planned, settings)
+    if size == 0:
+        return None
+    remedies = ["--solver alternate"]
+    needed = max(peaks(planned, settings, replace(planned.blocks, cached=BLOCKS.cached)).values())
+    if needed <= machine_memory():
+        remedies.insert(0, f"--max-memory {size_text(needed)}")
+    return Scratch(size, " or ".join(remedies))

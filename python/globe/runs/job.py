@@ -9,6 +9,7 @@ import torch
 from globe.compute.blocks import Blocks
 from globe.runs.stages import Stages
 from globe.runs.store import Store
+from globe.runs.turn import Turn
 from globe.settings import Settings
 
 
@@ -26,6 +27,8 @@ class Job:
         Times what is done, and shows it.
     store : Store
         What a later process goes on from.
+    turn : Turn, optional
+        When a fit has to be done.
     """
 
     settings: Settings
@@ -33,6 +36,7 @@ class Job:
     blocks: Blocks
     stages: Stages
     store: Store
+    turn: Turn | None = None
 
     def log(self, line: str) -> None:
         """Show a line."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from globe.errors import UsageError
+from globe.settings.units import parse_bytes, parse_seconds
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,15 @@ class Settings:
         Rotations of aligned-pca, a pass each: to the experts' leading right subspace, then to the mean of the
         rotated proxies.
     solver : {"joint", "alternate"}
-        The training. joint: the alternating loop (specification, H) for a start, then bank and codes together with the
-        left factors eliminated; alternate: the loop alone.
+        The training, from the seeds on. joint: bank and codes together, with the left factors eliminated; alternate:
+        the alternating loop (specification, H).
     joint_steps : int
-        Quasi-Newton steps of the joint fit, each a pass over the family or a little more.
-    history : int
-        Pairs of differences that the joint fit keeps, each of two banks in bf16; fewer where `max_memory` holds fewer.
+        Gauss-Newton steps of the joint fit, each a pass over the family or a little more.
     mod : {"exact", "aligned", "fixed"}
         Dictionary step: the true normal equations, MOD on T_i = A_i⁺ W_i, or MOD on the proxies.
     outer_loops : int
-        Loops of codes, dictionary, left factors. 0: seeds, NNLS codes and left factors only.
+        Loops of codes, dictionary, left factors, with `solver: alternate`. 0: seeds, NNLS codes and left factors only,
+        with either solver.
     init_codes : {"nnls", "simplex"}
         Codes at the start: NNLS, or NNLS scaled to sum one.
     codes : {"entmax", "sparsemax", "nnls", "simplex", "signed"}
@@ -99,7 +98,7 @@ class Settings:
     mod_ridge : float
         λ of the dictionary step, relative to the mean diagonal of its normal matrix.
     cg_steps : int
-        Preconditioned CG steps of the exact dictionary step.
+        Most preconditioned CG iterations of a step of the joint fit, and those of the exact dictionary step.
     over_relaxation : float
         Fraction of its own step by which the exact dictionary step overshoots; off once the error rises.
     coherence : float
@@ -129,6 +128,11 @@ class Settings:
     max_memory : int, optional
         Ceiling of the process's resident memory in bytes (on the command line and in YAML also as 6GiB); half of the
         machine's memory if not given.
+    time_limit : float, optional
+        Wall seconds that a run may take from its start, writing included (on the command line and in YAML also as 90s,
+        40m, 2h, 1h30m). Steps and loops are those that fit, up to `joint_steps` and `outer_loops`, and the best state
+        by then is written; how many fit depends on the machine, so such a run is not reproducible. A run that goes on
+        from an earlier one has all of its own limit.
     seed : int
         Seed of the random row selector, of rpca's and residual-greedy's random directions, and of k-means++.
     threads : int, optional
@@ -180,8 +184,7 @@ class Settings:
     hybrid_share: float = 0.25
     procrustes_rounds: int = 1
     solver: Literal["joint", "alternate"] = "joint"
-    joint_steps: int = 60
-    history: int = 10
+    joint_steps: int = 20
     mod: Literal["exact", "aligned", "fixed"] = "exact"
     outer_loops: int = 6
     init_codes: Literal["nnls", "simplex"] = "nnls"
@@ -207,6 +210,7 @@ class Settings:
     device: Literal["auto", "cpu", "mps", "cuda"] = "auto"
     precision: Literal["auto", "fp32"] = "auto"
     max_memory: int | None = None
+    time_limit: float | None = None
     seed: int = 0
     threads: int | None = None
     calibrate: str = "auto"
@@ -218,6 +222,8 @@ class Settings:
     def __post_init__(self) -> None:
         if isinstance(self.max_memory, str):
             object.__setattr__(self, "max_memory", parse_bytes(self.max_memory))  # type: ignore[unreachable]
+        if isinstance(self.time_limit, str):
+            object.__setattr__(self, "time_limit", parse_seconds(self.time_limit))  # type: ignore[unreachable]
         _require(isinstance(self.families, list | tuple), "families", self.families, "any of gate, up and down")
         object.__setattr__(self, "families", tuple(self.families))
         hints = typing.get_type_hints(Settings)
@@ -317,7 +323,6 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("seed_budget", 1, 1e6),
     ("outer_loops", 0, 100_000),
     ("joint_steps", 1, 100_000),
-    ("history", 1, 1000),
     ("calibration_tokens", 64, 1 << 40),
     ("metric_rows", 0, 2),
     ("metric_layers", 0, 2),
@@ -342,30 +347,8 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("seed", 0, 2**63 - 1),
     ("threads", 1, 4096),
     ("max_memory", 1 << 20, 1 << 50),
+    ("time_limit", 1, 1e9),
 )
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of a size as people write it: 6GiB, 500 MB, 6G (1024³), 123456.
-
-    Raises
-    ------
-    UsageError
-        If it is not a size.
-
-    Examples
-    --------
-    >>> parse_bytes("6GiB") == parse_bytes("6G") == 6 * 2**30
-    True
-    >>> parse_bytes("500 MB")
-    500000000
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)(B?)\s*", text)
-    if match is None:
-        raise UsageError(f"max_memory is {text!r}; expected bytes or a size such as 6GiB")
-    number, prefix, binary, byte = match.groups()
-    base = 1000 if byte and not binary else 1024
-    return int(float(number) * base ** " KMGT".index(prefix.upper() or " "))
 
 
 def _is_number(value: object, hint: object) -> bool:

@@ -11,13 +11,15 @@ from globe.compute.blocks import BLOCKS, SMALLEST, Blocks
 from globe.errors import UsageError
 from globe.machine import control_groups
 from globe.settings import Settings
+from globe.sizes.flops import SKETCHED, keeps_columns
+from globe.sizes.kept import fits_jointly, kept
 from globe.sizes.ratios import Shape
 
 BASE = 768 << 20  # the interpreter with torch, and freed memory that the allocator keeps
 DEVICE_BASE = 512 << 20  # workspaces of a device's libraries, and what its allocator cannot give away
 EXPERTS_AT_ONCE = 64  # in the exact dictionary step
 _FEW = 8  # experts, for which a pass spends some percent of its time on reading the bank
-_BANKS = 4  # of the joint fit beside its pairs, which take one each: the point, its slope, a direction, a trial's slope
+_BANKS = 7  # of the joint fit: point, residual, step, direction, image, preconditioned; a trial takes three's place
 _BANKS_IN_METRIC = 7  # of the exact dictionary step in a metric, which solves for the whole bank
 SKETCH_COLUMNS = 32  # of an expert, in grouped-subspace
 SEEN_GRAM_BYTES = 64 << 20  # of a block of the bank as a layer sees it
@@ -104,6 +106,18 @@ def fit_device(
     return chosen
 
 
+def stage_peaks(
+    families: Mapping[str, Family],
+    shapes: Mapping[str, Shape],
+    settings: Settings,
+    threads: int | None,
+    blocks: Blocks,
+) -> dict[str, dict[str, int]]:
+    """Bytes of resident memory that every stage of every pool is to stay below in these blocks, by pool and stage."""
+    costs = _costs(families, shapes, settings, threads, 4)
+    return {cost.family.name: cost.peaks(blocks) for cost in costs}
+
+
 def _costs(
     families: Mapping[str, Family],
     shapes: Mapping[str, Shape],
@@ -120,12 +134,11 @@ def _shrunk(chosen: Blocks, cost: _Cost, least: Blocks, limit: int) -> Blocks:
     for field in ("experts", "columns", "proxy_bytes"):
         while cost.peak(replace(least, **{field: getattr(chosen, field)})) > limit:
             chosen = replace(chosen, **{field: max(getattr(least, field), getattr(chosen, field) // 2)})
+    for smallest in (_FEW, least.experts):
+        while cost.peak(replace(chosen, cached=0)) > limit and chosen.experts > smallest:
+            chosen = replace(chosen, experts=max(smallest, chosen.experts // 2))
     if cost.peak(chosen) > limit:
-        chosen = replace(chosen, cached=0)
-    for field, smallest in (("experts", _FEW), ("pairs", 1), ("experts", least.experts)):
-        while cost.peak(chosen) > limit and getattr(chosen, field) > smallest:
-            size = getattr(chosen, field)
-            chosen = replace(chosen, **{field: size - 1 if field == "pairs" else max(smallest, size // 2)})
+        chosen = replace(chosen, cached=min(chosen.cached, limit - cost.peak(replace(chosen, cached=0))))
     return chosen
 
 
@@ -146,8 +159,12 @@ class _Cost:
         return 4 * self.shape.bank * self.shape.rank * self.family.d
 
     @property
+    def loops(self) -> int:
+        return self.settings.outer_loops if self.settings.solver == "alternate" else 0
+
+    @property
     def left_grams(self) -> int:
-        exact = self.settings.mod == "exact" and self.settings.outer_loops > 0
+        exact = self.settings.mod == "exact" and self.loops > 0
         return len(self.family) * self.shape.rank**2 * self.exact_bytes if exact else 0
 
     @property
@@ -171,8 +188,13 @@ class _Cost:
 
     def peak(self, blocks: Blocks) -> int:
         """Of all stages."""
-        fit = self.loop(blocks), self.dictionary(blocks), self.joint(blocks)
-        return self.base + max(self.seeds(blocks), *fit, self.writing(blocks))
+        return max(self.peaks(blocks).values())
+
+    def peaks(self, blocks: Blocks) -> dict[str, int]:
+        """Of every stage."""
+        fit = max(self.loop(blocks), self.dictionary(blocks))
+        found = {"seeds": self.seeds(blocks), "loops": fit, "joint": self.joint(blocks), "write": self.writing(blocks)}
+        return {stage: self.base + size for stage, size in found.items()}
 
     def writing(self, blocks: Blocks) -> int:
         """Of the stored left factors."""
@@ -193,10 +215,12 @@ class _Cost:
         p, d, r = self.family.p, self.family.d, self.shape.rank
         read = 3 * p * d * self.family.bytes_per_weight
         made = 4 * r * d * (3 if self.left_grams else 2) + (4 * r * r if self.left_grams else 0)
-        banks = 2 if self.settings.outer_loops > 0 else 1
+        banks = 2 if self.loops > 0 else 1
         return banks * self.bank + self.left_grams + self.metric + blocks.experts * (read + made) + self.workers(blocks)
 
     def dictionary(self, blocks: Blocks) -> int:
+        if self.loops == 0:
+            return 0
         if not self.left_grams:
             return 2 * self.bank + self.metric + (128 << 20)
         r, m, d = self.shape.rank, self.shape.bank, self.family.d
@@ -207,17 +231,19 @@ class _Cost:
         return 2 * self.bank + self.left_grams + 4 * m * r * r + columns + 4 * EXPERTS_AT_ONCE * r * r
 
     def joint(self, blocks: Blocks) -> int:
-        if self.settings.solver != "joint" or self.settings.outer_loops == 0:
+        if not fits_jointly(self.settings):
             return 0
         count, p, d, r, m = len(self.family), self.family.p, self.family.d, self.shape.rank, self.shape.bank
-        whole = 4 * count * p * d
-        banks = (_BANKS + blocks.pairs + 1) * self.bank  # one pair is to come
-        curvature = 4 * count * m * m + 4 * m * r * r + 16 * d * d
+        weighed = self.metric > 0
+        held = kept(self.family, self.shape, self.settings, blocks.cached)
+        curvature = 12 * count * m * m + 4 * m * r * r + 24 * d * d + 8 * r * r
+        moments = 4 * self.family.layers * d * d if weighed else 0
+        hidden = d if keeps_columns(weighed, r, d) else r
+        probes = 4 * m * r * SKETCHED
         read = 3 * p * d * self.family.bytes_per_weight
-        made = 4 * p * d + 12 * r * d + 4 * d * d + 12 * r * r + 4 * m * m
-        kept = whole if whole <= blocks.cached else 0
-        hidden = 20 * self._at_once(blocks) * d * d
-        return banks + curvature + blocks.experts * (read + made) + kept + self.metric + hidden + self.workers(blocks)
+        hand = read + held.buffer + 4 * p * d + 12 * r * d + 8 * r * r + 4 * hidden * d + probes
+        work = self._at_once(blocks) * (8 * p * d + 8 * p * r + 44 * r * d + 40 * r * r + 12 * d * d + 4 * probes)
+        return _BANKS * self.bank + curvature + moments + held.in_memory + self.metric + blocks.experts * hand + work
 
 
 def _advice(cost: _Cost, least: Blocks, limit: int, found: str) -> str:
