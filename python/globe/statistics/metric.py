@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
@@ -51,6 +50,15 @@ class Metric:
     scales: torch.Tensor | tuple[torch.Tensor, ...] | None
     layers: tuple[int | None, ...]
     exponent: int = 0
+    _lower: dict[int | None, bool] = field(
+        init=False, repr=False
+    )  # whether L of a layer is lower triangular, once for all
+
+    def __post_init__(self) -> None:
+        lower: dict[int | None, bool] = {
+            layer: not bool(factor.triu(1).any()) for layer, factor in self.columns.items()
+        }
+        object.__setattr__(self, "_lower", lower)
 
     def seen(self, some: slice, matrices: torch.Tensor) -> torch.Tensor:
         """X_i L_i: mixtures as the fit sees them."""
@@ -123,11 +131,6 @@ class Metric:
             return found * rows[:, :, None] if rows.ndim == 2 else matmul(rows, found)
 
         return by_runs([self.rows[number].ndim for number in range(some.start, some.stop)], some, matrices, product)
-
-    @cached_property
-    def _lower(self) -> dict[int | None, bool]:
-        """Whether L of a layer is lower triangular, as a Cholesky factor is."""
-        return {layer: not bool(factor.triu(1).any()) for layer, factor in self.columns.items()}
 
     def _columns(self, run: slice) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """L of a run of experts of one layer, and their scales (n, d)."""
