@@ -178,8 +178,8 @@ def curvature(family: Family, metric: Metric | None, rank: int = RANK) -> list[A
     given = Vector(torch.ones_like(point.bank), np.ones_like(point.codes))
     with engine(CPU) as workers:
         found = Operator(problem, point, value.scale, workers)(given)
-    preconditioned = Preconditioner(value, point.codes, point.chain, metric is not None)
-    inverse = preconditioned.bank(given.bank).double().numpy(), preconditioned.codes(given.codes)
+        preconditioned = Preconditioner(value, point.codes, point.chain, metric is not None, workers)
+        inverse = preconditioned.bank(given.bank).double().numpy(), preconditioned.codes(given.codes)
     return [found.bank.double().numpy(), found.codes, *inverse]
 
 

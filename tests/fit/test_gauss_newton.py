@@ -270,7 +270,7 @@ def test_both_forms_of_the_columns_agree(rank: int, kind: str, family: Family, m
     metric, point = random_metric(kind), sparse_point(rank, False)
     values, found = drawn(1, rank), []
     for whole in (True, False):
-        monkeypatch.setattr(problem_module, "whole_columns", lambda *given, whole=whole: whole)
+        monkeypatch.setattr(problem_module, "keeps_columns", lambda *given, whole=whole: whole)
         problem, value = problem_at(family, metric, point)
         assert problem.whole == whole
         step = newton_step(problem, point, value, None, 6)

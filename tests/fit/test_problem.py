@@ -32,7 +32,7 @@ from globe.fit import problem as problem_module
 from globe.fit import sketch
 from globe.fit.gauss_newton import Point
 from globe.fit.objective import Value
-from globe.fit.problem import Problem, whole_columns
+from globe.fit.problem import Problem
 from globe.statistics.metric import Metric
 
 every_metric = pytest.mark.parametrize("kind", METRICS)
@@ -51,7 +51,7 @@ def full_sketch() -> Iterator[None]:
     """As many columns as there are, orthonormal: nothing is left to chance."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (sketch, problem_module):
-            patch.setattr(module, "COLUMNS", D)
+            patch.setattr(module, "SKETCHED", D)
         patch.setattr(torch, "randn", lambda d, k, generator: D**0.5 * torch.eye(d, k))
         yield
 
@@ -150,12 +150,6 @@ def test_what_a_pass_leaves_of_each_expert(kind: str, rank: int, family: Family)
     else:
         close(hidden @ hidden.mT, torch.eye(rank, dtype=torch.float64).expand(EXPERTS, -1, -1), 1e-5)
         close(hidden.mT @ hidden, torch.linalg.pinv(mixed) @ mixed, 1e-5)
-
-
-@every_metric
-def test_when_columns_are_kept_whole(kind: str) -> None:
-    assert whole_columns(kind != "none", WHOLE, D) == (kind != "none")
-    assert not whole_columns(True, WHOLE - 1, D)
 
 
 @every_case
@@ -264,7 +258,7 @@ def test_curvature_is_that_of_the_dense_formulas(
 ) -> None:
     metric = random_metric(kind)
     bank, codes = random_point(rank=rank)
-    monkeypatch.setattr(problem_module, "_SAMPLE", sample)
+    monkeypatch.setattr(problem_module, "SAMPLED", sample)
     problem = problem_at(family, metric, rank)
     with full_sketch():
         found = look(problem, bank, codes)
@@ -305,7 +299,7 @@ def test_the_sketch_is_right_in_expectation(
     draws = [problem.look(bank, codes, seed, silent).curvature for seed in range(40)]
     assert not torch.equal(draws[0], draws[1])
     for module in (sketch, problem_module):
-        monkeypatch.setattr(module, "COLUMNS", 4096)
+        monkeypatch.setattr(module, "SKETCHED", 4096)
     many = problem.look(bank, codes, 0, silent).curvature
     for found, tolerance in ((torch.stack(draws).mean(0), 0.2), (many, 0.1)):
         close(found, 2 * wanted / dense.energy, tolerance)

@@ -16,14 +16,14 @@ from globe.compute.shelf import Shelves
 from globe.compute.spd import row_basis
 from globe.compute.stream import expert_batches
 from globe.fit.objective import Part, Sums, Value
-from globe.fit.sketch import COLUMNS, Sketch
+from globe.fit.sketch import Sketch
 from globe.runs.job import Job
 from globe.runs.stages import Advance
 from globe.seeds.pool import Pool
+from globe.sizes.flops import SAMPLED, SKETCHED, keeps_columns
 
 Array = NDArray[np.float64]
 _SMALL_ERROR = 1e-3  # of ‖W'‖²: below it the difference of squares in fp32 loses too many digits
-_SAMPLE = 48  # experts whose columns and rows speak for all
 
 
 class Problem:
@@ -56,8 +56,8 @@ class Problem:
         self._rcond = job.settings.ridge_rcond**2  # of fp64, where the setting is for Gram matrices of fp32
         (_, r, d), count, p = shape, len(pool.family), pool.family.p
         self.spans = [slice(some.start, some.stop) for some in pool.family.batches(min(job.blocks.experts, count))]
-        self.whole = whole_columns(pool.metric is not None, r, d)
-        self._stride = max(1, count // _SAMPLE)
+        self.whole = keeps_columns(pool.metric is not None, r, d)
+        self._stride = max(1, count // SAMPLED)
         shelves = Shelves(job.device, job.blocks.cached, folder)
         self.lefts = shelves.make((count, r, r))
         self._moments = pool.metric.layer_moments() if self.whole and pool.metric is not None else {}
@@ -75,7 +75,7 @@ class Problem:
         mixed_room, slope_room = (torch.empty(size, *bank.shape[1:], device=self.device) for _ in range(2))
         left_room = torch.empty(size, *sums.lefts.shape[1:], device=self.device)
         hidden_room = torch.empty(size, bank.shape[2 if self.whole else 1], bank.shape[2], device=self.device)
-        free_room = torch.empty(size, bank.shape[2], COLUMNS, device=self.device)
+        free_room = torch.empty(size, bank.shape[2], SKETCHED, device=self.device)
         sketch = Sketch(bank, self.metric, self._moments, seed)
         with engine(self.device) as workers:
             for span, weighted in self._weighted_batches():
@@ -144,11 +144,6 @@ class Problem:
             for k in range(*some.indices(len(basis)))
         ]
         return torch.cat(found) if found else basis.new_zeros(0, d, d)
-
-
-def whole_columns(weighed: bool, rank: int, width: int) -> bool:
-    """Whether K_i is kept of every expert."""
-    return weighed and width <= 2 * rank
 
 
 def _squares(wanted: torch.Tensor, fitted: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,9 +9,8 @@ import torch
 
 from globe.compute.gemm import matmul
 from globe.compute.passes import Engine
+from globe.sizes.flops import SKETCHED
 from globe.statistics.metric import Metric
-
-COLUMNS = 16
 
 
 class Sketch:
@@ -32,7 +31,7 @@ class Sketch:
         self, bank: torch.Tensor, metric: Metric | None, moments: Mapping[int | None, torch.Tensor], seed: int
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self._random = (torch.randn(bank.shape[2], COLUMNS, generator=generator) / math.sqrt(COLUMNS)).to(bank.device)
+        self._random = (torch.randn(bank.shape[2], SKETCHED, generator=generator) / math.sqrt(SKETCHED)).to(bank.device)
         self._bank, self._metric, self._moments = bank, metric, moments
 
     def columns(self, numbers: slice, basis: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 SKETCHED = 16  # random columns of the codes' curvature
+SAMPLED = 48  # experts, or a few more, whose columns and rows speak for all
 
 
 def keeps_columns(weighed: bool, rank: int, width: int) -> bool:
@@ -11,13 +12,13 @@ def keeps_columns(weighed: bool, rank: int, width: int) -> bool:
 
 
 def pass_flops(p: int, d: int, r: int, m: int, weighed: bool) -> int:
-    """Of one expert in a pass: f, its gradient, and what its curvature needs.
+    """Of one expert in a pass of the joint fit: f, its gradient, and what its curvature needs.
 
-    Products alone, 2 k l n for k × l times l × n, as many as the form of CUDA and MPS computes: mixtures and sums over
-    experts with all m codes, of which a CPU takes those that are not zero. Not counted: Cholesky factors (r³/3) and
-    the triangular solves for a basis of the rows (r² d + r³), in fp64; W'_i, made once (:func:`weighing_flops`); what
-    a sampled expert adds where not all are (:func:`sample_flops`); L_l L_lᵀ (:func:`moment_flops`); sums of what a
-    product does not make.
+    Products alone, 2 k l n for k × l times l × n, as many as the form of CUDA and MPS computes: a CPU passes over codes
+    that are zero, and over 3/8 of a triangular matrix. Those of the Gram matrix and the basis of the rows, 4 r² d, are
+    in fp64. Not counted: Cholesky factors and their inverses, 4/3 r³ in fp64; W'_i, made once
+    (:func:`weighing_flops`); what one of the `SAMPLED` adds (:func:`sample_flops`); L_l L_lᵀ, made once where K_i is
+    kept; and what is no product.
 
     Parameters
     ----------
@@ -29,29 +30,30 @@ def pass_flops(p: int, d: int, r: int, m: int, weighed: bool) -> int:
         Whether there is a metric, which weighs columns.
     """
     mixture = 2 * m * r * d
-    basis = 2 * r * r * d
+    basis = 2 * (2 * r * r * d)
     lefts = 2 * (2 * p * r * d) + 2 * r * r * p + 2 * (2 * r * r * d) + 2 * (2 * r**3)
     sketch = 2 * (2 * r * d * SKETCHED) + 2 * m * SKETCHED * (r * d + r * r + m * r)
     sums = 2 * mixture + 2 * m * r * r
     through = 2 * (2 * r * d * d) + 2 * SKETCHED * d * d if weighed else 0
-    kept = sample_flops(d, r, weighed) if keeps_columns(weighed, r, d) else 0
+    kept = _columns_flops(d, r) if keeps_columns(weighed, r, d) else 0
     return mixture + basis + lefts + sketch + sums + through + kept
 
 
 def sample_flops(d: int, r: int, weighed: bool) -> int:
-    """What an expert adds to a pass that speaks for others too: its mixture's Gram and, in a metric, K_i.
+    """What one of the sampled experts adds to a pass: its mixture's Gram matrix, and in a metric K_i unless it is kept.
 
     Parameters
     ----------
     d, r, weighed
-        As in :func:`pass_flops`, which has it where K_i is kept of every expert.
+        As in :func:`pass_flops`.
     """
-    return 2 * r * r * d + (2 * r * d * d + 2 * r * d * d if weighed else 0)
+    columns = weighed and not keeps_columns(weighed, r, d)
+    return 2 * r * r * d + (2 * d**3 + _columns_flops(d, r) if columns else 0)
 
 
-def moment_flops(d: int) -> int:
-    """L_l L_lᵀ: on a device once for all experts of a layer in hand, on a CPU for every K_i that is made."""
-    return 2 * d**3
+def _columns_flops(d: int, r: int) -> int:
+    """Of K_i, with L_l L_lᵀ at hand."""
+    return 2 * (2 * r * d * d)
 
 
 def weighing_flops(p: int, d: int, mixes_rows: bool) -> int:
@@ -60,9 +62,9 @@ def weighing_flops(p: int, d: int, mixes_rows: bool) -> int:
 
 
 def iteration_flops(d: int, r: int, m: int, weighed: bool) -> int:
-    """Of one expert in one product with the Gauss-Newton matrix, which is a step of conjugate gradients.
+    """Of one expert in a product with the Gauss-Newton matrix, of which a step of conjugate gradients takes one.
 
-    Counted as in :func:`pass_flops`, nothing being left out. W is not read: p does not matter.
+    Counted as in :func:`pass_flops`, with nothing left out but what is no product. W is not read: p does not matter.
 
     Parameters
     ----------
@@ -78,6 +80,6 @@ def iteration_flops(d: int, r: int, m: int, weighed: bool) -> int:
 
 
 def preconditioner_flops(d: int, r: int, m: int, weighed: bool) -> int:
-    """Of the whole bank in one step of conjugate gradients, whatever the number of experts."""
+    """Of the whole bank in a step of conjugate gradients, whatever the number of experts."""
     each = 2 * (2 * r * r * d) + (2 * r * d * d if weighed else 0)
     return m * each + 2 * m * m * r * d

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from globe.checkpoint.family import Family
 from globe.settings import Settings
 from globe.sizes.flops import (
+    SAMPLED,
     iteration_flops,
-    keeps_columns,
     pass_flops,
     preconditioner_flops,
     sample_flops,
@@ -118,10 +118,9 @@ def joint_start_work(task: Task) -> Work:
 def joint_pass_work(task: Task, held: Kept) -> Work:
     """Of one pass of the joint fit; what lies on disk is read or written."""
     n, p, d, r, m = task.sizes
-    flops: float = pass_flops(p, d, r, m, task.weighed) - 2 * r * r * d
-    if not keeps_columns(task.weighed, r, d):
-        flops += sample_flops(d, r, task.weighed) * min(n, 128) / n
-    wide = 3 * r * r * d + 4 * r**3 / 3
+    flops: float = pass_flops(p, d, r, m, task.weighed) - 4 * r * r * d
+    flops += sample_flops(d, r, task.weighed) * min(n, SAMPLED) / n
+    wide = 4 * r * r * d + 4 * r**3 / 3
     if task.sparse:
         flops -= 2 * (2 * m * r * d) + 2 * m * r * r
     sums = task.mixing(d) * 2 + task.mixing(r) if task.sparse else Work()
