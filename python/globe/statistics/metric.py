@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 
 import torch
 
 from globe.checkpoint.family import Family
 from globe.checkpoint.powers import times_power, usual_exponent
+from globe.compute.forms import per_core
 from globe.compute.gemm import matmul, times_lower, times_upper
 from globe.compute.spd import ridged_factor
 from globe.settings import Settings
@@ -50,15 +52,6 @@ class Metric:
     scales: torch.Tensor | tuple[torch.Tensor, ...] | None
     layers: tuple[int | None, ...]
     exponent: int = 0
-    _lower: dict[int | None, bool] = field(
-        init=False, repr=False
-    )  # whether L of a layer is lower triangular, once for all
-
-    def __post_init__(self) -> None:
-        lower: dict[int | None, bool] = {
-            layer: not bool(factor.triu(1).any()) for layer, factor in self.columns.items()
-        }
-        object.__setattr__(self, "_lower", lower)
 
     def seen(self, some: slice, matrices: torch.Tensor) -> torch.Tensor:
         """X_i L_i: mixtures as the fit sees them."""
@@ -68,7 +61,7 @@ class Metric:
             if factor is None:
                 return found
             scaled = found if scales is None else found * scales[:, None]
-            return times_lower(scaled, factor) if self._lower[self.layers[run.start]] else matmul(scaled, factor)
+            return times_lower(scaled, factor) if self._is_lower(run) else matmul(scaled, factor)
 
         return by_runs(self.layers[some], some, matrices, product)
 
@@ -79,8 +72,7 @@ class Metric:
             factor, scales = self._columns(run)
             if factor is None:
                 return found
-            lower = self._lower[self.layers[run.start]]
-            moved = times_upper(found, factor) if lower else matmul(found, factor.mT)
+            moved = times_upper(found, factor) if self._is_lower(run) else matmul(found, factor.mT)
             return moved if scales is None else moved * scales[:, None]
 
         return by_runs(self.layers[some], some, gradients, product)
@@ -131,6 +123,15 @@ class Metric:
             return found * rows[:, :, None] if rows.ndim == 2 else matmul(rows, found)
 
         return by_runs([self.rows[number].ndim for number in range(some.start, some.stop)], some, matrices, product)
+
+    def _is_lower(self, run: slice) -> bool:
+        """Whether L is known to be lower triangular; only asked where the host may look."""
+        return per_core(self.rows[run.start].device) and self._lower[self.layers[run.start]]
+
+    @cached_property
+    def _lower(self) -> dict[int | None, bool]:
+        """Whether L of a layer is lower triangular, as a Cholesky factor is."""
+        return {layer: not bool(factor.triu(1).any()) for layer, factor in self.columns.items()}
 
     def _columns(self, run: slice) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """L of a run of experts of one layer, and their scales (n, d)."""
