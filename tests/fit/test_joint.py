@@ -291,7 +291,7 @@ def test_the_files_hold_what_metrics_say(calibrate: str, layout: str, tmp_path: 
         family, stored = (Checkpoint(tmp_path / place).family(name) for place in ("source", "dense"))
         assert told[name]["relative_error"] == pytest.approx(seen_error(family, stored, None), rel=1e-4)
         history = [segment["error"] for segment in told[name]["joint"]["history"]]
-        assert history[-1] < history[0]
+        assert history[-1] < history[0] == told[name]["init"]["relative_error"] and told[name]["history"] == []
         if calibrate == "none":
             assert told[name]["weighted_error"] is None
             assert told[name]["relative_error"] == pytest.approx(history[-1], rel=2e-2)
@@ -301,6 +301,17 @@ def test_the_files_hold_what_metrics_say(calibrate: str, layout: str, tmp_path: 
             assert told[name]["weighted_error"] == pytest.approx(seen_error(family, stored, metric), rel=1e-3)
             assert told[name]["weighted_error"] == pytest.approx(history[-1], rel=5e-2)
         assert told[name]["support_median"] <= 2
+
+
+@pytest.mark.parametrize("calibrate", ["none", "auto"])
+def test_the_error_of_the_seeds_is_that_of_the_loops_seeds(calibrate: str, tmp_path: Path) -> None:
+    source, seeds = make_tiny("olmoe", tmp_path / "source"), []
+    for solver in ("joint", "alternate"):
+        settings = Settings(**{**SMALL, "families": ("gate",)}, solver=solver, calibrate=calibrate)  # type: ignore[arg-type]
+        found = compress(source, tmp_path / solver, settings).metrics["families"]["gate"]
+        seeds.append(found["init"]["relative_error"])
+        assert found["relative_error"] != seeds[-1]
+    assert seeds[0] == pytest.approx(seeds[1], rel=1e-4)
 
 
 def test_a_fit_too_short_keeps_its_start(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from globe.settings import Settings
 
 
 def recalled(pool: Pool, job: Job) -> bool:
-    """Whether the store has the pool's fit, or what its loops leave to the joint fit; if so, recall their stages."""
+    """Whether the store has the pool's fit, or what the joint fit starts from; if so, recall their stages."""
     for result in ("fit", "warm"):
         meta = job.store.check(f"{pool.name}.{result}")
         if meta is not None:
@@ -38,7 +38,8 @@ def recalled(pool: Pool, job: Job) -> bool:
 def alternate(pool: Pool, states: States | None, job: Job, *, measured: bool = True) -> None:
     """Alternate codes, bank and left factors from a state (specification, H); None where that is done.
 
-    Where there are no loops the seeds are kept as they are, not `measured` if writing them will do that.
+    Where there are no loops the seeds are kept as they are, not `measured` if writing them will do that; and so they
+    are where the joint fit starts from them, which measures them.
     """
     name, loops = pool.name, job.settings.outer_loops
     if states is None:
@@ -65,7 +66,7 @@ def _is_joint(settings: Settings) -> bool:
 
 
 def _keep(pool: Pool, training: Training, records: list[dict[str, Any]], states: States, job: Job) -> None:
-    """Save what the loops made, as the fit or as the start of the joint fit, and drop their states."""
+    """Save what was made, as the fit or as the start of the joint fit, and drop its states."""
     state, report = training.state, training_report(pool, states.notes, training)
     if _is_joint(job.settings):
         meta = {"report": report, "stages": records, "temperature": state.temperature}
@@ -77,7 +78,7 @@ def _keep(pool: Pool, training: Training, records: list[dict[str, Any]], states:
 
 
 def fit_jointly(pool: Pool, job: Job) -> None:
-    """Fit bank and codes together from the state that the loops left in the store, if asked for and not done."""
+    """Fit bank and codes together from the state that `alternate` left in the store, if asked for and not done."""
     name, store = pool.name, job.store
     if not _is_joint(job.settings) or f"{name}.fit" in store.names():
         return
@@ -95,7 +96,8 @@ def fit_jointly(pool: Pool, job: Job) -> None:
             job.log(f"{name}: the joint fit was too short for codes that were spread: its start is kept")
             del state
             state = _warm_start(pool, job)
-        report = {**warm["report"], "joint": steps.report(), "temperature": state.temperature}
+        seeds = {**warm["report"]["init"], "relative_error": steps.history[0].error}
+        report = {**warm["report"], "init": seeds, "joint": steps.report(), "temperature": state.temperature}
         _save_fit(pool, state, report, [*warm["stages"], job.stages.so_far()], job)
     drop_joint(store, name)
     store.drop(f"{name}.warm")
@@ -109,7 +111,7 @@ def _warm_start(pool: Pool, job: Job) -> State:
 
 
 def _damaged(name: str) -> GlobeError:
-    return GlobeError(f"family {name}: the state that its loops left was damaged during the run; run it again")
+    return GlobeError(f"family {name}: the state that its fit starts from was damaged during the run; run it again")
 
 
 def _save_fit(pool: Pool, state: State, report: dict[str, Any], records: list[dict[str, Any]], job: Job) -> None:
