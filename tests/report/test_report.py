@@ -23,13 +23,14 @@ from globe.artifact.factored import open_factored
 from globe.cli import cli
 from globe.report.charts import Series, bars, heat_map, line
 from globe.report.data import read_run
+from globe.report.sections import course
 from globe.report.svg import duration, escape, log_ticks, number, size, ticks
 
 SMALL: dict[str, Any] = {
     "rank": 0.5,
     "bank_size": 4,
     "outer_loops": 2,
-    "joint_steps": 10,
+    "joint_steps": 5,
     "support": 2,
     "calibrate": "none",
     "device": "cpu",
@@ -174,6 +175,32 @@ def test_weighted_errors_come_first(make: Maker) -> None:
     found = titles(check_page(out / "report.html"))
     first, second = (found.index(f"{kind} by layer") for kind in ("Activation-weighted error", "Relative error"))
     assert first < second
+
+
+@pytest.mark.parametrize("changed", [{}, {"calibrate": "pydoc", "calibration_tokens": 1024}], ids=["plain", "metric"])
+def test_the_course_of_a_joint_fit(changed: dict[str, Any], make: Maker) -> None:
+    """It goes on from the seeds, with no loops: their error is the first one."""
+    out = make(**changed)
+    name = "activation-weighted error, joint fit" if changed else "relative error, joint fit"
+    for pool in read_run(out).pools:
+        found, lines = course(pool), pool.report["joint"]["history"]
+        assert found[name] == [(one["evaluations"], one["error"]) for one in lines] and len(lines) > 2
+        assert lines[0]["error"] == pool.report["init"]["relative_error"] > lines[-1]["error"]
+        assert found["relative error, loops"] == found["held-out rows, loops"] == []
+        assert found["temperature"] == [(one["evaluations"], one["temperature"]) for one in lines]
+        assert found["support"] == [(one["evaluations"], one["support_median"]) for one in lines]
+    told = "".join(check_page(out / "report.html").itertext())
+    assert name in told and "error, loops" not in told
+
+
+def test_the_course_of_loops(make: Maker) -> None:
+    for pool in read_run(make(solver="alternate")).pools:
+        found, lines = course(pool), pool.report["history"]
+        wanted = [(0, pool.report["init"]["relative_error"]), *((one["loop"], one["relative_error"]) for one in lines)]
+        assert found["relative error, loops"] == wanted and len(lines) == 2
+        assert found["relative error, joint fit"] == []
+    for pool in read_run(make(outer_loops=0)).pools:
+        assert course(pool)["relative error, loops"] == [(0, pool.report["init"]["relative_error"])]
 
 
 def test_two_runs_side_by_side(make: Maker, tmp_path: Path) -> None:

@@ -24,18 +24,20 @@ REPORT: dict[str, Any] = {
     "coherent_pairs": [],
     "ridged_left_factors": 0,
     "stopped": "outer_loops",
-    "history": [
-        {"loop": 1, "relative_error": 0.2, "temperature": 1.0, "irregular_codes": 0},
-        {"loop": 2, "relative_error": 0.15, "temperature": 0.9, "irregular_codes": 0},
-    ],
+    "history": [],
     "joint": {
         "stopped": "plateau",
         "history": [
-            {"step": 0, "error": 0.15, "temperature": 0.9},
-            {"step": 10, "error": 0.1, "temperature": 0.9},
+            {"step": 0, "iterations": 0, "error": 0.3, "temperature": 1.0},
+            {"step": 1, "iterations": 8, "error": 0.15, "temperature": 0.9},
+            {"step": 2, "iterations": 17, "error": 0.1, "temperature": 0.9},
         ],
     },
 }
+LOOPS: list[dict[str, Any]] = [
+    {"loop": 1, "relative_error": 0.2, "temperature": 1.0, "irregular_codes": 0},
+    {"loop": 2, "relative_error": 0.15, "temperature": 0.9, "irregular_codes": 0},
+]
 
 
 def planted(**changed: Any) -> Run:
@@ -54,7 +56,7 @@ def texts(run: Run, *, warning: bool = True) -> list[str]:
 
 
 def test_nothing_to_say() -> None:
-    assert findings(planted()) == []
+    assert findings(planted()) == findings(planted(history=LOOPS)) == []
 
 
 def test_dead_atoms() -> None:
@@ -105,7 +107,7 @@ def test_temperature_at_its_bound(bound: float, side: str) -> None:
         ({"support_median": 16.0}, "the median support is 16, above the target of 12"),
         ({"ridged_left_factors": 3}, "3 left factors of 40 are ill-conditioned"),
         ({"relative_error": 0.31}, "0.31, above the 0.3 of the seeds"),
-        ({"history": [{**REPORT["history"][0], "irregular_codes": 7}]}, "7 coding problems in the last loop"),
+        ({"history": [{**LOOPS[0], "irregular_codes": 7}], "joint": None}, "7 coding problems in the last loop"),
     ],
 )
 def test_other_warnings(changed: dict[str, Any], said: str) -> None:
@@ -116,8 +118,8 @@ def test_other_warnings(changed: dict[str, Any], said: str) -> None:
 def test_notes() -> None:
     joint = {**REPORT["joint"], "stopped": "joint_steps"}
     [told] = texts(planted(joint=joint), warning=False)
-    assert "still fell by 33.3 % in the last 10 steps; more --joint-steps" in told
-    [told] = texts(planted(joint=None), warning=False)
+    assert "still fell by 33.3 % in the last 1 step; more --joint-steps" in told
+    [told] = texts(planted(joint=None, history=LOOPS), warning=False)
     assert "still fell by 25 % in the last 1 loop; more --outer-loops" in told
     run = planted()
     run.metrics["calibration"] = None

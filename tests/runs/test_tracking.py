@@ -22,7 +22,7 @@ from refusals import SMALL, refusal
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
     home = tmp_path_factory.mktemp("tracking")
-    settings = Settings(rank=0.5, bank_size=3, outer_loops=2, joint_steps=12, device="cpu", calibrate="none")
+    settings = Settings(rank=0.5, bank_size=3, joint_steps=4, device="cpu", calibrate="none")
     return compress(make_tiny("olmoe", home / "source"), home / "out", settings)
 
 
@@ -30,13 +30,22 @@ def test_points_are_those_of_the_metrics(result: Result) -> None:
     found, families = points(result.metrics), result.metrics["families"]
     assert list(found) == sorted(found)
     for name, family in families.items():
-        for record in family["history"]:
-            assert found[record["loop"]][f"{name}/loops/relative_error"] == record["relative_error"]
-        assert family["joint"]["history"]
+        assert family["history"] == [] and len(family["joint"]["history"]) > 2
         for record in family["joint"]["history"]:
             assert found[record["step"]][f"{name}/joint/error"] == record["error"]
+            assert found[record["step"]][f"{name}/joint/iterations"] == record["iterations"]
         assert found[max(found)][f"final/{name}/relative_error"] == family["relative_error"]
     assert found[max(found)]["final/ratio/touched"] == result.ratio.touched
+
+
+def test_points_are_those_of_the_loops(result: Result, tmp_path: Path) -> None:
+    settings = Settings(**{**result.metrics["settings"], "solver": "alternate", "outer_loops": 2})
+    metrics = compress(result.directory.parent / "source", tmp_path / "out", settings).metrics
+    found = points(metrics)
+    for name, family in metrics["families"].items():
+        assert [record["loop"] for record in family["history"]] == [1, 2] and "joint" not in family
+        for record in family["history"]:
+            assert found[record["loop"]][f"{name}/loops/relative_error"] == record["relative_error"]
 
 
 def test_pools_and_runs_without_loops() -> None:

@@ -221,14 +221,18 @@ def _popularity(pool: PoolView, others: Sequence[PoolView]) -> str:
 
 
 def course(pool: PoolView) -> dict[str, list[tuple[float, float]]]:
-    """(passes, value) over the loops, then over the evaluations of the joint fit, which go on counting."""
+    """(passes, value) over the loops, or the evaluations of the joint fit; where there are both they go on counting.
+
+    Loops begin with the seeds at pass 0, the joint fit with its first evaluation.
+    """
     report = pool.report
     loops, joint = report.get("history", []), (report.get("joint") or {}).get("history", [])
     shift = loops[-1]["loop"] if loops else 0
     weighted = report.get("weighted_error") is not None
     seeds = report["init"]["relative_error"]
+    alternated = [(0, seeds), *((one["loop"], one["relative_error"]) for one in loops)] if loops or not joint else []
     found = {
-        "relative error, loops": [(0, seeds), *((one["loop"], one["relative_error"]) for one in loops)],
+        "relative error, loops": alternated,
         "held-out rows, loops": [
             (one["loop"], one["validation_error"]) for one in loops if one["validation_error"] is not None
         ],
@@ -258,7 +262,10 @@ def _training(pool: PoolView, others: Sequence[PoolView]) -> Figures:
             series,
             x_label,
             "error (log scale)" if log else "error",
-            about="A loop is one pass and an evaluation of the joint fit another; pass 0 is the seeds.",
+            about=(
+                "A loop is one pass and an evaluation of the joint fit another; loops begin with the seeds at pass 0, the "
+                "joint fit with its first evaluation."
+            ),
             y_range=span(values, log=log),
             log=log,
             marks=marks,
