@@ -18,6 +18,7 @@ EXPERTS, P, D, RANK, ATOMS = 6, 10, 14, 4, 5
 WHOLE = 7  # a rank with which K_i is kept whole in a metric; with RANK it is its basis
 METRICS = ("none", "shared", "scaled", "rows")
 CASES = [*((kind, RANK) for kind in METRICS), *((kind, WHOLE) for kind in METRICS if kind != "none")]
+FOUR = Blocks(experts=4)
 NOWHERE = Path("all shelves are in memory")
 
 
@@ -119,7 +120,7 @@ def problem_of(
     metric: Metric | None,
     *,
     shape: tuple[int, int, int] = (ATOMS, RANK, D),
-    blocks: Blocks = Blocks(experts=4),
+    blocks: Blocks = FOUR,
     settings: Settings | None = None,
     folder: Path = NOWHERE,
 ) -> Problem:

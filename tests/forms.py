@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,25 @@ from globe.compute import forms
 
 FORMS = ("per core", "batched", "batched in fp32")
 LOOKS = ("_local_scalar_dense", "item", "is_nonzero", "equal")
+
+
+class Serial:
+    """An engine that works on one expert after the other, on the caller's thread."""
+
+    def map(self, work: Callable[[slice], Any], count: int) -> Iterator[tuple[slice, Any]]:
+        """Experts in order, each with what `work` made of it."""
+        for number in range(count):
+            part = slice(number, number + 1)
+            yield part, work(part)
+
+    def run(self, work: Callable[[slice], None], count: int) -> None:
+        """Call `work` for every expert."""
+        for _ in self.map(work, count):
+            pass
+
+    def meanwhile(self, jobs: Iterable[Callable[[], Any]]) -> Iterator[Any]:
+        """The jobs' results in order."""
+        return (job() for job in jobs)
 
 
 @contextmanager

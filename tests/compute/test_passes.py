@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from globe.fit.variable_projection import Problem
 
 from dense import ATOMS, EXPERTS, RANK, D, P, random_metric, small_family
 from families import CPU, Array, make_job, make_pool, random_state, silent, whole_pool
@@ -20,6 +20,8 @@ from globe.compute.blocks import Blocks
 from globe.compute.passes import Batched, PerCore, engine, within
 from globe.fit.dictionary import Equations, Solving, mod_exact
 from globe.fit.dictionary_metric import mod_metric
+from globe.fit.gauss_newton import Operator, Point, Vector
+from globe.fit.problem import Problem
 from globe.fit.stored_lefts import Fit, Solved, rounded, solve_lefts
 from globe.fit.sums import State
 from globe.fit.sweep import measure, measure_some, sweep, sweep_some
@@ -162,11 +164,15 @@ def left_factors(family: Family, metric: Metric | None) -> list[Array]:
 
 
 def objective(family: Family, metric: Metric | None) -> list[Array]:
-    problem = Problem(whole_pool(family, metric), make_job(Settings(), blocks=Blocks(experts=4)))
-    value, curvature = problem.curvature(state().bank, state().codes, 0, silent)
-    assert problem.evaluate(state().bank, state().codes, silent).error == value.error
-    tensors = value.bank, curvature.lefts, curvature.columns, curvature.codes, curvature.gram
-    return [value.errors, value.codes, *(tensor.double().numpy() for tensor in tensors)]
+    begin, job = state(), make_job(Settings(), blocks=Blocks(experts=4))
+    problem = Problem(whole_pool(family, metric), (ATOMS, RANK, D), job, Path())
+    value = problem.look(begin.bank, begin.codes, 0, silent)
+    random = torch.randn(begin.bank.shape, generator=torch.Generator().manual_seed(5))
+    with engine(CPU) as workers:
+        operator = Operator(problem, Point(begin.bank, begin.codes, True), value.scale, workers)
+        image = operator(Vector(random, begin.codes))
+    tensors = value.bank, value.lefts, value.columns, value.curvature, value.gram, image.bank
+    return [value.errors, value.codes, image.codes, *(tensor.double().numpy() for tensor in tensors)]
 
 
 STAGES: dict[str, Callable[[Family, Metric | None], list[Array]]] = {

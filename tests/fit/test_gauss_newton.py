@@ -11,7 +11,7 @@ import torch
 
 from dense import ATOMS, CASES, EXPERTS, RANK, WHOLE, D, dense_of, problem_of, random_metric, random_point, small_family
 from families import CPU, Array, make_family, silent
-from forms import form
+from forms import Serial, form
 from globe.checkpoint.family import Family
 from globe.compute.blocks import Blocks
 from globe.compute.passes import engine
@@ -345,7 +345,7 @@ def test_the_preconditioner_is_the_inverse_of_its_blocks(signed: bool, kind: str
     metric, point = random_metric(kind), sparse_point(rank, signed)
     value = problem_at(family, metric, point)[1]
     matrix, blocks = dense_preconditioner(value, point.codes, point.chain, metric is not None)
-    found = Preconditioner(value, point.codes, point.chain, metric is not None)
+    found = Preconditioner(value, point.codes, point.chain, metric is not None, Serial())
     given = vector_of(drawn(3, rank), rank)
     bank = found.bank(given.bank)
     close(matrix @ bank.double().numpy().ravel(), given.bank.double().numpy().ravel(), 1e-2)
@@ -360,7 +360,7 @@ def test_the_preconditioner_is_the_inverse_of_its_blocks(signed: bool, kind: str
 def test_the_preconditioner_is_symmetric_and_positive_definite(kind: str, rank: int, family: Family) -> None:
     metric, point = random_metric(kind), sparse_point(rank, False)
     value = problem_at(family, metric, point)[1]
-    found = Preconditioner(value, point.codes, point.chain, metric is not None)
+    found = Preconditioner(value, point.codes, point.chain, metric is not None, Serial())
     size = point.bank.numel()
     columns = []
     for unit in np.eye(len(drawn(0, rank))):
@@ -406,7 +406,7 @@ def test_it_is_exact_where_experts_are_alike(kind: str, family: Family, monkeypa
         value.curvature,
         value.gram,
     )
-    precondition = Preconditioner(alike, point.codes, point.chain, metric is not None)
+    precondition = Preconditioner(alike, point.codes, point.chain, metric is not None, Serial())
     direction = vector_of(drawn(8, WHOLE), WHOLE)
     direction.codes[:] = 0
     with engine(CPU) as workers:
@@ -423,7 +423,7 @@ def test_the_preconditioner_passes_over_what_has_no_curvature() -> None:
     gram = torch.eye(2, dtype=torch.float64)
     codes = np.array([[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]])
     value = Value(0.0, nothing, np.zeros((2, 3)), np.zeros(2), 0, 1.0, lefts, np.ones(2), semidefinite, inner, gram)
-    found = Preconditioner(value, codes, np.ones((2, 3)), True)
+    found = Preconditioner(value, codes, np.ones((2, 3)), True, Serial())
     given = Vector(torch.ones(3, 2, 4), np.ones((2, 3)))
     moved = Vector(found.bank(given.bank), found.codes(given.codes))
     assert bool(moved.bank.isfinite().all()) and np.isfinite(moved.codes).all()

@@ -159,7 +159,7 @@ def newton_step(problem: Problem, point: Point, value: Value, previous: Vector |
     chain = point.chain
     with engine(problem.device) as workers:
         operator = Operator(problem, point, value.scale, workers)
-        precondition = Preconditioner(value, point.codes, chain, problem.metric is not None)
+        precondition = Preconditioner(value, point.codes, chain, problem.metric is not None, workers)
         residual = Vector(value.bank.neg_(), -value.codes * chain)
         step = Vector(torch.zeros_like(point.bank), np.zeros_like(point.codes))
         slope, taken, deflated = 0.0, 0, _Deflated.of(previous, operator)

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from globe.compute.gemm import matmul
-from globe.compute.passes import engine
+from globe.compute.passes import Engine
 from globe.compute.spd import spd_factor_inverse
 from globe.fit.objective import Value
 
@@ -31,21 +31,21 @@ class Preconditioner:
         α, and its derivatives by the variables.
     weigh_columns : bool
         Whether K is not the identity.
+    workers : Engine
     """
 
-    def __init__(self, value: Value, codes: Array, chain: Array, weigh_columns: bool) -> None:
+    def __init__(self, value: Value, codes: Array, chain: Array, weigh_columns: bool, workers: Engine) -> None:
         device = value.bank.device
         lefts = value.lefts
         mean = lefts.diagonal(dim1=1, dim2=2).mean(1)
         damped = torch.where(mean > 0, _LEFT_DAMPING * mean, torch.ones_like(mean))
         lefts.diagonal(dim1=1, dim2=2).add_(damped[:, None])
-        with engine(device) as workers:
 
-            def invert(part: slice) -> None:
-                lefts[part] = spd_factor_inverse(lefts[part], 1e-6, 1e-12)
+        def invert(part: slice) -> None:
+            lefts[part] = spd_factor_inverse(lefts[part], 1e-6, 1e-12)
 
-            workers.run(invert, len(lefts))
-        self._inner = lefts
+        workers.run(invert, len(lefts))
+        self._inner, self._workers = lefts, workers
         self._coupling = torch.from_numpy(_inverse_coupling(value.weights, codes).astype(np.float32)).to(device)
         self._columns: torch.Tensor | None = None
         if weigh_columns:
@@ -57,20 +57,19 @@ class Preconditioner:
     def bank(self, slope: torch.Tensor) -> torch.Tensor:
         """The inverse times the bank's part (m, r, d)."""
         found = torch.empty_like(slope)
-        with engine(slope.device) as workers:
 
-            def whiten(part: slice) -> None:
-                found[part] = matmul(self._inner[part], slope[part])
+        def whiten(part: slice) -> None:
+            found[part] = matmul(self._inner[part], slope[part])
 
-            def colour(part: slice) -> None:
-                moved = matmul(self._inner[part].mT, found[part])
-                found[part] = moved if self._columns is None else matmul(moved, self._columns)
+        def colour(part: slice) -> None:
+            moved = matmul(self._inner[part].mT, found[part])
+            found[part] = moved if self._columns is None else matmul(moved, self._columns)
 
-            workers.run(whiten, len(found))
-            flat = found.view(len(found), -1)
-            for columns in flat.split(1 << 20, 1):
-                columns.copy_(self._coupling @ columns)
-            workers.run(colour, len(found))
+        self._workers.run(whiten, len(found))
+        flat = found.view(len(found), -1)
+        for columns in flat.split(1 << 20, 1):
+            columns.copy_(self._coupling @ columns)
+        self._workers.run(colour, len(found))
         return found
 
     def codes(self, slope: Array) -> Array:

@@ -12,6 +12,7 @@ import torch
 
 from globe.checkpoint.family import Family
 from globe.checkpoint.powers import times_power, usual_exponent
+from globe.compute.forms import per_core
 from globe.compute.gemm import matmul, times_lower, times_upper
 from globe.compute.spd import ridged_factor
 from globe.settings import Settings
@@ -60,7 +61,7 @@ class Metric:
             if factor is None:
                 return found
             scaled = found if scales is None else found * scales[:, None]
-            return times_lower(scaled, factor) if self._lower[self.layers[run.start]] else matmul(scaled, factor)
+            return times_lower(scaled, factor) if self._is_lower(run) else matmul(scaled, factor)
 
         return by_runs(self.layers[some], some, matrices, product)
 
@@ -71,8 +72,7 @@ class Metric:
             factor, scales = self._columns(run)
             if factor is None:
                 return found
-            lower = self._lower[self.layers[run.start]]
-            moved = times_upper(found, factor) if lower else matmul(found, factor.mT)
+            moved = times_upper(found, factor) if self._is_lower(run) else matmul(found, factor.mT)
             return moved if scales is None else moved * scales[:, None]
 
         return by_runs(self.layers[some], some, gradients, product)
@@ -123,6 +123,10 @@ class Metric:
             return found * rows[:, :, None] if rows.ndim == 2 else matmul(rows, found)
 
         return by_runs([self.rows[number].ndim for number in range(some.start, some.stop)], some, matrices, product)
+
+    def _is_lower(self, run: slice) -> bool:
+        """Whether L is known to be lower triangular; only asked where the host may look."""
+        return per_core(self.rows[run.start].device) and self._lower[self.layers[run.start]]
 
     @cached_property
     def _lower(self) -> dict[int | None, bool]:
