@@ -165,7 +165,7 @@ def calibrate(
 @click.option("--init-codes", type=choice("init_codes"), help="Codes at the start.  [default: nnls]")
 @click.option("--codes", type=choice("codes"), help="Codes in the loop.  [default: entmax]")
 @click.option("--support", type=int, help="Target median support.  [default: 12]")
-@click.option("--joint-steps", type=int, help="Most steps of the joint solver.  [default: 14]")
+@click.option("--joint-steps", type=int, help="Most steps of the joint solver.  [default: 20]")
 @click.option("--calibrate", metavar="auto|pydoc|none|FILE", help="Activation statistics.  [default: auto]")
 @click.option("--calibration-tokens", type=int, help="Tokens of pydoc or auto.  [default: 32768]")
 @click.option("--device", type=choice("device"), help="[default: auto]")
