@@ -119,6 +119,8 @@ def test_notes() -> None:
     joint = {**REPORT["joint"], "stopped": "joint_steps"}
     [told] = texts(planted(joint=joint), warning=False)
     assert "still fell by 33.3 % in the last 1 step; more --joint-steps" in told
+    [told] = texts(planted(joint={**joint, "stopped": "time_limit"}), warning=False)
+    assert told.endswith("; a longer --time-limit would lower it further.")
     [told] = texts(planted(joint=None, history=LOOPS), warning=False)
     assert "still fell by 25 % in the last 1 loop; more --outer-loops" in told
     run = planted()

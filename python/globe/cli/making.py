@@ -74,18 +74,16 @@ def inspect(model: Path, config: Path | None, estimate: bool, as_json: bool, qui
 
 
 def _print_estimate(found: dict[str, Any], console: Console) -> None:
-    stages = Table(title=f"globe compress on {found['device']}, {found['threads']} threads")
-    for column, side in (("stage", "left"), ("time", "right")):
-        stages.add_column(column, justify="left" if side == "left" else "right")
+    stages = Table(title="globe compress, here")
+    stages.add_column("stage")
+    stages.add_column("time", justify="right")
     for stage in found["stages"]:
         stages.add_row(stage["name"], seconds_text(stage["seconds"]))
     stages.add_row("all", seconds_text(found["seconds"]))
     console.print(stages)
     scratch = f", {found['scratch_bytes'] / 2**30:.1f} GiB of scratch files" if found["scratch_bytes"] else ""
-    console.print(
-        f"at most {found['peak_bytes'] / 2**30:.1f} GiB of memory{scratch}; fp32 products at {found['gflops']:.0f} GFLOP/s",
-        highlight=False,
-    )
+    rate = f"{found['device']}, {found['threads']} threads, {found['gflops']:.0f} GFLOP/s in fp32 at the moment"
+    console.print(f"at most {found['peak_bytes'] / 2**30:.1f} GiB of memory{scratch}; {rate}", highlight=False)
 
 
 @click.command(cls=Headed)
@@ -167,7 +165,7 @@ def calibrate(
 @click.option("--init-codes", type=choice("init_codes"), help="Codes at the start.  [default: nnls]")
 @click.option("--codes", type=choice("codes"), help="Codes in the loop.  [default: entmax]")
 @click.option("--support", type=int, help="Target median support.  [default: 12]")
-@click.option("--joint-steps", type=int, help="Most steps of the joint solver.  [default: 14]")
+@click.option("--joint-steps", type=int, help="Most steps of the joint solver.  [default: 20]")
 @click.option("--calibrate", metavar="auto|pydoc|none|FILE", help="Activation statistics.  [default: auto]")
 @click.option("--calibration-tokens", type=int, help="Tokens of pydoc or auto.  [default: 32768]")
 @click.option("--device", type=choice("device"), help="[default: auto]")

@@ -136,7 +136,7 @@ def fit_joint(problem: Problem, start: State, job: Job, advance: Advance) -> tup
         fitting = pace.steps(settings.joint_steps - now.step, settings.cg_steps, passes=int(changed is not None))
         now = replace(now, stopped=_ended(now, changed is None, settings) or (None if fitting.steps else "time_limit"))
         if job.turn is not None and not told and now.stopped in (None, "time_limit"):
-            job.log(f"{name}: {seconds_text(pace.left())}: {fitting.told()}")
+            job.log(f"{name}: {seconds_text(max(0.0, pace.left()))}: {fitting.told()}")
             told = True
         if now.stopped == "time_limit" and changed is not None and median > settings.support:
             codes, now = changed, replace(now, temperature=temperature)

@@ -18,7 +18,7 @@ from globe.fit.training import Training, train
 from globe.runs.job import Job
 from globe.seeds import METHODS
 from globe.seeds.pool import Pool
-from globe.settings import Settings
+from globe.sizes.kept import fits_jointly
 
 
 def recalled(pool: Pool, job: Job) -> bool:
@@ -47,10 +47,10 @@ def alternate(pool: Pool, states: States | None, job: Job, *, measured: bool = T
     progress = states.progress
     assert progress is not None, "states without a state"
     mixed = pool.metric is not None and pool.metric.mixes_rows
-    if _is_joint(job.settings) or mixed or METHODS[states.notes["seeds"]["choice"]["chosen"]].sees_all_rows:
+    if fits_jointly(job.settings) or mixed or METHODS[states.notes["seeds"]["choice"]["chosen"]].sees_all_rows:
         pool = pool.all_trained()
     seeded = states.notes["stage"]
-    if (loops == 0 and not measured) or _is_joint(job.settings):
+    if (loops == 0 and not measured) or fits_jointly(job.settings):
         _keep(pool, Training(states.load(progress.loop), None, None, [], "outer_loops"), [seeded], states, job)
         return
     passes = loops + 1 - progress.first
@@ -61,14 +61,10 @@ def alternate(pool: Pool, states: States | None, job: Job, *, measured: bool = T
         _keep(pool, training, [seeded, job.stages.so_far()], states, job)
 
 
-def _is_joint(settings: Settings) -> bool:
-    return settings.solver == "joint" and settings.outer_loops > 0
-
-
 def _keep(pool: Pool, training: Training, records: list[dict[str, Any]], states: States, job: Job) -> None:
     """Save what was made, as the fit or as the start of the joint fit, and drop its states."""
     state, report = training.state, training_report(pool, states.notes, training)
-    if _is_joint(job.settings):
+    if fits_jointly(job.settings):
         meta = {"report": report, "stages": records, "temperature": state.temperature}
         tensors = {"bank": state.bank, "codes": torch.from_numpy(state.codes)}
         job.store.save(f"{pool.name}.warm", tensors, meta)
@@ -78,9 +74,9 @@ def _keep(pool: Pool, training: Training, records: list[dict[str, Any]], states:
 
 
 def fit_jointly(pool: Pool, job: Job) -> None:
-    """Fit bank and codes together from the state that `alternate` left in the store, if asked for and not done."""
+    """Fit bank and codes together from the seeds in the store, if asked for and not done."""
     name, store = pool.name, job.store
-    if not _is_joint(job.settings) or f"{name}.fit" in store.names():
+    if not fits_jointly(job.settings) or f"{name}.fit" in store.names():
         return
     warm = store.check(f"{name}.warm")
     if warm is None:
@@ -111,7 +107,7 @@ def _warm_start(pool: Pool, job: Job) -> State:
 
 
 def _damaged(name: str) -> GlobeError:
-    return GlobeError(f"family {name}: the state that its fit starts from was damaged during the run; run it again")
+    return GlobeError(f"family {name}: what its joint fit starts from was damaged during the run; run it again")
 
 
 def _save_fit(pool: Pool, state: State, report: dict[str, Any], records: list[dict[str, Any]], job: Job) -> None:

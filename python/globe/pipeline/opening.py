@@ -20,7 +20,7 @@ from globe.compute.gemm import precision_report
 from globe.runs.stages import Stages
 from globe.settings import Settings
 from globe.sizes.budget import machine_memory, size_text
-from globe.sizes.kept import kept
+from globe.sizes.kept import fits_jointly, kept
 from globe.sizes.ratios import stored_elements
 from globe.statistics.calibrate import is_file
 from globe.statistics.memory import require_memory
@@ -44,7 +44,7 @@ class Opened:
         shards = [shard.path.name for shard in checkpoint.shards]
         names = factored_names(shards, companions(checkpoint.directory).carried)
         reads = (Path(settings.calibrate),) if is_file(settings.calibrate) else ()
-        return Claim(self.source, names, _needed_bytes(self.plan), reads, _scratch(self.plan, settings))
+        return Claim(self.source, names, _needed_bytes(self.plan, settings), reads, _scratch(self.plan, settings))
 
     def identity(self, settings: Settings) -> Identity:
         """What the weight files depend on."""
@@ -92,14 +92,19 @@ def environment(planned: Plan, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _needed_bytes(planned: Plan) -> int:
-    """Disk that a run takes without scratch files: three banks in fp32 while a family is trained, or the output."""
+def _needed_bytes(planned: Plan, settings: Settings) -> int:
+    """Disk that a run takes without scratch files: banks in fp32 while a family is fitted, or the output.
+
+    Of the loops three, the best, the newest and the next; of the joint fit its start, and the newest and the next with
+    the step that led there.
+    """
     families, shapes = planned.families, planned.shapes
     everything = sum(info.nbytes for info in planned.checkpoint.tensors.values())
     touched = sum(family.stored_bytes for family in families.values())
     output = everything - touched + 2 * sum(stored_elements(families[name], shapes[name]) for name in families)
     banks = [shapes[name].bank * shapes[name].rank * family.d for name, family in families.items()]
-    return 2 * sum(banks) + max(output, 3 * 4 * max(banks))
+    saved = 5 if fits_jointly(settings) else 3
+    return 2 * sum(banks) + max(output, saved * 4 * max(banks))
 
 
 def scratch_bytes(planned: Plan, settings: Settings) -> int:

@@ -16,7 +16,7 @@ from globe.runs.stages import Stage, Stages
 from globe.runs.turn import Turn
 from globe.settings import Settings, seconds_text
 
-_CLOSING = 3.0  # seconds: metrics.json, the files beside the weights, the report
+_CLOSING = 2.0  # seconds: metrics.json, the files beside the weights, the report
 _RESERVED = 1.15  # of what the stages after the fits are expected to take
 _SLOWEST, _FASTEST = 8.0, 0.5
 _FITS = ("joint", "loops")
@@ -71,7 +71,7 @@ class Schedule:
             for stage in self.estimate.stages
             if stage.name not in over and stage.name.partition(": ")[2] not in _FITS
         )
-        reserved = _RESERVED * _slowness(self.estimate, job.stages.records) * after + _CLOSING
+        reserved = _RESERVED * _slowness(self.estimate, job.stages.records) * (after + _CLOSING)
         share = waiting.get(name, 0.0) / max(sum(waiting.values()), 1e-9)
         return self.turn.within((self.turn.left - reserved) * share)
 

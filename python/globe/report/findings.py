@@ -106,20 +106,22 @@ def _unfinished(pool: PoolView) -> Iterator[Finding]:
             "training made it worse."
         )
     joint = report.get("joint") or {}
-    if joint.get("stopped") == "joint_steps":
+    if joint:
         course = [(record["step"], record["error"]) for record in joint["history"]]
-        what, option = "step", "--joint-steps"
-    elif not joint and report.get("stopped") == "outer_loops":
-        course = [(record["loop"], record["relative_error"]) for record in report.get("history", [])]
-        what, option = "loop", "--outer-loops"
+        what, stopped = "step", joint.get("stopped")
     else:
+        course = [(record["loop"], record["relative_error"]) for record in report.get("history", [])]
+        what, stopped = "loop", report.get("stopped")
+    options = {"joint_steps": "more --joint-steps", "outer_loops": "more --outer-loops"}
+    option = {**options, "time_limit": "a longer --time-limit"}.get(stopped or "")
+    if option is None:
         return
     if len(course) > 1:
         (before, high), (last, low) = course[-2:]
         if 1 - low / high >= _FALLING:
             yield Finding(
                 f"Bank {pool.name}: the error still fell by {percent(1 - low / high)} in the last "
-                f"{_count(last - before, what)}; more {option} would lower it further.",
+                f"{_count(last - before, what)}; {option} would lower it further.",
                 warning=False,
             )
 

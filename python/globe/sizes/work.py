@@ -73,6 +73,10 @@ class Task:
         """Bytes of a pass over the weights."""
         return self.family.stored_bytes
 
+    def gram(self, width: int) -> int:
+        """Operations of X Xᵀ for X (r, `width`), of which a CPU computes a half."""
+        return (1 if self.sparse else 2) * self.shape.rank**2 * width
+
     def mixing(self, width: int) -> Work:
         """Of one mixture of (r, `width`) matrices, or of one sum over experts."""
         _, _, _, r, m = self.sizes
@@ -150,15 +154,16 @@ def step_work(task: Task, held: Kept, iterations: int) -> Work:
 
 
 def sweep_work(task: Task) -> Work:
-    """Of the pass of one loop: left factors, targets, correlations, sums of the dictionary step."""
+    """Of the pass of one loop: left factors, their errors, targets, correlations, sums of the dictionary step."""
     n, p, d, r, m = task.sizes
-    seen = 2 * (p + r) * d * d if task.weighed else 0
-    refit = Work(flops=seen + 4 * p * d * r + 2 * p * r * r + 2 * r * r * d, wide=r * r * d + r * r * p + 2 * r**3)
-    flops = 2 * m * r * d + (4 * r * d * d if task.weighed else 0)
+    flops = 4 * p * d * r + 2 * p * r * r + 4 * r * r * d + 2 * m * r * d
+    flops += 0 if task.sparse else 2 * p * d * r
+    if task.weighed:
+        flops += 2 * (p + r) * d * d + 12 * r * d * d
+    each = Work(flops=flops, wide=task.gram(d) + task.gram(p) + 2 * r**3, moved=4 * 12 * r * d, calls=3)
     layers = task.family.layers if task.weighed else 0
-    coded = Work(flops=layers * (2 * m * r * d * d + m * m * r * d) + m * m * r * d)
-    each = refit + Work(flops=flops, moved=4 * 12 * r * d, calls=3) + task.mixing(d) * 3
-    return each * n + coded + Work(read=task.stored)
+    coded = Work(flops=layers * 2 * m * r * d * d, wide=max(layers, 1) * m * m * r * d)
+    return (each + task.mixing(d) * 3) * n + coded + Work(read=task.stored)
 
 
 def dictionary_work(task: Task) -> Work:
@@ -166,7 +171,7 @@ def dictionary_work(task: Task) -> Work:
     n, _, d, r, m = task.sizes
     if task.settings.mod != "exact":
         return Work(flops=2 * m * m * r * d, wide=m**3)
-    through = 4 * r * d * d if task.weighed else 0
+    through = 2 * r * d * d if task.weighed else 0
     each = Work(flops=2 * r * r * d + through, moved=4 * 4 * r * d, calls=1) + task.mixing(d) * 2
     setup = Work(wide=m * 2 * r**3) + task.mixing(r) * n
     vectors = Work(flops=2 * m * r * r * d + (2 * m * r * d * d if task.weighed else 0), moved=4 * 12 * m * r * d)
@@ -182,8 +187,8 @@ def proxies_work(task: Task) -> Work:
 def lefts_work(task: Task) -> Work:
     """Of the left factors as stored, their errors, and what they take on disk."""
     n, p, d, r, m = task.sizes
-    products = 2 * p * d * r + 2 * p * r * r
-    wide = r * r * d + 2 * r**3
+    products = 2 * p * d * r + 4 * p * r * r + (0 if task.sparse else 2 * p * d * r)
+    wide = task.gram(d) + 2 * r**3
     if task.weighed:
         products += 2 * (p + r) * d * d + 4 * p * r * d
     each = Work(flops=products, wide=wide, moved=4 * (6 * p * d + 4 * r * d), calls=2) + task.mixing(d)

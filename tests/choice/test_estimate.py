@@ -1,0 +1,203 @@
+"""What a compression is expected to take: counts of operations that are those of the work, and what is told of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from checkpoints import make_tiny
+from families import CPU, make_family, make_job, planted, random_state, silent, whole_pool
+from forms import form
+from globe.checkpoint.family import Family
+from globe.choice.choose import ORDER
+from globe.choice.estimate import estimate, measured_rates, seconds_of
+from globe.choice.inspect import inspect
+from globe.choice.plan import Plan, plan
+from globe.compute.rates import Rates, probe
+from globe.errors import UsageError
+from globe.fit.dictionary import Equations, Solving, mod_exact
+from globe.fit.dictionary_metric import mod_metric
+from globe.fit.problem import Problem
+from globe.fit.stored_lefts import Fit, solve_lefts
+from globe.fit.sweep import sweep
+from globe.settings import Settings
+from globe.sizes.kept import Kept
+from globe.sizes.ratios import Shape
+from globe.sizes.work import (
+    Task,
+    Work,
+    dictionary_work,
+    iteration_work,
+    joint_pass_work,
+    joint_start_work,
+    lefts_work,
+    sweep_work,
+)
+from globe.statistics.metric import Metric
+from globe.statistics.work import calibration_work
+
+EXPERTS, P, D, RANK, ATOMS = 6, 40, 56, 24, 5
+UNIT = Rates(1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+NOTHING = Kept(0, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return make_family(tmp_path_factory.mktemp("work"), planted(0, experts=EXPERTS, p=P, d=D, rank=RANK, atoms=ATOMS))
+
+
+def metric_of(weighed: bool) -> Metric | None:
+    columns = {layer: torch.eye(D) for layer in range(2)}
+    scales = torch.linspace(0.5, 2.0, EXPERTS * D).view(EXPERTS, D)
+    return Metric(torch.ones(EXPERTS, P), columns, scales, (0,) * 3 + (1,) * 3) if weighed else None
+
+
+def task_of(family: Family, weighed: bool, **changed: str) -> Task:
+    settings = Settings(calibrate="pydoc" if weighed else "none", codes="nnls", **changed)  # type: ignore[arg-type]
+    return Task(family, Shape(RANK, ATOMS, 0), settings, sparse=False)
+
+
+def counted(work: Callable[[], object]) -> float:
+    """Operations in products of batches, as torch counts them."""
+    with form("batched"), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def sweeping(family: Family, weighed: bool) -> tuple[Callable[[], object], Work]:
+    task, state = task_of(family, weighed), random_state(1, experts=EXPERTS, atoms=ATOMS, rank=RANK, d=D)
+    job = make_job(task.settings)
+    return lambda: sweep(whole_pool(family, metric_of(weighed)), state, job, silent), sweep_work(task)
+
+
+def stepping(family: Family, weighed: bool) -> tuple[Callable[[], object], Work]:
+    task, state = task_of(family, weighed), random_state(1, experts=EXPERTS, atoms=ATOMS, rank=RANK, d=D)
+    equations = Equations(state.codes, torch.eye(RANK).expand(EXPERTS, -1, -1).contiguous(), torch.ones(ATOMS, RANK, D))
+    how, metric = Solving(1e-4, task.settings.cg_steps), metric_of(weighed)
+    step = mod_exact if metric is None else None
+    if step is not None:
+        return lambda: step(equations, state.bank, how), dictionary_work(task)
+    assert metric is not None
+    return lambda: mod_metric(equations, state.bank, metric, how), dictionary_work(task)
+
+
+def looking(family: Family, weighed: bool, folder: Path) -> tuple[Callable[[], object], Work]:
+    task, state = task_of(family, weighed), random_state(1, experts=EXPERTS, atoms=ATOMS, rank=RANK, d=D)
+    problem = Problem(whole_pool(family, metric_of(weighed)), (ATOMS, RANK, D), make_job(task.settings), folder)
+    whole = joint_start_work(task) + joint_pass_work(task, NOTHING)
+    return lambda: problem.look(state.bank, state.codes, 0, silent), whole
+
+
+def storing(family: Family, weighed: bool) -> tuple[Callable[[], object], Work]:
+    task, state = task_of(family, weighed), random_state(1, experts=EXPERTS, atoms=ATOMS, rank=RANK, d=D)
+    fits = {"gate": Fit(family, state, metric_of(weighed))}
+    order = [("gate", number) for number in range(EXPERTS)]
+    return lambda: list(solve_lefts(fits, order, task.settings, make_job(task.settings).blocks)), lefts_work(task)
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize("stage", [sweeping, stepping, storing, looking])
+def test_operations_are_those_of_the_work(
+    stage: Callable[..., tuple[Callable[[], object], Work]], weighed: bool, family: Family, tmp_path: Path
+) -> None:
+    """torch counts products, not the factors and triangular solves of r × r matrices that are expected beside."""
+    more = (tmp_path,) if stage is looking else ()
+    work, expected = stage(family, weighed, *more)
+    found = counted(work)
+    assert 0.7 < found / (expected.flops + expected.wide) < 1.2
+
+
+def test_work_adds_up(family: Family) -> None:
+    task = task_of(family, True)
+    once, product = joint_pass_work(task, NOTHING), iteration_work(task, NOTHING)
+    both = once + product * 3
+    assert both.flops == once.flops + 3 * product.flops and both.calls == once.calls + 3 * product.calls
+    assert seconds_of(Work(1, 2, 3, 4, 5, 6), UNIT) == 1 + 2 + 3 + 6 + 5
+    assert seconds_of(Work(1, 2, 3, 40, 5, 6), UNIT) == 40 + 5
+    some, on_disk = Kept(0, 800, 0), joint_pass_work(task, Kept(0, 800, 0))
+    assert (on_disk.read + on_disk.written, iteration_work(task, some).read) == (800, 400)
+
+
+def test_a_probe_finds_rates_and_leaves_the_threads_as_they_were() -> None:
+    before = torch.get_num_threads()
+    found = probe(CPU, 2, (32, 48, 16))
+    assert min(found.products, found.wide, found.memory) > 1e6 and 0 < found.call < 1
+    assert torch.get_num_threads() == before
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny("olmoe", tmp_path_factory.mktemp("olmoe") / "source")
+
+
+def planned_for(source: Path, **changed: object) -> tuple[Plan, Settings]:
+    settings = Settings(**{"rank": 0.5, "bank_size": 3, "device": "cpu", "threads": 2, **changed})  # type: ignore[arg-type]
+    return plan(source, settings), settings
+
+
+def test_an_estimate_follows_rates_and_settings(source: Path) -> None:
+    rates = Rates(1e9, 1e8, 1e9, 1e-4)
+    base = estimate(*planned_for(source, calibrate="none"), rates)
+    twice = Rates(2e9, 2e8, 2e9, 5e-5, reading=2e9, writing=1e9)
+    assert estimate(*planned_for(source, calibrate="none"), twice).seconds == pytest.approx(base.seconds / 2)
+    more = estimate(*planned_for(source, calibrate="none", joint_steps=2 * Settings().joint_steps), rates)
+    assert 1.5 < more.of("gate: joint").seconds / base.of("gate: joint").seconds < 2
+    assert more.least() == base.least() < base.seconds
+    assert base.least({"write"}) == pytest.approx(base.least() - base.of("write").seconds)
+    assert base.of("calibrate").seconds == 0 < estimate(*planned_for(source), rates).of("calibrate").seconds
+    seeds = [
+        estimate(*planned_for(source, method=method), rates).of("up: seeds").seconds for method in (*ORDER, "auto")
+    ]
+    assert seeds[-1] <= sum(seeds[:-1]) and min(seeds) > 0
+    assert list(base.peaks) == ["seeds", "joint", "write"]
+    assert list(estimate(*planned_for(source, solver="alternate"), rates).peaks) == [
+        "calibrate",
+        "seeds",
+        "loops",
+        "write",
+    ]
+
+
+def test_an_estimate_tells_of_scratch_files(source: Path) -> None:
+    planned, settings = planned_for(source, calibrate="none")
+    assert estimate(planned, settings, UNIT).scratch_bytes == 0
+    cramped = replace(planned, blocks=replace(planned.blocks, cached=0))
+    family, rank = planned.families["gate"], planned.shapes["gate"].rank
+    wanted = 4 * len(family) * (rank * rank + rank * family.d + family.p * family.d)
+    assert estimate(cramped, settings, UNIT).scratch_bytes == wanted
+
+
+def test_operations_of_a_calibration(source: Path) -> None:
+    planned, settings = planned_for(source)
+    work = calibration_work(planned.checkpoint, settings)
+    assert calibration_work(planned.checkpoint, replace(settings, calibrate="none")) == Work()
+    twice = calibration_work(planned.checkpoint, replace(settings, calibration_tokens=2 * settings.calibration_tokens))
+    assert twice.flops == 2 * work.flops and twice.read == work.read
+    with_down = replace(settings, families=("gate", "up", "down"))
+    assert calibration_work(planned.checkpoint, with_down).flops > work.flops
+    layers = sum(info.nbytes for name, info in planned.checkpoint.tensors.items() if name.startswith("model.layers."))
+    assert work.read == layers
+
+
+def test_inspect_says_nothing_of_time_unless_asked(source: Path) -> None:
+    settings = planned_for(source)[1]
+    assert "estimate" not in inspect(source, settings)
+    found = inspect(source, settings, estimated=True)["estimate"]
+    assert np.isfinite(found["seconds"]) and found["seconds"] > 0
+    with pytest.raises(UsageError, match="saves nothing"):
+        inspect(source, replace(settings, rank=1.0, bank_size=16), estimated=True)
+
+
+def test_the_probe_is_at_the_shapes_of_the_largest_pool(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr("globe.choice.estimate.probe", lambda device, threads, shape: asked.append((threads, *shape)))
+    planned, settings = planned_for(source)
+    measured_rates(planned, settings)
+    family = planned.families["gate"]
+    assert asked == [(2, family.p, family.d, planned.shapes["gate"].rank)]
