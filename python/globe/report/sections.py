@@ -263,8 +263,8 @@ def _training(pool: PoolView, others: Sequence[PoolView]) -> Figures:
             x_label,
             "error (log scale)" if log else "error",
             about=(
-                "A loop is one pass and an evaluation of the joint fit another; loops begin with the seeds at pass 0, the "
-                "joint fit with its first evaluation."
+                "A loop is one pass and an evaluation of the joint fit another; loops begin with the seeds at pass 0, "
+                "the joint fit with its first evaluation."
             ),
             y_range=span(values, log=log),
             log=log,
