@@ -52,7 +52,7 @@ def compare(
     methods : sequence of str, optional
         All but ``auto`` if not given.
     settings : Settings, optional
-        `method` and `outer_loops` are not used.
+        `method`, `outer_loops` and `time_limit` are not used.
     outer_loops : sequence of int
         The counts of loops to show.
     out : Path or str, optional
@@ -75,7 +75,8 @@ def compare(
     GlobeError
         If the checkpoint cannot be used.
     """
-    base = replace(settings or Settings(), solver="alternate", calibrate="none")  # seeds and loops are compared
+    changed: dict[str, Any] = {"solver": "alternate", "calibrate": "none", "time_limit": None}  # seeds and loops
+    base = replace(settings or Settings(), **changed)
     if base.ratio is not None:
         raise UsageError("methods are compared at one rank and bank size, not at a ratio; use rank and bank_size")
     known = Settings.choices("method")
