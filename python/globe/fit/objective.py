@@ -80,7 +80,7 @@ class Part:
 class Sums:
     """What a pass over experts adds up to; what is kept of each is zero where it has not been seen.
 
-    They lie where experts are worked on until they are asked for.
+    `sizes` are ‖α_i‖² of all experts. They lie where experts are worked on until they are asked for.
     """
 
     energies: torch.Tensor
@@ -94,6 +94,7 @@ class Sums:
     columns: torch.Tensor
     curvature: torch.Tensor
     gram: torch.Tensor
+    sizes: torch.Tensor
     sampled: int = 0
 
     @staticmethod
@@ -113,6 +114,7 @@ class Sums:
             torch.zeros(d, d, dtype=wide, device=device),
             torch.zeros(count, atoms, atoms, device=device),
             torch.zeros(r, r, dtype=wide, device=device),
+            torch.from_numpy(np.square(codes).sum(1).astype(np.float32)).to(device),
         )
 
     def add(self, numbers: slice, part: Part) -> None:
@@ -142,7 +144,7 @@ class Sums:
         scatter_add(codes[span], slopes, self.bank, torch.empty_like(slopes))
         lefts.mul_(self.means[span, None, None])
         scatter_add(np.square(codes[span]), lefts, self.lefts, torch.empty_like(lefts))
-        size = torch.from_numpy(np.square(codes[span]).sum(1)).to(self.curvature)
+        size = self.sizes[span]
         fitted = (self.energies[span] - self.errors[span]).clamp(min=0).to(self.curvature)
         floor = torch.where(size > 0, _FLOOR * fitted / size, torch.zeros_like(size))
         self.curvature[span].diagonal(dim1=1, dim2=2).add_(floor[:, None])
