@@ -33,8 +33,10 @@ from benchmarks.tasks import nothing
 from globe.checkpoint.index import Checkpoint
 from globe.compute import forms
 from globe.compute.blocks import Blocks
+from globe.compute.passes import engine
 from globe.fit.dictionary import Equations, Solving, mod_exact, unit_atoms
 from globe.fit.dictionary_metric import mod_metric
+from globe.fit.gauss_newton import Operator, Point, Vector
 from globe.fit.problem import Problem
 from globe.fit.stored_lefts import Fit, solve_lefts
 from globe.fit.sums import State
@@ -125,10 +127,26 @@ def _exact_step(pool: Pool, state: State, job: Job) -> Callable[[], Any]:
     return lambda: mod_metric(equations, state.bank, metric, how, job.blocks)
 
 
-def _evaluation(pool: Pool, state: State, job: Job) -> Callable[[], Any]:
+def _looked(pool: Pool, state: State, job: Job) -> Problem:
     problem = Problem(pool.all_trained(), tuple(state.bank.shape), job, Path())  # all is kept in memory
     problem.look(state.bank, state.codes, 0, nothing)
+    return problem
+
+
+def _evaluation(pool: Pool, state: State, job: Job) -> Callable[[], Any]:
+    problem = _looked(pool, state, job)
     return lambda: problem.look(state.bank, state.codes, 0, nothing)
+
+
+def _product(pool: Pool, state: State, job: Job) -> Callable[[], Any]:
+    problem, point = _looked(pool, state, job), Point(state.bank, state.codes, False)
+    vector = Vector(torch.ones_like(state.bank), np.ones_like(state.codes))
+
+    def multiply() -> None:
+        with engine(job.device) as workers:
+            Operator(problem, point, 1.0, workers)(vector)
+
+    return multiply
 
 
 def _lefts(pool: Pool, state: State, job: Job) -> Callable[[], Any]:
@@ -142,6 +160,7 @@ STAGES: dict[str, Callable[[Pool, State, Job], Callable[[], Any]]] = {
     "loop pass": lambda pool, state, job: lambda: sweep(pool, state, job, nothing),
     "exact step": _exact_step,
     "joint evaluation": _evaluation,
+    "joint product": _product,
     "left factors": _lefts,
 }
 
