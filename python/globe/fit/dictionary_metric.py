@@ -84,13 +84,7 @@ class Moments:
 
     def __init__(self, metric: Metric, workers: Engine) -> None:
         self._metric = metric
-        factors = list(metric.columns.values())
-
-        def squares(part: slice) -> list[torch.Tensor]:
-            return [matmul(factor, factor.mT) for factor in factors[part]]
-
-        products = (product for _, found in workers.map(squares, len(factors)) for product in found)
-        self._whole = dict(zip(metric.columns, products, strict=True))
+        self._whole = metric.layer_moments(workers)
         self.means = self._means()
 
     def apply(self, some: slice, matrices: torch.Tensor) -> torch.Tensor:

@@ -162,6 +162,8 @@ def newton_step(problem: Problem, point: Point, value: Value, previous: Vector |
         precondition = Preconditioner(value, point.codes, chain, problem.metric is not None, workers)
         residual = Vector(value.bank.neg_(), -value.codes * chain)
         step = Vector(torch.zeros_like(point.bank), np.zeros_like(point.codes))
+        if previous is not None:  # a code that has come to zero since has no variable
+            previous = Vector(previous.bank, np.where(chain != 0, previous.codes, 0.0))
         slope, taken, deflated = 0.0, 0, _Deflated.of(previous, operator)
         if deflated is not None:
             along = residual.dot(deflated.direction)

@@ -167,6 +167,7 @@ def fit_joint(problem: Problem, start: State, job: Job, advance: Advance) -> tup
             break
         bank, codes, value = found
         previous = Vector(matmul(line.centre, newton.step.bank), newton.step.codes)
+        del line, newton, found  # a bank each
         now = replace(now, step=now.step + 1)
         _save(job, name, (State(bank, codes, now.temperature), previous), now)
     state = _finished(State(bank, codes, now.temperature), settings)

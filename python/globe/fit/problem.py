@@ -60,10 +60,13 @@ class Problem:
         self._stride = max(1, count // SAMPLED)
         shelves = Shelves(job.device, job.blocks.cached, folder)
         self.lefts = shelves.make((count, r, r))
-        self._moments = pool.metric.layer_moments() if self.whole and pool.metric is not None else {}
         self.hidden = shelves.make((count, d if self.whole else r, d))
         self._weighted = shelves.make((count, p, d))
         self._made = False
+        self._moments: dict[int | None, torch.Tensor] = {}
+        if self.whole and pool.metric is not None:
+            with engine(job.device) as workers:
+                self._moments = pool.metric.layer_moments(workers)
 
     def look(self, bank: torch.Tensor, codes: Array, seed: int, advance: Advance) -> Value:
         """f, its gradient and its curvature at a bank and codes; one pass. `seed` draws the columns of the sketch."""

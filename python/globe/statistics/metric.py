@@ -14,6 +14,7 @@ from globe.checkpoint.family import Family
 from globe.checkpoint.powers import times_power, usual_exponent
 from globe.compute.forms import per_core
 from globe.compute.gemm import matmul, times_lower, times_upper
+from globe.compute.passes import Engine
 from globe.compute.spd import ridged_factor
 from globe.settings import Settings
 from globe.statistics.calibration import Calibration, LayerStatistics
@@ -77,9 +78,15 @@ class Metric:
 
         return by_runs(self.layers[some], some, gradients, product)
 
-    def layer_moments(self) -> dict[int | None, torch.Tensor]:
+    def layer_moments(self, workers: Engine) -> dict[int | None, torch.Tensor]:
         """L Lᵀ (d, d) of every layer."""
-        return {layer: matmul(factor, factor.mT) for layer, factor in self.columns.items()}
+        factors = list(self.columns.values())
+
+        def squares(part: slice) -> list[torch.Tensor]:
+            return [matmul(factor, factor.mT) for factor in factors[part]]
+
+        products = (product for _, found in workers.map(squares, len(factors)) for product in found)
+        return dict(zip(self.columns, products, strict=True))
 
     def moment(
         self, some: slice, width: int, known: Mapping[int | None, torch.Tensor] = MappingProxyType({})
