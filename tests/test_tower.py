@@ -19,6 +19,7 @@ TOWER = (
     "hf",
     "artifact",
     "choice",
+    "correction",
     "fit",
     "seeds",
     "statistics",

@@ -111,7 +111,17 @@ def any_settings(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def test_every_setting_is_covered_here() -> None:
-    others = {"rank", "ratio", "families", "scope", "share_families", "entmax_alpha", "calibrate", "time_limit"}
+    others = {
+        "rank",
+        "ratio",
+        "families",
+        "scope",
+        "share_families",
+        "entmax_alpha",
+        "calibrate",
+        "time_limit",
+        "correct",
+    }
     assert {*FLOATS, *COUNTS, *CHOICES} | others == set(NAMES)
 
 
@@ -162,6 +172,12 @@ def test_entmax_alpha(alpha: float) -> None:
 def test_scope(scope: Any) -> None:
     with pytest.raises(UsageError, match="^scope is .*; expected global, layer or a count of layers"):
         Settings(scope=scope)
+
+
+@pytest.mark.parametrize("correct", ["up", "", None, True])
+def test_corrections_are_named(correct: object) -> None:
+    with pytest.raises(UsageError, match="correct is .*; expected one of none, down"):
+        Settings(correct=correct)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("calibrate", [None, "", 1, True, ["auto"]])

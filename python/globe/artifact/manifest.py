@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from globe._version import __version__
@@ -18,9 +19,13 @@ def manifest(
     pools: dict[str, Family],
     shapes: dict[str, Shape],
     settings: Settings,
-    source: dict[str, Any],
+    told: tuple[dict[str, Any], Iterable[str]],
 ) -> dict[str, Any]:
-    """globe.json: all that export needs, so that the source need not exist any more."""
+    """globe.json: all that export needs, so that the source need not exist any more.
+
+    `told` is what is said of the source, and which of the tensors that are not factored are no longer the source's.
+    """
+    source, changed = told
     described: dict[str, dict[str, Any]] = {}
     for name, pool in pools.items():
         for family in pool.families:
@@ -53,5 +58,6 @@ def manifest(
         "families": described,
         "banks": banks,
         "companions": list(companions(checkpoint.directory).carried),
+        "changed": sorted(changed),
         "source": {**source, "index_metadata": index_metadata, "shards": shards},
     }

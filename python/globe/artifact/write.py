@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from globe.artifact.factored import (
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.powers import saturated, shared, times_power
 from globe.checkpoint.tensorfile import DTYPE_NAMES, TensorInfo, TensorWriter, copy_chunks, file_sha256, write_text
+from globe.errors import GlobeError
 from globe.fit.stored_lefts import Fit, Solved, solve_lefts
 from globe.runs.job import Job
 from globe.runs.stages import Advance
@@ -49,11 +50,14 @@ class Written:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def write_weights(checkpoint: Checkpoint, fits: dict[str, Fit], target: Path, job: Job) -> Written:
+def write_weights(
+    checkpoint: Checkpoint, fits: dict[str, Fit], target: Path, job: Job, changed: Mapping[str, str]
+) -> Written:
     """Write every shard, the bank's file and the index.
 
     Each source shard becomes one factored shard, with the left factors in place of the expert tensors and
-    all other tensors byte for byte. What is measured of a shard goes to the job's store
+    all other tensors byte for byte, but for those `changed`, each with the store's result that has it under its own
+    name. What is measured of a shard goes to the job's store
     with the shard's SHA-256; a shard that is there and has it is not written again.
     """
     places: dict[str, list[tuple[str, int]]] = {}
@@ -88,6 +92,9 @@ def write_weights(checkpoint: Checkpoint, fits: dict[str, Fit], target: Path, jo
             solutions = _recorded(there, solve_lefts(fits, there, job.settings, job.blocks), written, advance)
             with TensorWriter(target / file, entries, shard.metadata) as writer:
                 for tensor, info in shard.tensors.items():
+                    if tensor in changed:
+                        writer.write(tensor, _changed(job.store, changed[tensor], tensor))
+                        continue
                     if tensor not in places:
                         writer.write_chunks(tensor, copy_chunks(info))
                         continue
@@ -120,6 +127,13 @@ def write_weights(checkpoint: Checkpoint, fits: dict[str, Fit], target: Path, jo
         index: dict[str, Any] = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_text(target / INDEX_FILE, json.dumps(index, indent=1) + "\n")
     return written
+
+
+def _changed(store: Store, result: str, tensor: str) -> torch.Tensor:
+    saved = store.load(result)
+    if saved is None:
+        raise GlobeError(f"tensor {tensor}: its correction was damaged during the run; run it again")
+    return saved.tensors[tensor]
 
 
 def _written_before(store: Store) -> dict[str, Any] | None:

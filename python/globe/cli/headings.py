@@ -11,7 +11,7 @@ HEADINGS = {
     "What to compress": ("families", "scope", "share_families"),
     "Size": ("rank", "ratio", "bank_ratio", "bank_size"),
     "Seeds": ("method", "methods", "seed"),
-    "Fit": ("solver", "mod", "outer_loops", "init_codes", "codes", "support", "joint_steps"),
+    "Fit": ("solver", "mod", "outer_loops", "init_codes", "codes", "support", "joint_steps", "correct"),
     "Metric": (
         "calibrate", "calibration_tokens", "text", "tokens", "window", "max_tokens", "row_moments", "against",
         "tasks", "lm_eval_path", "limit",

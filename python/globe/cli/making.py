@@ -168,6 +168,7 @@ def calibrate(
 @click.option("--joint-steps", type=int, help="Most steps of the joint solver.  [default: 20]")
 @click.option("--calibrate", metavar="auto|pydoc|none|FILE", help="Activation statistics.  [default: auto]")
 @click.option("--calibration-tokens", type=int, help="Tokens of pydoc or auto.  [default: 32768]")
+@click.option("--correct", type=choice("correct"), help="Refit dense down to the original's output.  [default: none]")
 @click.option("--device", type=choice("device"), help="[default: auto]")
 @click.option("--precision", type=choice("precision"), help="fp32 refuses bf16 products.  [default: auto]")
 @click.option("--max-memory", help="Ceiling of resident memory, e.g. 6GiB.  [default: half of the machine's]")

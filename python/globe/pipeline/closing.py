@@ -21,6 +21,7 @@ from globe.checkpoint.family import Family
 from globe.checkpoint.json_file import read_json
 from globe.checkpoint.tensorfile import write_text
 from globe.choice.plan import Plan
+from globe.correction.down import Corrections
 from globe.errors import GlobeError
 from globe.fit.stored_lefts import Fit
 from globe.pipeline.metrics import families_report, stored_report
@@ -35,7 +36,7 @@ from globe.statistics.calibration import Calibration
 class Made:
     """What a compression has made: the plan with its final sizes, and by pool the fits and what is said of them.
 
-    `seen` is what a ratio was planned by.
+    `seen` is what a ratio was planned by, `corrected` what was done beside the fits.
     """
 
     plan: Plan
@@ -43,6 +44,12 @@ class Made:
     fits: dict[str, Fit]
     reports: dict[str, dict[str, Any]]
     seen: dict[str, Any] | None = None
+    corrected: Corrections | None = None
+
+    @property
+    def changed(self) -> dict[str, str]:
+        """The tensors beside the factors that are not the source's, each with the result that has it."""
+        return self.corrected.tensors if self.corrected is not None else {}
 
 
 def describe(opened: Opened, made: Made, written: Written, job: Job) -> dict[str, Any]:
@@ -63,15 +70,16 @@ def describe(opened: Opened, made: Made, written: Written, job: Job) -> dict[str
         "settings": job.settings.as_dict(),
         "source": opened.described(),
         "calibration": made.calibration.about if made.calibration is not None else None,
+        "corrections": [asdict(layer) for layer in made.corrected.layers] if made.corrected is not None else None,
         "stages": _with_passes(job.stages.as_list(), made.plan.families),
     }
 
 
-def publish(target: Path, opened: Opened, planned: Plan, metrics: dict[str, Any], job: Job) -> None:
+def publish(target: Path, opened: Opened, made: Made, metrics: dict[str, Any], job: Job) -> None:
     """Write everything but the weights; config.json, which makes the directory whole, comes last."""
-    checkpoint = planned.checkpoint
+    planned, checkpoint = made.plan, made.plan.checkpoint
     copy_companions(checkpoint.directory, target)
-    told = manifest(checkpoint, planned.families, planned.shapes, job.settings, opened.described())
+    told = manifest(checkpoint, planned.families, planned.shapes, job.settings, (opened.described(), made.changed))
     _write_json(target / MANIFEST, told)
     _write_json(target / "metrics.json", metrics)
     write_text(target / "README.md", model_card(opened.source, checkpoint.config, metrics))

@@ -104,7 +104,8 @@ def _needed_bytes(planned: Plan, settings: Settings) -> int:
     output = everything - touched + 2 * sum(stored_elements(families[name], shapes[name]) for name in families)
     banks = [shapes[name].bank * shapes[name].rank * family.d for name, family in families.items()]
     saved = 5 if fits_jointly(settings) else 3
-    return 2 * sum(banks) + max(output, saved * 4 * max(banks))
+    corrected = planned.checkpoint.family("down").stored_bytes if settings.correct == "down" else 0
+    return 2 * sum(banks) + max(output + corrected, saved * 4 * max(banks))
 
 
 def scratch_bytes(planned: Plan, settings: Settings) -> int:

@@ -14,6 +14,7 @@ from globe.checkpoint.tensorfile import DTYPE_NAMES, TensorWriter, read_header, 
 from globe.errors import GlobeError
 
 FORMAT = "globe-calibration-2"
+_WINDOWS = "windows"
 MOMENTS = ("gate_moment", "up_moment", "hidden_moment")  # p × p for every expert; a file may lack them
 
 
@@ -80,6 +81,11 @@ class Calibration:
         stored = read_header(self.path).tensors
         return all(f"layers.{number}.{name}" in stored for number in self.layers)
 
+    def windows(self) -> torch.Tensor | None:
+        """The token ids that were read (n, window), int64; None in a file of before they were kept."""
+        stored = read_header(self.path).tensors
+        return read_tensor(stored[_WINDOWS]).long() if _WINDOWS in stored else None
+
     def layer(self, number: int) -> LayerStatistics:
         """The statistics of decoder layer `number`.
 
@@ -100,14 +106,18 @@ class Calibration:
         return LayerStatistics(**found)
 
 
-def save_calibration(path: Path, layers: Mapping[int, LayerStatistics], about: Mapping[str, Any]) -> Calibration:
-    """Write statistics to one safetensors file, under a temporary name first."""
+def save_calibration(
+    path: Path, layers: Mapping[int, LayerStatistics], about: Mapping[str, Any], windows: torch.Tensor | None = None
+) -> Calibration:
+    """Write statistics, and the windows they are of, to one safetensors file, under a temporary name first."""
     tensors = {
         f"layers.{number}.{field.name}": value.contiguous()
         for number, statistics in layers.items()
         for field in fields(statistics)
         if (value := getattr(statistics, field.name)) is not None
     }
+    if windows is not None:
+        tensors[_WINDOWS] = windows.to(torch.int32).contiguous()
     metadata = {"format": FORMAT, "layers": json.dumps(sorted(layers)), "about": json.dumps(dict(about))}
     entries = {name: (DTYPE_NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
     with TensorWriter(path, entries, metadata) as writer:

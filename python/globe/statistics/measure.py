@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,13 +12,10 @@ from globe._version import __version__
 from globe.errors import GlobeError, UsageError
 from globe.runs.stages import Stages
 from globe.statistics.calibration import Calibration, LayerStatistics, save_calibration
-from globe.statistics.experts import Experts, Seen
 from globe.statistics.layerwise import Arguments, Layerwise, own_code
 from globe.statistics.moments import Moments
+from globe.statistics.stand_in import in_place_of, layer_experts
 from globe.statistics.windows import Reading
-
-_PROBE = 16  # tokens on which the experts' products are compared with the module's own
-_SAME = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ def measure(reading: Reading, manner: Manner, path: Path, stages: Stages) -> Cal
             "products": products(reading, manner),
             "warnings": warnings,
         }
-        return save_calibration(path, layers, about)
+        return save_calibration(path, layers, about, reading.windows)
 
 
 def products(reading: Reading, manner: Manner) -> str:
@@ -117,55 +112,13 @@ def _pass(
             for span in streamed.batches(hidden):
                 hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
             return None
-        experts, (count, d, p) = _experts(streamed, module), module.down_proj.shape
+        experts, (count, d, p) = layer_experts(streamed, module), module.down_proj.shape
         moments = Moments(count, d, p, kept)
-        with _in_place_of(module, experts, streamed) as calls:
+        with in_place_of(module, experts, streamed) as calls:
             for span in streamed.batches(hidden):
                 hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
                 moments.add(calls.pop(), hidden[span].flatten(0, -2), span.start * hidden.shape[1])
         return moments.statistics(experts.down)
-
-
-@contextmanager
-def _in_place_of(module: Any, experts: Experts, streamed: Layerwise) -> Iterator[list[Seen]]:
-    """Run a layer's experts instead of their module, once they agree on its first tokens; what they see, by calls."""
-    calls: list[Seen] = []
-    agreed = False
-
-    def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        nonlocal agreed
-        output, seen = experts.run(hidden_states, top_k_index, top_k_weights)
-        if not agreed:
-            some = [part[:_PROBE] for part in (hidden_states, top_k_index, top_k_weights)]
-            own, mine = type(module).forward(module, *some), output[:_PROBE]
-            distance = torch.linalg.norm((mine - own).float())
-            same_finite = torch.equal(own.isfinite(), mine.isfinite())  # what is not finite, `Layerwise.run` tells
-            if distance > _SAME[own.dtype] * torch.linalg.norm(own.float()) or not same_finite:
-                raise _other_form(streamed, module)
-            agreed = True
-        calls.append(seen)
-        return output
-
-    module.forward = forward
-    try:
-        yield calls
-    finally:
-        del module.forward
-
-
-def _experts(streamed: Layerwise, module: Any) -> Experts:
-    gate_up, down = module.gate_up_proj.detach(), module.down_proj.detach()
-    count, d, p = down.shape
-    if gate_up.shape != (count, 2 * p, d):
-        raise _other_form(streamed, module)
-    return Experts(gate_up, down, module.act_fn)
-
-
-def _other_form(streamed: Layerwise, module: Any) -> GlobeError:
-    return GlobeError(
-        f"{streamed.checkpoint.directory}: {type(module).__name__} is not down (φ(gate x) · up x), the form of expert "
-        "that calibration knows; compress it without calibration (--calibrate none)"
-    )
 
 
 def _warnings(layers: dict[int, LayerStatistics], tokens: int, d: int) -> list[str]:

@@ -1,0 +1,1 @@
+"""Corrections in closed form of what a compressed layer gives, one layer after another."""

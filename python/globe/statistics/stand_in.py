@@ -1,0 +1,58 @@
+"""A layer's experts in place of their module of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from globe.errors import GlobeError
+from globe.statistics.experts import Experts, Seen
+from globe.statistics.layerwise import Layerwise
+
+_PROBE = 16  # tokens on which the experts' products are compared with the module's own
+_SAME = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+@contextmanager
+def in_place_of(module: Any, experts: Experts, streamed: Layerwise) -> Iterator[list[Seen]]:
+    """Run a layer's experts instead of their module, once they agree on its first tokens; what they see, by calls."""
+    calls: list[Seen] = []
+    agreed = False
+
+    def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        nonlocal agreed
+        output, seen = experts.run(hidden_states, top_k_index, top_k_weights)
+        if not agreed:
+            some = [part[:_PROBE] for part in (hidden_states, top_k_index, top_k_weights)]
+            own, mine = type(module).forward(module, *some), output[:_PROBE]
+            distance = torch.linalg.norm((mine - own).float())
+            same_finite = torch.equal(own.isfinite(), mine.isfinite())  # what is not finite, `Layerwise.run` tells
+            if distance > _SAME[own.dtype] * torch.linalg.norm(own.float()) or not same_finite:
+                raise _other_form(streamed, module)
+            agreed = True
+        calls.append(seen)
+        return output
+
+    module.forward = forward
+    try:
+        yield calls
+    finally:
+        del module.forward
+
+
+def layer_experts(streamed: Layerwise, module: Any) -> Experts:
+    gate_up, down = module.gate_up_proj.detach(), module.down_proj.detach()
+    count, d, p = down.shape
+    if gate_up.shape != (count, 2 * p, d):
+        raise _other_form(streamed, module)
+    return Experts(gate_up, down, module.act_fn)
+
+
+def _other_form(streamed: Layerwise, module: Any) -> GlobeError:
+    return GlobeError(
+        f"{streamed.checkpoint.directory}: {type(module).__name__} is not down (φ(gate x) · up x), the form of expert "
+        "that calibration knows; compress it without calibration (--calibrate none)"
+    )
