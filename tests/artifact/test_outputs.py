@@ -141,7 +141,8 @@ def test_overwrite_replaces_a_finished_output(tmp_path: Path) -> None:
 @pytest.mark.parametrize("codes", ["entmax", "nnls"])
 def test_no_loops_leaves_seeds_and_nnls_codes(codes: str, tmp_path: Path) -> None:
     source = make_tiny("olmoe", tmp_path / "source")
-    settings = Settings(rank=0.5, bank_size=4, outer_loops=0, codes=codes, device="cpu", **WEIGHTS_ONLY)
+    options = {"rank": 0.5, "bank_size": 4, "outer_loops": 0, "method": "ts-pca", "device": "cpu", **WEIGHTS_ONLY}
+    settings = Settings(**options, codes=codes)  # type: ignore[arg-type]
     found = compress(source, tmp_path / "out", settings).metrics["families"]["gate"]
     assert found["history"] == []
     assert found["relative_error"] == pytest.approx(found["init"]["relative_error"], rel=5e-3)

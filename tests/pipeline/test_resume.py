@@ -33,6 +33,7 @@ SMALL: dict[str, Any] = {
     "rank": 0.5,
     "bank_size": 4,
     "outer_loops": 4,
+    "method": "ts-pca",
     "support": 2,
     "patience": 100,
     "device": "cpu",
