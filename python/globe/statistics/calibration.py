@@ -14,6 +14,7 @@ from globe.checkpoint.tensorfile import DTYPE_NAMES, TensorWriter, read_header, 
 from globe.errors import GlobeError
 
 FORMAT = "globe-calibration-2"
+SAMPLES = ("samples", "held_out_samples")  # what the model itself wrote: calibrated on, and not
 MOMENTS = ("gate_moment", "up_moment", "hidden_moment")  # p × p for every expert; a file may lack them
 
 
@@ -68,7 +69,9 @@ class Calibration:
     """A calibration file: which layers have experts, their statistics (read when asked for), and where they are from.
 
     `about` holds `fingerprint` of the checkpoint, `text`, `tokens`, `window`, `globe_version`, and as `products` the
-    dtype that layers ran in.
+    dtype that layers ran in. `texts` has for every text its `name`, `weight`, `share` and number of `tokens`, and the
+    `sha256` of what was read of it; for the model's own samples also how they were made, and theirs of the tokens as
+    64-bit numbers.
     """
 
     path: Path
@@ -79,6 +82,11 @@ class Calibration:
         """Whether all layers have a statistic, a field of `LayerStatistics`."""
         stored = read_header(self.path).tensors
         return all(f"layers.{number}.{name}" in stored for number in self.layers)
+
+    def tokens(self, name: str) -> torch.Tensor | None:
+        """Samples of the model itself (n, length) by a name of `SAMPLES`, in 64 bits; None where the file has none."""
+        info = read_header(self.path).tensors.get(name)
+        return read_tensor(info).to(torch.int64) if info is not None else None
 
     def layer(self, number: int) -> LayerStatistics:
         """The statistics of decoder layer `number`.
@@ -100,14 +108,20 @@ class Calibration:
         return LayerStatistics(**found)
 
 
-def save_calibration(path: Path, layers: Mapping[int, LayerStatistics], about: Mapping[str, Any]) -> Calibration:
-    """Write statistics to one safetensors file, under a temporary name first."""
+def save_calibration(
+    path: Path,
+    layers: Mapping[int, LayerStatistics],
+    about: Mapping[str, Any],
+    samples: Mapping[str, torch.Tensor] | None = None,
+) -> Calibration:
+    """Write statistics to one safetensors file, under a temporary name first; `samples` by names of `SAMPLES`."""
     tensors = {
         f"layers.{number}.{field.name}": value.contiguous()
         for number, statistics in layers.items()
         for field in fields(statistics)
         if (value := getattr(statistics, field.name)) is not None
     }
+    tensors |= {name: ids.to(torch.int32).contiguous() for name, ids in (samples or {}).items()}
     metadata = {"format": FORMAT, "layers": json.dumps(sorted(layers)), "about": json.dumps(dict(about))}
     entries = {name: (DTYPE_NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
     with TensorWriter(path, entries, metadata) as writer:
