@@ -11,7 +11,8 @@ as well; for GloBE layers too, as `globe compress` does it unless told otherwise
 
 GloBE runs first; MoBE's form is trained for 1, 3 and 10 times (`--times`) the seconds that GloBE took in the same
 metric, never longer than `--baseline-seconds`; its tuning comes on top and is not counted. Every method runs in a
-process of its own and leaves a dense checkpoint, from which errors and perplexity are taken. Weighted error is that of
+process of its own and leaves a dense checkpoint, from which errors and perplexity are taken, on the texts of
+quality_texts.py: columns of each over the original's, and their geometric mean. Weighted error is that of
 `inputs` for all. Needs transformers, and matplotlib for the plot: the extras `hf` and `bench`.
 """
 
@@ -48,8 +49,14 @@ DEFAULT = ",".join(
 @click.option("--calibration", help="A file of globe calibrate, or none.  [default: made by globe calibrate]")
 @click.option("--times", default="1,3,10", show_default=True, help="MoBE's time as multiples of GloBE's.")
 @click.option("--baseline-seconds", default=600.0, show_default=True, help="No baseline is trained for longer.")
-@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text.  [default: half of Python's help topics]")
-@click.option("--tokens", default=16_384, show_default=True, help="Of the evaluation; 0: no evaluation.")
+@click.option(
+    "--text",
+    "extra",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="UTF-8 text to judge on too, prose for instance; several times.",
+)
+@click.option("--tokens", default=8_192, show_default=True, help="Of each text of the evaluation; 0: no evaluation.")
 @click.option("--window", default=512, show_default=True)
 @click.option("--threads", type=int, help="CPU threads.  [default: all]")
 @click.option("--config", type=click.Path(path_type=Path), help="Settings of globe compress, as YAML, for its rows.")
@@ -84,7 +91,7 @@ def compare(
     calibration: str | None,
     times: str,
     baseline_seconds: float,
-    text: Path | None,
+    extra: Sequence[Path],
     tokens: int,
     window: int,
     threads: int | None,
@@ -99,7 +106,7 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="globe-quality-") as folder:
         scratch = Path(folder)
         statistics = _calibration(model, calibration, scratch, any(metric != "weights" for _, metric in wanted))
-        judge = Judge(model, text, window, tokens, scratch) if tokens else None
+        judge = Judge(model, judged_on(extra), window, tokens, scratch) if tokens else None
         rows: list[dict[str, Any]] = []
         request = {
             "model": str(model),
@@ -117,10 +124,29 @@ def compare(
                 rows.append(row)
                 click.echo(_line(row), err=True)
                 if json_file is not None:
-                    original = {"perplexity": judge.original, "text": judge.label} if judge is not None else None
+                    original = {"perplexities": judge.originals} if judge is not None else None
                     found = {"request": request, "original": original, "rows": rows}
                     json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return rows
+
+
+def judged_on(extra: Sequence[Path]) -> dict[str, str]:
+    """The texts of every kind that this machine has, and those given beside; what is left out is said."""
+    from quality_texts import texts
+
+    from globe.statistics.texts import read_text
+
+    found = texts()
+    for name in [name for name, text in found.items() if not text]:
+        click.echo(f"not judged on {name}: not on this machine", err=True)
+        del found[name]
+    for path in extra:
+        if path.stem in found:
+            raise click.UsageError(f"text {path}: there is a text {path.stem} already; rename the file")
+        found[path.stem] = read_text(path)[0]
+    if not extra:
+        click.echo("not judged on prose: give a text of it with --text", err=True)
+    return found
 
 
 def parse(methods: str) -> list[tuple[str, str]]:
@@ -199,8 +225,8 @@ def _run(request: dict[str, Any], judge: Any, scratch: Path) -> dict[str, Any]:
 def _line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{row['method']}@{row['metric']}: {row['error']}"
-    perplexity = row.get("perplexity")
-    shown = f"perplexity {perplexity:,.2f}" if perplexity is not None else "not evaluated"
+    mean = row.get("geometric_mean")
+    shown = f"perplexity {mean:,.3f} times the original's" if mean is not None else "not evaluated"
     return (
         f"{row['method']}@{row['metric']}: relative error {row['relative_error']:.4f}, {shown}, {row['seconds']:.1f} s"
     )

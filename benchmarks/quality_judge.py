@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from globe.evaluation.evaluate import evaluate_models
+from globe.evaluation.evaluate import evaluate_models, geometric_mean
 from globe.evaluation.models import load_model
-from globe.statistics.texts import read_text
 
 _MOST_BYTES = 16 << 30  # of logits kept; beyond, the original is run again for every method
 
@@ -49,39 +50,43 @@ class Judge:
     ----------
     model : Path
         The original.
-    text : Path, optional
-        By default the evaluation half of Python's own help topics.
+    texts : mapping of str to str
+        By their names.
     window, tokens : int
+        Tokens in a window, and most tokens of each text.
     scratch : Path
         For the original's logits.
     """
 
-    def __init__(self, model: Path, text: Path | None, window: int, tokens: int, scratch: Path) -> None:
-        self.text, self.label = read_text(text)
+    def __init__(self, model: Path, texts: Mapping[str, str], window: int, tokens: int, scratch: Path) -> None:
+        self.texts = dict(texts)
         self.window, self.tokens = window, tokens
         loaded, self.tokenizer = load_model(model)
         folder = scratch / "logits"
         folder.mkdir()
         self.reference = Remembered(loaded, folder)
-        self.original: float | None = None
+        self.originals: dict[str, float] = {}
 
     def evaluate(self, dense: Path) -> dict[str, Any]:
-        """Perplexity, KL(original‖checkpoint) in nats a token, and how often the likeliest token is the same."""
+        """Perplexity of each text, KL(original‖checkpoint) in nats a token, how often the likeliest token is the same.
+
+        `ratios` are perplexities over the original's, `geometric_mean` is theirs; `kl` and `top1_agreement` are means
+        over the texts.
+        """
         model, _ = load_model(dense)
-        found = evaluate_models(
-            model,
-            self.tokenizer,
-            self.text,
-            window=self.window,
-            max_tokens=self.tokens,
-            reference=self.reference,
-            label=self.label,
-        )
-        self.original = found.reference_perplexity
+        options: dict[str, Any] = {"window": self.window, "max_tokens": self.tokens, "reference": self.reference}
+        found = {
+            name: evaluate_models(model, self.tokenizer, text, label=name, **options)
+            for name, text in self.texts.items()
+        }
+        self.originals = {name: each.reference_perplexity or math.nan for name, each in found.items()}
+        count = len(found)
         return {
-            "perplexity": found.perplexity,
-            "original_perplexity": found.reference_perplexity,
-            "kl": found.kl,
-            "top1_agreement": found.top1_agreement,
-            "evaluation_tokens": found.tokens,
+            "perplexities": {name: each.perplexity for name, each in found.items()},
+            "original_perplexities": self.originals,
+            "ratios": {name: each.perplexity / self.originals[name] for name, each in found.items()},
+            "geometric_mean": geometric_mean(list(found.values())),
+            "kl": sum(each.kl or 0.0 for each in found.values()) / count,
+            "top1_agreement": sum(each.top1_agreement or 0.0 for each in found.values()) / count,
+            "evaluation_tokens": {name: each.tokens for name, each in found.items()},
         }

@@ -18,7 +18,8 @@ def show(rows: Sequence[dict[str, Any]], console: Console | None = None) -> None
     console = console or Console(width=None if Console().is_terminal else 160)
     done = [row for row in rows if "error" not in row]
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    columns = ("method", "metric", "MB", "rel. error", "weighted", "perplexity", "KL", "top-1", "seconds", "GiB")
+    texts = list(dict.fromkeys(name for row in done for name in row.get("ratios", {})))
+    columns = ("method", "metric", "MB", "rel. error", "weighted", "KL", "top-1", "seconds", "GiB", "mean", *texts)
     for column in columns:
         table.add_column(column, justify="left" if column in ("method", "metric") else "right", no_wrap=True)
     for row in done:
@@ -29,17 +30,21 @@ def show(rows: Sequence[dict[str, Any]], console: Console | None = None) -> None
         judged = [f"{row[key]:{form}}" if row.get(key) is not None else "-" for key, form in _JUDGED]
         spent = (f"{row['seconds']:.1f}", f"{row['peak_rss_bytes'] / 2**30:.2f}")
         size = f"{row['stored_bytes'] / 1e6:.2f}"
-        table.add_row(row["method"], row["metric"], size, errors, shown, *judged, *spent)
+        ratios = [row.get("geometric_mean"), *(row.get("ratios", {}).get(name) for name in texts)]
+        times = [f"{ratio:,.3f}" if ratio is not None else "-" for ratio in ratios]
+        table.add_row(row["method"], row["metric"], size, errors, shown, *judged, *spent, *times)
     console.print(table)
-    original = next((row["original_perplexity"] for row in done if row.get("original_perplexity")), None)
+    original = next((row["original_perplexities"] for row in done if row.get("original_perplexities")), None)
     if original is not None:
-        console.print(f"the original: perplexity {original:.3f}", highlight=False)
+        said = ", ".join(f"{name} {perplexity:.3f}" for name, perplexity in original.items())
+        line = f"the original: perplexity {said}; the last columns are times that, with their geometric mean"
+        console.print(line, highlight=False, soft_wrap=True)
     for row in rows:
         if "error" in row:
             console.print(f"{row['method']}@{row['metric']}: {row['error']}", highlight=False, markup=False)
 
 
-_JUDGED = (("perplexity", ",.2f"), ("kl", ".4f"), ("top1_agreement", ".1%"))
+_JUDGED = (("kl", ".4f"), ("top1_agreement", ".1%"))
 
 
 def curves(rows: Sequence[dict[str, Any]], error: str) -> dict[str, list[tuple[float, float]]]:

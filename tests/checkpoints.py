@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from globe import calibrate
 from globe.statistics.calibration import Calibration
+from globe.statistics.texts import evaluation_text
 
 # More rows than the 256 byte tokens: the tokenizer class of some architectures adds a special token.
 VOCABULARY = 264
@@ -245,5 +246,6 @@ def _chunks(names: list[str], count: int) -> Iterator[list[str]]:
 
 
 def calibrate_tiny(model: Path, path: Path, **options: Any) -> Calibration:
-    """Activation statistics of a tiny checkpoint, of TOKENS tokens unless told otherwise."""
-    return calibrate(model, path, **{"tokens": TOKENS, "window": WINDOW, **options})
+    """Activation statistics of a tiny checkpoint, of the first TOKENS tokens of a text unless told otherwise."""
+    usual = {"text": evaluation_text("calibration")[:TOKENS], "tokens": TOKENS, "window": WINDOW}
+    return calibrate(model, path, **{**usual, **options})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import quality
 import quality_report
 import quality_runs
+import quality_texts
 import torch
 from baselines import svd
 from click.testing import CliRunner
@@ -54,16 +56,21 @@ def test_two_methods_from_end_to_end(model: Path, tmp_path: Path) -> None:
     saved, plot = tmp_path / "rows.json", tmp_path / "plot.svg"
     options = ["--methods", "svd,svd@inputs", "--ratio", "0.6", "--calibration", str(statistics), "--tokens", "256"]
     pytest.importorskip("matplotlib", reason="the plot needs the extra bench")
-    options += ["--window", "64", "--json", str(saved), "--plot", str(plot), "--threads", "1"]
+    prose = tmp_path / "prose.txt"
+    prose.write_text("It was the best of times, it was the worst of times. " * 10, encoding="utf-8")
+    options += ["--text", str(prose), "--window", "64", "--json", str(saved), "--plot", str(plot), "--threads", "1"]
     ran = CliRunner().invoke(quality.main, [str(model), *options], catch_exceptions=False)
-    assert ran.exit_code == 0 and "perplexity" in ran.output and "the original: perplexity" in ran.output
+    assert ran.exit_code == 0 and "the original: perplexity help topics" in ran.output
+    assert "not judged on prose" not in ran.output
     plain, whitened = json.loads(saved.read_text(encoding="utf-8"))["rows"]
     assert (plain["metric"], whitened["metric"]) == ("weights", "inputs")
     budget = 2 * 0.6 * 2 * 2 * 6 * 32 * 64
     for row in (plain, whitened):
         assert 0.9 * budget < row["stored_bytes"] <= budget and row["seconds"] > 0
         assert 0 < row["relative_error"] < 1 and 0 < row["weighted_error"] < 1 and row["kl"] > 0
-        assert 0 < row["top1_agreement"] < 1 and row["perplexity"] > 1 and row["peak_rss_bytes"] > 100 << 20
+        assert set(row["ratios"]) >= {"help topics", "docstrings", "code", "prose"} and min(row["ratios"].values()) > 0
+        assert row["geometric_mean"] == pytest.approx(math.prod(row["ratios"].values()) ** (1 / len(row["ratios"])))
+        assert 0 < row["top1_agreement"] < 1 and row["peak_rss_bytes"] > 100 << 20
     assert plain["relative_error"] < whitened["relative_error"]
     assert whitened["weighted_error"] < plain["weighted_error"]
     assert "activation-weighted error" in plot.read_text(encoding="utf-8")
@@ -144,3 +151,23 @@ def test_a_method_that_cannot_run_has_its_reason_in_the_table() -> None:
     console = Console(record=True, width=160)
     quality_report.show([{"method": "svd", "metric": "inputs", "error": "needs activation statistics"}], console)
     assert "svd@inputs: needs activation statistics" in console.export_text()
+
+
+def test_texts_of_several_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "texts"
+    quality_texts.main(folder)
+    said = capsys.readouterr().out
+    for name, text in quality_texts.texts().items():
+        file = folder / f"{name.replace(' ', '-')}.txt"
+        assert file.is_file() == bool(text) and (f"{name}: not on this machine" in said) != bool(text)
+        assert not text or (len(text) > 40_000 and file.read_text(encoding="utf-8") == text)
+    assert quality_texts.licences(tmp_path) == ""
+
+
+def test_a_text_of_a_name_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality_texts, "texts", lambda: {"code": "x", "licences": ""})
+    file = tmp_path / "code.txt"
+    file.write_text("y", encoding="utf-8")
+    with pytest.raises(quality.click.UsageError, match="there is a text code already"):
+        quality.judged_on([file])
+    assert quality.judged_on([]) == {"code": "x"}

@@ -40,7 +40,7 @@ from globe.sizes.work import (
     sweep_work,
 )
 from globe.statistics.metric import Metric
-from globe.statistics.work import calibration_work
+from globe.statistics.work import calibration_work, sampling_work
 
 EXPERTS, P, D, RANK, ATOMS = 6, 40, 56, 24, 5
 UNIT = Rates(1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
@@ -177,12 +177,24 @@ def test_operations_of_a_calibration(source: Path) -> None:
     planned, settings = planned_for(source)
     work = calibration_work(planned.checkpoint, settings)
     assert calibration_work(planned.checkpoint, replace(settings, calibrate="none")) == Work()
-    twice = calibration_work(planned.checkpoint, replace(settings, calibration_tokens=2 * settings.calibration_tokens))
+    twice = calibration_work(planned.checkpoint, replace(settings, calibration_tokens=2 * 32768))
     assert twice.flops == 2 * work.flops and twice.read == work.read
     with_down = replace(settings, families=("gate", "up", "down"))
     assert calibration_work(planned.checkpoint, with_down).flops > work.flops
     layers = sum(info.nbytes for name, info in planned.checkpoint.tensors.items() if name.startswith("model.layers."))
     assert work.read == layers
+
+
+def test_operations_of_sampling(source: Path) -> None:
+    planned, settings = planned_for(source, calibrate="auto")
+    work = sampling_work(planned.checkpoint, settings)
+    assert work.flops > 0 and "sample" in [stage.name for stage in estimate(planned, settings, UNIT).stages]
+    assert sampling_work(planned.checkpoint, replace(settings, calibrate="self")).flops == 2 * work.flops
+    for calibrate in ("pydoc", "none"):
+        assert sampling_work(planned.checkpoint, replace(settings, calibrate=calibrate)) == Work()
+    cramped = replace(settings, max_memory=1 << 20)
+    assert sampling_work(planned.checkpoint, cramped) == Work()
+    assert "sample" not in [stage.name for stage in estimate(planned, cramped, UNIT).stages]
 
 
 def test_inspect_says_nothing_of_time_unless_asked(source: Path) -> None:

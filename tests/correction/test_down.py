@@ -39,7 +39,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
             if layout == "granitemoe":  # which multiplies what its experts make
                 config = json.loads((model / "config.json").read_text())
                 (model / "config.json").write_text(json.dumps({**config, "residual_multiplier": 0.4}))
-            calibrate(model, folder / "statistics", tokens=4096, window=64)
+            calibrate(model, folder / "statistics", text=evaluation_text("calibration"), tokens=4096, window=64)
             made[layout] = model, folder / "statistics"
         return made[layout]
 
@@ -106,7 +106,7 @@ def test_the_errors_told_are_those_of_the_streams(
     model, statistics = calibrated("mixtral")
     found = compress(model, tmp_path / "out", Settings(**SMALL, calibrate=str(statistics), correct="down"))
     export(tmp_path / "out", tmp_path / "dense")
-    windows = load_calibration(statistics).windows()
+    windows = load_calibration(statistics).tokens("windows")
     assert windows is not None
     states = []
     for directory in (model, tmp_path / "dense"):

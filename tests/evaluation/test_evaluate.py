@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import sys
@@ -13,11 +14,22 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from click.testing import CliRunner  # noqa: E402
+
 from checkpoints import LAYOUTS, make_tiny  # noqa: E402
 from families import WEIGHTS_ONLY  # noqa: E402
 from globe import Settings, compress, export  # noqa: E402
+from globe.cli import cli  # noqa: E402
 from globe.errors import GlobeError, UsageError  # noqa: E402
-from globe.evaluation.evaluate import evaluate, evaluate_models, evaluation_text, generate_sentence, load_model  # noqa: E402
+from globe.evaluation.evaluate import (  # noqa: E402
+    evaluate,
+    evaluate_models,
+    evaluate_texts,
+    evaluation_text,
+    generate_sentence,
+    geometric_mean,
+    load_model,
+)
 
 TEXT = "A mixture holds many experts; a router chooses a few of them for every token. " * 8
 
@@ -99,6 +111,34 @@ def test_text_from_a_file(mixtral: Path, tmp_path: Path) -> None:
     from_file, given = evaluate(mixtral, text=file, window=64), evaluate(mixtral, text=TEXT, window=64)
     assert from_file.perplexity == given.perplexity
     assert from_file.text == str(file)
+
+
+def test_several_texts(mixtral: Path, tmp_path: Path) -> None:
+    other = make_tiny("mixtral", tmp_path / "other", seed=1)
+    files = [tmp_path / name for name in ("one.txt", "two.txt")]
+    for file, text in zip(files, (TEXT, TEXT.upper()), strict=True):
+        file.write_text(text, encoding="utf-8")
+    found = evaluate_texts(mixtral, files, against=other, window=64)
+    assert [each.text for each in found] == list(map(str, files))
+    for each, file in zip(found, files, strict=True):
+        alone = evaluate(mixtral, text=file, against=other, window=64)
+        assert (each.perplexity, each.kl) == (alone.perplexity, alone.kl)
+    ratios = [each.perplexity / (each.reference_perplexity or math.nan) for each in found]
+    assert geometric_mean(found) == pytest.approx(math.sqrt(ratios[0] * ratios[1]))
+    apart = evaluate_texts(mixtral, files, window=64)
+    assert geometric_mean(apart) == pytest.approx(math.sqrt(apart[0].perplexity * apart[1].perplexity))
+    with pytest.raises(UsageError, match="no evaluation is given"):
+        geometric_mean([])
+
+    texts = [option for file in files for option in ("--text", str(file))]
+    command = ["eval", str(mixtral), "--against", str(other), "--window", "64"]
+    told = json.loads(CliRunner().invoke(cli, [*command, *texts, "--json"]).stdout)
+    assert told["geometric_mean"] == geometric_mean(found) and set(told) == {"texts", "geometric_mean"}
+    assert [row["perplexity"] for row in told["texts"]] == [each.perplexity for each in found]
+    one = json.loads(CliRunner().invoke(cli, [*command, *texts[:2], "--json"]).stdout)
+    assert one["perplexity"] == found[0].perplexity and one["text"] == str(files[0]) and len(one["texts"]) == 1
+    shown = CliRunner().invoke(cli, [*command, *texts]).stdout
+    assert f"geometric mean of the ratios: {geometric_mean(found):.3f}" in shown and f"{ratios[1]:.3f}" in shown
 
 
 def test_text_shorter_than_a_window(mixtral: Path) -> None:

@@ -144,8 +144,8 @@ def test_what_is_done_already_does_not_count(tmp_path: Path) -> None:
     for name in ("key", "gate.scan", "calibration", "plan", "gate.layer-0.fit", "gate.layer-1.joint-3", "up.warm"):
         (folder / f"{name}.json").write_text("{}", encoding="utf-8")
     assert schedule.done_stages(folder) == {
-        "gate: scan", "calibrate", "plan", "gate.layer-0: seeds", "gate.layer-0: joint", "gate.layer-0: loops",
-        "gate.layer-1: seeds", "up: seeds",
+        "gate: scan", "sample", "calibrate", "plan", "gate.layer-0: seeds", "gate.layer-0: joint",
+        "gate.layer-0: loops", "gate.layer-1: seeds", "up: seeds",
     }  # fmt: skip
     assert schedule.done_stages(tmp_path / "none") == set()
 

@@ -97,7 +97,7 @@ def any_settings(draw: st.DrawFn) -> dict[str, Any]:
         "families": st.sampled_from([("gate",), ("up",), ("gate", "up"), ("up", "gate"), ("down", "up")]),
         "entmax_alpha": st.floats(1, 2, exclude_min=True),
         "time_limit": st.floats(1, 1e9),
-        "calibrate": st.sampled_from(["auto", "pydoc", "none", "folder/calibration.safetensors"]),
+        "calibrate": st.sampled_from(["auto", "self", "pydoc", "none", "folder/calibration.safetensors"]),
         **{name: st.floats(*bounds) for name, bounds in FLOATS.items()},
         **{name: st.integers(least, least + 900) for name, least in COUNTS.items()},
         **{name: st.sampled_from(values) for name, values in CHOICES.items()},
@@ -182,7 +182,7 @@ def test_corrections_are_named(correct: object) -> None:
 
 @pytest.mark.parametrize("calibrate", [None, "", 1, True, ["auto"]])
 def test_calibrate(calibrate: Any) -> None:
-    with pytest.raises(UsageError, match="^calibrate is .*; expected auto, pydoc, none or a file of globe calibrate"):
+    with pytest.raises(UsageError, match="^calibrate is .*; expected auto, self, pydoc, none or a file of globe"):
         Settings(calibrate=calibrate)
 
 

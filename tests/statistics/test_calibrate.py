@@ -224,16 +224,16 @@ def test_the_text_is_not_the_one_evaluated(tiny: Callable[[str], Path], tmp_path
 
     halves = [evaluation_text(half) for half in ("calibration", "evaluation")]
     assert "".join(halves) == "\n\n".join(topics[key] for key in sorted(topics))
-    about = calibrate_tiny(tiny("mixtral"), tmp_path / "statistics").about
+    about = calibrate_tiny(tiny("mixtral"), tmp_path / "statistics", text={"pydoc:topics": 1}).about
     assert about["sha256"] == hashlib.sha256(halves[0].encode()).hexdigest()
-    assert "calibration half" in about["text"]
+    assert about["text"] == "pydoc:topics"
     assert about["fingerprint"] == Checkpoint(tiny("mixtral")).fingerprint()
     assert (about["tokens"], about["window"], about["globe_version"]) == (TOKENS, WINDOW, globe.__version__)
 
 
 def test_command(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     text, file = tmp_path / "text", tmp_path / "statistics"
-    text.write_text("A router sends every token to a few experts. " * 10, encoding="utf-8")
+    text.write_text("A router sends every token to a few experts. " * 20, encoding="utf-8")
     arguments = ["calibrate", str(tiny("olmoe")), str(file), "--text", str(text), "--window", "100", "--json", "-q"]
     said = CliRunner().invoke(cli, arguments)
     assert said.exit_code == 0, said.output

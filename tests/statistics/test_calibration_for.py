@@ -117,10 +117,10 @@ def test_choices_of_a_compression(tiny: Callable[[str], Path], tmp_path: Path) -
     made = calibration_for(checkpoint, job_of(stages, calibrate="pydoc", calibration_tokens=1024), tmp_path)
     assert made is not None and made.path == tmp_path / FILE
     assert [stage.name for stage in stages.records] == ["calibrate"]
-    assert "calibrated on 1,024 tokens of pydoc_data" in lines.lines[-1]
+    assert "calibrated on 1,024 tokens of pydoc" in lines.lines[-1]
 
     stages, before = Stages(lines), made.path.stat().st_mtime_ns
-    assert calibration_for(checkpoint, job_of(stages, calibrate="auto", calibration_tokens=1024), tmp_path) == made
+    assert calibration_for(checkpoint, job_of(stages, calibrate="pydoc", calibration_tokens=1024), tmp_path) == made
     assert (stages.records, made.path.stat().st_mtime_ns) == ([], before)
     assert "calibrated before, on 1,024 tokens" in lines.lines[-1]
     assert calibration_for(checkpoint, job_of(stages, calibrate=str(made.path)), tmp_path) == made
@@ -187,7 +187,8 @@ def test_auto_goes_on_after_an_error_of_the_models_own_code(
     assert (
         calibration_for(checkpoint, job_of(Stages(lines), calibrate="auto", calibration_tokens=1024), tmp_path) is None
     )
-    assert len(lines.lines) == 1 and lines.lines[0].endswith("transformers cannot run it: not today")
+    assert len(lines.lines) == (1 if place == "tokenizer" else 2)
+    assert all(line.endswith("transformers cannot run it: not today") for line in lines.lines)
     assert not list(tmp_path.iterdir())
     with pytest.raises(GlobeError, match="not today"):
         calibration_for(checkpoint, job_of(Stages(lines), calibrate="pydoc", calibration_tokens=1024), tmp_path)
@@ -219,7 +220,7 @@ def test_a_run_that_goes_on_keeps_what_it_began_with(
     made = calibration_for(checkpoint, going_on("one", calibrate="auto"), tmp_path / "one" / "statistics")
     again = going_on("one", calibrate="auto")
     assert calibration_for(checkpoint, again, tmp_path / "one" / "statistics") == made
-    assert [(stage.name, stage.resumed) for stage in again.stages.records] == [("calibrate", True)]
+    assert [(stage.name, stage.resumed) for stage in again.stages.records] == [("sample", True), ("calibrate", True)]
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "transformers", None)
         assert calibration_for(checkpoint, going_on("two", calibrate="auto"), tmp_path / "two" / "statistics") is None

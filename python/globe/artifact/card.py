@@ -75,7 +75,7 @@ codes α_i, and a bank of atoms B_j shared by all experts of {_sharing(metrics["
 Errors are Σ‖W − Ŵ‖² / Σ‖W‖²; the weighted one counts a direction by the activations of a calibration text.
 Stored weights over dense: {ratio["touched"]:.3f} of the touched matrices, {ratio["experts"]:.3f} of all expert
 weights, {ratio["checkpoint"]:.3f} of the checkpoint.
-
+{_calibrated_on(metrics.get("calibration"))}
 `pip install "globe-moe[hf]"`, then in Python:
 
 ```python
@@ -92,6 +92,17 @@ Made by GloBE {metrics["globe_version"]}, from a directory MODEL that holds {mod
 globe compress MODEL OUT --config {SETTINGS_FILE}
 ```
 """
+
+
+def _calibrated_on(calibration: dict[str, Any] | None) -> str:
+    """The table of texts; nothing where weights alone were fitted."""
+    if calibration is None or not calibration.get("texts"):
+        return ""
+    lines = ["", "| calibrated on | tokens | share |", "| --- | --- | --- |"]
+    for text in calibration["texts"]:
+        name = "samples of the model itself" if text["name"] == "self" else text["name"].replace("|", "\\|")
+        lines.append(f"| {name} | {text['tokens']:,} | {text['share']:.1%} |")
+    return "\n".join([*lines, ""])
 
 
 def _results(model: str, metrics: dict[str, Any]) -> dict[str, Any]:

@@ -30,8 +30,9 @@ from globe.sizes.work import (
     sweep_work,
 )
 from globe.statistics.memory import calibration_bytes
+from globe.statistics.mixture import tokens_for
 from globe.statistics.row_moments import moments_for
-from globe.statistics.work import calibration_work
+from globe.statistics.work import calibration_work, sampling_work
 
 _STARTING = 5.0  # seconds until transformers is there and a model without weights is made
 
@@ -95,7 +96,9 @@ def estimate(planned: Plan, settings: Settings, rates: Rates) -> Estimate:
     stages = [_stage(f"{name}: scan", scan_work(family), rates) for name, family in planned.families.items()]
     if settings.ratio is not None:
         stages.append(_stage("plan", _ratio_work(planned, settings, sparse), rates))
-    calibrating = calibration_work(planned.checkpoint, settings)
+    sampling, calibrating = sampling_work(planned.checkpoint, settings), calibration_work(planned.checkpoint, settings)
+    if sampling.flops:
+        stages.append(_stage("sample", sampling, rates))
     if calibrating.flops:
         stages.append(_more(_stage("calibrate", calibrating, rates), _STARTING))
     scratch, writing = 0, Work()
@@ -160,8 +163,9 @@ def _ratio_work(planned: Plan, settings: Settings, sparse: bool) -> Work:
 def _peaks(planned: Plan, settings: Settings) -> dict[str, int]:
     found = peaks(planned, settings, planned.blocks)
     if calibration_work(planned.checkpoint, settings).flops:
-        kinds = moments_for(settings.families, planned.checkpoint.family("gate"))
-        needed = calibration_bytes(planned.checkpoint, settings.calibration_tokens, len(kinds))
+        gates = planned.checkpoint.family("gate")
+        kinds, tokens = moments_for(settings.families, gates), tokens_for(settings, gates.d)
+        needed = calibration_bytes(planned.checkpoint, tokens, len(kinds))
         found = {"calibrate": needed, **found}
     unused = "loops" if fits_jointly(settings) else "joint"
     return {stage: size for stage, size in found.items() if stage != unused}

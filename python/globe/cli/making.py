@@ -89,8 +89,14 @@ def _print_estimate(found: dict[str, Any], console: Console) -> None:
 @click.command(cls=Headed)
 @click.argument("model", type=PATH)
 @click.argument("file", type=PATH)
-@click.option("--text", metavar="FILE|pydoc", help="UTF-8 text.  [default: half of Python's own help topics]")
-@click.option("--tokens", type=int, default=32768, show_default=True, help="Use the first N tokens of the text.")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    metavar="NAME[=WEIGHT]",
+    help="pydoc, self, a file or a folder; several times.  [default: pydoc and self]",
+)
+@click.option("--tokens", type=int, help="Most tokens of all texts.  [default: 64 d, from 32768 to 131072]")
 @click.option("--window", type=int, default=512, show_default=True, help="Tokens per window.")
 @click.option(
     "--row-moments",
@@ -109,27 +115,32 @@ def _print_estimate(found: dict[str, Any], console: Console) -> None:
 def calibrate(
     model: Path,
     file: Path,
-    text: str | None,
+    texts: tuple[str, ...],
     device: str,
     threads: int | None,
     as_json: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Measure what the experts of MODEL are given on a text, and write it to FILE.
+    """Measure what the experts of MODEL are given on texts, and write it to FILE.
 
-    One decoder layer is in memory at a time. The default text is the half that `globe eval` does not read.
+    Texts are pydoc (what every Python carries: help topics, sources, licence), self (samples of MODEL itself), UTF-8
+    files (.jsonl: records with text, messages or conversations) and folders; half of each is held out. One decoder
+    layer is in memory at a time, but for self, which takes the whole model.
     """
     from globe.compute.devices import pick_device, set_threads
     from globe.statistics.calibrate import calibrate as run
+    from globe.statistics.mixture import parse_texts
 
     set_threads(threads)
-    source = Path(text) if text is not None and text != "pydoc" else None
-    found = run(model, file, text=source, device=str(pick_device(device)), progress=display_for(quiet), **options)
+    given = parse_texts(texts) if texts else None
+    found = run(model, file, text=given, device=str(pick_device(device)), progress=display_for(quiet), **options)
     if as_json:
         click.echo(json.dumps({"file": str(file), "layers": found.layers, **found.about}))
     elif not quiet:
         click.echo(f"{file}: {len(found.layers)} layers, {found.about['tokens']:,} tokens of {found.about['text']}")
+        for each in found.about["texts"]:
+            click.echo(f"  {each['name']}: {each['tokens']:,} tokens, {each['share']:.1%}")
 
 
 @click.command(
@@ -166,8 +177,8 @@ def calibrate(
 @click.option("--codes", type=choice("codes"), help="Codes in the loop.  [default: entmax]")
 @click.option("--support", type=int, help="Target median support.  [default: 12]")
 @click.option("--joint-steps", type=int, help="Most steps of the joint solver.  [default: 20]")
-@click.option("--calibrate", metavar="auto|pydoc|none|FILE", help="Activation statistics.  [default: auto]")
-@click.option("--calibration-tokens", type=int, help="Tokens of pydoc or auto.  [default: 32768]")
+@click.option("--calibrate", metavar="auto|self|pydoc|none|FILE", help="Activation statistics.  [default: auto]")
+@click.option("--calibration-tokens", type=int, help="Most tokens of all texts.  [default: 64 d, from 32768]")
 @click.option("--correct", type=choice("correct"), help="Refit dense down to the original's output.  [default: none]")
 @click.option("--device", type=choice("device"), help="[default: auto]")
 @click.option("--precision", type=choice("precision"), help="fp32 refuses bf16 products.  [default: auto]")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.box import SIMPLE_HEAD
@@ -15,6 +16,9 @@ from rich.table import Table
 from globe.cli.headings import Headed
 from globe.cli.options import PATH, choice, common, display_for, trusting
 from globe.errors import UsageError
+
+if TYPE_CHECKING:
+    from globe.evaluation.evaluate import Evaluation
 
 
 @click.command()
@@ -55,9 +59,16 @@ def export(out: Path, dense: Path, overwrite: bool, as_json: bool, quiet: bool) 
 @click.command("eval", cls=Headed)
 @click.argument("directory", metavar="DIR", type=PATH)
 @click.option("--against", type=PATH, metavar="MODEL", help="Reference for KL and top-1 agreement.")
-@click.option("--text", type=PATH, metavar="FILE", help="UTF-8 text.  [default: half of Python's own help topics]")
+@click.option(
+    "--text",
+    "texts",
+    type=PATH,
+    multiple=True,
+    metavar="FILE",
+    help="UTF-8 text; several times for a row each.  [default: half of Python's own help topics]",
+)
 @click.option("--window", type=int, default=512, show_default=True, help="Tokens per window.")
-@click.option("--max-tokens", type=int, help="Use the first N tokens of the text.")
+@click.option("--max-tokens", type=int, help="Use the first N tokens of each text.")
 @click.option("--lm-eval", "tasks", metavar="TASKS", help="Tasks of lm-eval, separated by commas, instead of a text.")
 @click.option("--lm-eval-path", type=PATH, metavar="FOLDER", help="YAML files of more tasks.")
 @click.option("--limit", type=int, metavar="N", help="Only the first N documents of every task.")
@@ -68,7 +79,7 @@ def export(out: Path, dense: Path, overwrite: bool, as_json: bool, quiet: bool) 
 def evaluate(
     directory: Path,
     against: Path | None,
-    text: Path | None,
+    texts: tuple[Path, ...],
     window: int,
     max_tokens: int | None,
     tasks: str | None,
@@ -82,11 +93,11 @@ def evaluate(
 ) -> None:
     """Token perplexity of DIR, dense or factored, on windows that do not overlap; or tasks of lm-eval."""
     from globe.compute.devices import pick_device, set_threads
-    from globe.evaluation.evaluate import evaluate as run
+    from globe.evaluation.evaluate import evaluate_texts, geometric_mean
 
     if tasks is None and (lm_eval_path is not None or limit is not None):
         raise UsageError("--lm-eval-path and --limit go with --lm-eval")
-    if tasks is not None and (against is not None or text is not None or max_tokens is not None):
+    if tasks is not None and (against is not None or texts or max_tokens is not None):
         raise UsageError("--against, --text and --max-tokens do not go with --lm-eval")
     set_threads(threads)
     where = str(pick_device(device))
@@ -95,17 +106,40 @@ def evaluate(
         options = {"task_path": lm_eval_path, "limit": limit, "device": where, "trust_remote_code": trust_remote_code}
         _evaluate_tasks(directory, names, options, as_json, quiet)
         return
-    reading: dict[str, Any] = {"text": text, "window": window, "max_tokens": max_tokens}
-    found = run(directory, against=against, **reading, device=where, trust_remote_code=trust_remote_code)
+    reading: dict[str, Any] = {"window": window, "max_tokens": max_tokens, "trust_remote_code": trust_remote_code}
+    found = evaluate_texts(directory, texts or [None], against=against, **reading, device=where)
+    mean = geometric_mean(found)
     if as_json:
-        click.echo(json.dumps(asdict(found)))
+        rows = [asdict(each) for each in found]
+        click.echo(json.dumps({**(rows[0] if len(rows) == 1 else {}), "texts": rows, "geometric_mean": mean}))
+    elif not quiet and len(found) == 1:
+        _show_one(found[0], against)
     elif not quiet:
-        click.echo(f"perplexity {found.perplexity:.3f} on {found.tokens:,} tokens of {found.text}")
-        if found.kl is not None and found.top1_agreement is not None:
-            click.echo(
-                f"against {against}: perplexity {found.reference_perplexity:.3f}, KL {found.kl:.4f} nats per token, "
-                f"top-1 agreement {found.top1_agreement:.1%}"
-            )
+        _show_several(found, mean)
+
+
+def _show_one(found: Evaluation, against: Path | None) -> None:
+    click.echo(f"perplexity {found.perplexity:.3f} on {found.tokens:,} tokens of {found.text}")
+    if found.kl is not None and found.top1_agreement is not None:
+        click.echo(
+            f"against {against}: perplexity {found.reference_perplexity:.3f}, KL {found.kl:.4f} nats per token, "
+            f"top-1 agreement {found.top1_agreement:.1%}"
+        )
+
+
+def _show_several(found: Sequence[Evaluation], mean: float) -> None:
+    compared = found[0].reference_perplexity is not None
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("text", "tokens", "perplexity", *(("of MODEL", "ratio", "KL", "top-1") if compared else ())):
+        table.add_column(column, justify="left" if column == "text" else "right", overflow="fold")
+    for each in found:
+        cells = [each.text, f"{each.tokens:,}", f"{each.perplexity:.3f}"]
+        if each.reference_perplexity is not None:
+            cells += [f"{each.reference_perplexity:.3f}", f"{each.perplexity / each.reference_perplexity:.3f}"]
+            cells += [f"{each.kl:.4f}", f"{each.top1_agreement:.1%}"]
+        table.add_row(*cells)
+    Console().print(table)
+    click.echo(f"geometric mean of the {'ratios' if compared else 'perplexities'}: {mean:.3f}")
 
 
 def _evaluate_tasks(directory: Path, names: list[str], options: dict[str, Any], as_json: bool, quiet: bool) -> None:

@@ -57,8 +57,8 @@ class Corrections:
     tensors: dict[str, str]
 
 
-def correction_windows(calibration: Calibration | None, job: Job) -> torch.Tensor | None:
-    """The text to correct on, if that is asked for: the windows that the statistics are of.
+def correction_text(calibration: Calibration | None, job: Job) -> list[torch.Tensor]:
+    """The text to correct on, if that is asked for: the windows that the statistics are of, of one length each.
 
     Raises
     ------
@@ -66,28 +66,27 @@ def correction_windows(calibration: Calibration | None, job: Job) -> torch.Tenso
         If the statistics do not tell their windows.
     """
     if job.settings.correct == "none":
-        return None
+        return []
     if calibration is None:
         job.log("down is not corrected: there is no calibration")
-        return None
-    windows = calibration.windows()
-    if windows is None:
+        return []
+    if not calibration.parts:
         raise GlobeError(
             f"calibration {calibration.path}: does not hold the windows that it read, which corrections need; run "
             "globe calibrate again, or use --correct none"
         )
-    return windows
+    return calibration.parts
 
 
 def correct(
     checkpoint: Checkpoint,
     fits: dict[str, Fit],
-    windows: torch.Tensor | None,
+    text: list[torch.Tensor],
     job: Job,
     *,
     trust_remote_code: bool = False,
 ) -> Corrections | None:
-    """Refit `down` of every layer with experts, and leave the tensors in the job's store; None without windows.
+    """Refit `down` of every layer with experts, and leave the tensors in the job's store; None without a text.
 
     Windows go through the original layers and through the compressed ones, a layer at a time. With x̂ the compressed
     stream, h the experts' hidden values on it, w the routing weights and y the original layer's output on the original
@@ -101,8 +100,8 @@ def correct(
     checkpoint : Checkpoint
     fits : dict
         Pools of gate and up.
-    windows : torch.Tensor of int64, shape (n, window), optional
-        Token ids.
+    text : list of torch.Tensor of int64, shape (n, window)
+        Token ids, in windows of one length each.
     job : Job
         Its store gets `corrected-LAYER` with the layer's tensors under their own names; a run that is called again
         after all are there does nothing.
@@ -114,7 +113,7 @@ def correct(
     GlobeError
         If the checkpoint cannot be run, or its layers are not of a form that can be corrected so.
     """
-    if windows is None:
+    if not text:
         return None
     downs: dict[int, list[Expert]] = {}
     for expert in checkpoint.family("down").experts:
@@ -122,36 +121,36 @@ def correct(
     layers = _found_before(job, downs)
     if layers is None:
         streamed = Layerwise(checkpoint, job.device, trust_remote_code, job.settings.precision)
-        layers = list(_stream(streamed, windows, downs, (fits, job)))
+        layers = list(_stream(streamed, text, downs, (fits, job)))
     places = {expert.tensor: _key(layer) for layer, experts in downs.items() for expert in experts}
     return Corrections(layers, places)
 
 
 def _stream(
     streamed: Layerwise,
-    windows: torch.Tensor,
+    text: list[torch.Tensor],
     downs: Mapping[int, list[Expert]],
     made: tuple[dict[str, Fit], Job],
 ) -> Iterator[Corrected]:
     """Let both streams through the layers, as far as there are experts, each corrected before the next."""
     job, last = made[1], max(downs)
     with job.stages.stage("correct", last + 1) as advance:
-        original, arguments = streamed.embed(windows)
-        compressed = original.clone()
+        states = [_State(hidden, hidden.clone(), arguments) for hidden, arguments in map(streamed.embed, text)]
         for number in range(last + 1):
             if number < last:
                 streamed.expect(number + 1)
             with streamed.layer(number) as layer:
                 if number in downs:
                     dtype = TORCH_DTYPES[downs[number][0].info.dtype]
-                    step = _Step(streamed, number, layer, arguments, dtype)
-                    experts, result = step.refit(original, compressed, made)
+                    experts, result = _Step(streamed, number, layer, dtype).refit(states, made)
                     told = {**asdict(result), "elapsed": job.stages.so_far()}
                     job.store.save(_key(number), _stored(experts.down, downs[number]), told)
                     yield result
                 else:
-                    for stream in (original, compressed):
-                        _run(streamed, number, layer, (stream, arguments))
+                    step = _Step(streamed, number, layer, streamed.dtype)
+                    for state, span in _spans(streamed, states):
+                        for hidden in (state.original, state.compressed):
+                            hidden[span] = step.through(hidden[span], state, span)
             advance(1)
 
 
@@ -169,11 +168,19 @@ def _found_before(job: Job, layers: Mapping[int, Any]) -> list[Corrected] | None
     return [Corrected(**{key: value for key, value in meta.items() if key != "elapsed"}) for meta in whole]
 
 
-def _run(streamed: Layerwise, number: int, layer: Any, stream: tuple[torch.Tensor, Arguments]) -> None:
-    """Let a stream through a layer, in place."""
-    hidden, arguments = stream
-    for span in streamed.batches(hidden):
-        hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
+@dataclass(frozen=True)
+class _State:
+    """Windows of one length: what the original and the compressed layers have made of them, (n, window, d)."""
+
+    original: torch.Tensor
+    compressed: torch.Tensor
+    arguments: Arguments
+
+
+def _spans(streamed: Layerwise, states: list[_State]) -> Iterator[tuple[_State, slice]]:
+    for state in states:
+        for span in streamed.batches(state.original):
+            yield state, span
 
 
 @dataclass(frozen=True)
@@ -183,48 +190,51 @@ class _Step:
     streamed: Layerwise
     number: int
     layer: Any
-    arguments: Arguments
     dtype: torch.dtype
 
-    def refit(
-        self, original: torch.Tensor, compressed: torch.Tensor, made: tuple[dict[str, Fit], Job]
-    ) -> tuple[Experts, Corrected]:
+    def refit(self, states: list[_State], made: tuple[dict[str, Fit], Job]) -> tuple[Experts, Corrected]:
         """Let both streams through, in place, the compressed one with `down` refitted; its experts."""
         fits, job = made
-        module, spans = self.streamed.experts(self.number), self.streamed.batches(original)
+        module, spans = self.streamed.experts(self.number), list(_spans(self.streamed, states))
         with in_place_of(module, layer_experts(self.streamed, module), self.streamed) as calls:
-            for span in spans:
-                original[span] = self._through(original[span], span)
+            for state, span in spans:
+                state.original[span] = self.through(state.original[span], state, span)
                 calls.clear()
         module.gate_up_proj.data.copy_(compose_layer(module.gate_up_proj.detach().float(), fits, self.number, job))
-        experts, first = layer_experts(self.streamed, module), compressed[spans[0]].clone()
-        batches = []
+        experts, (some, first) = layer_experts(self.streamed, module), spans[0]
+        before, batches = some.compressed[first].clone(), []
         with in_place_of(module, experts, self.streamed) as calls:
-            for span in spans:
-                compressed[span] = self._through(compressed[span], span)
-                batches.append(_batch(calls.pop(), (original[span], compressed[span]), span))
-            gain = self._gain(experts, (first, compressed[spans[0]]), batches[0])
-        before = _held_error(batches)
+            for state, span in spans:
+                state.compressed[span] = self.through(state.compressed[span], state, span)
+                batches.append(_batch(calls.pop(), (state.original[span], state.compressed[span]), span))
+            gain = self._gain(experts, (before, some), batches[0])
+        lost = _held_error(batches)
         ridges = [_refit(experts, group, batches, (gain, self.dtype)) for group in _groups(experts.down)]
-        for span, batch in zip(spans, batches, strict=True):
-            lacking = (batch.residuals / batch.weights).cpu().view(original[span].shape)
-            compressed[span] = (original[span].float() - lacking).to(compressed.dtype)
-        return experts, Corrected(self.number, before, _held_error(batches), ridges)
+        for (state, span), batch in zip(spans, batches, strict=True):
+            wanted = state.original[span]
+            lacking = (batch.residuals / batch.weights).cpu().view(wanted.shape)
+            state.compressed[span] = (wanted.float() - lacking).to(wanted.dtype)
+        return experts, Corrected(self.number, lost, _held_error(batches), ridges)
 
-    def _gain(self, experts: Experts, through: tuple[torch.Tensor, torch.Tensor], batch: _Batch) -> float:
-        """What the layer multiplies its experts' output by, from some windows before and behind it.
+    def through(self, hidden: torch.Tensor, state: _State, span: slice) -> torch.Tensor:
+        """What the layer makes of some windows."""
+        return self.streamed.run(self.number, self.layer, hidden, state.arguments(self.number, span))
+
+    def _gain(self, experts: Experts, begin: tuple[torch.Tensor, _State], batch: _Batch) -> float:
+        """What the layer multiplies its experts' output by, from the first windows before and behind it.
 
         Raises
         ------
         GlobeError
             If the layer's output is not linear in that of its experts.
         """
-        before, behind = through
+        before, state = begin
+        span = slice(0, len(before))
         down = experts.down.clone()
         experts.down.zero_()
-        without = self._through(before, slice(0, len(before)))
+        without = self.through(before, state, span)
         experts.down.copy_(down)
-        share = (behind.float() - without.float()).flatten(0, -2).to(down.device) * batch.weights
+        share = (state.compressed[span].float() - without.float()).flatten(0, -2).to(down.device) * batch.weights
         made = torch.zeros_like(share)
         for group in _groups(down):
             rows, inputs = _inputs(batch, group, down.shape[2])
@@ -237,9 +247,6 @@ class _Step:
                 "experts, so down cannot be corrected in closed form; use --correct none"
             )
         return gain
-
-    def _through(self, hidden: torch.Tensor, span: slice) -> torch.Tensor:
-        return self.streamed.run(self.number, self.layer, hidden, self.arguments(self.number, span))
 
 
 def _batch(seen: Seen, outputs: tuple[torch.Tensor, torch.Tensor], span: slice) -> _Batch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,16 @@ from globe.errors import GlobeError, UsageError
 from globe.evaluation.models import generate_sentence, load_model
 from globe.statistics.texts import evaluation_text, read_text
 
-__all__ = ["Evaluation", "evaluate", "evaluate_models", "evaluation_text", "generate_sentence", "load_model"]
+__all__ = [
+    "Evaluation",
+    "evaluate",
+    "evaluate_models",
+    "evaluate_texts",
+    "evaluation_text",
+    "geometric_mean",
+    "generate_sentence",
+    "load_model",
+]
 
 _LOGIT_BYTES = 256 << 20
 _MOST_WINDOWS = 8
@@ -171,23 +180,68 @@ def evaluate(
     -------
     Evaluation
     """
-    content, label = read_text(text)
+    found = evaluate_texts(
+        directory,
+        [text],
+        against=against,
+        window=window,
+        max_tokens=max_tokens,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    return found[0]
+
+
+def evaluate_texts(
+    directory: str | Path,
+    texts: Sequence[str | Path | None],
+    *,
+    against: str | Path | None = None,
+    window: int = 512,
+    max_tokens: int | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> list[Evaluation]:
+    """Evaluate a checkpoint directory on several texts, with its model loaded once.
+
+    Parameters
+    ----------
+    texts : sequence
+        Each as for `evaluate`; `max_tokens` counts for each.
+    directory, against, window, max_tokens, device, trust_remote_code, progress
+        As for `evaluate`.
+
+    Returns
+    -------
+    list of Evaluation
+        In the order of the texts; `geometric_mean` makes one figure of them.
+    """
+    read = [read_text(text) for text in texts]
     _check_window(window, max_tokens)
     model, tokenizer = load_model(directory, device, trust_remote_code=trust_remote_code)
     reference = None
     if against is not None:
         reference, its_tokenizer = load_model(against, device, trust_remote_code=trust_remote_code)
         _check_same_tokenizer(Path(directory), tokenizer, Path(against), its_tokenizer)
-    return evaluate_models(
-        model,
-        tokenizer,
-        content,
-        window=window,
-        max_tokens=max_tokens,
-        reference=reference,
-        label=label,
-        progress=progress,
-    )
+    options: dict[str, Any] = {"window": window, "max_tokens": max_tokens, "reference": reference, "progress": progress}
+    return [evaluate_models(model, tokenizer, content, label=label, **options) for content, label in read]
+
+
+def geometric_mean(found: Sequence[Evaluation]) -> float:
+    """Of the perplexities, each over its reference's where there is one.
+
+    Raises
+    ------
+    UsageError
+        If there is none.
+    """
+    if not found:
+        raise UsageError("no evaluation is given; expected at least one")
+    logs = [math.log(each.perplexity / (each.reference_perplexity or 1.0)) for each in found]
+    mean = sum(logs) / len(logs)
+    return math.exp(mean) if mean < 700 else math.inf
 
 
 def _check_window(window: int, max_tokens: int | None) -> None:

@@ -13,7 +13,7 @@ from globe.artifact.write import write_weights
 from globe.choice.plan import Plan, plan_sizes, usual_size
 from globe.choice.seeding import seed
 from globe.compute.gemm import pick_precision, working_precision
-from globe.correction.down import correct, correction_windows
+from globe.correction.down import correct, correction_text
 from globe.fit.stages import alternate, fit_jointly, fit_report, load_fit
 from globe.pipeline.closing import Made, describe, draw_report, finished, publish
 from globe.pipeline.opening import Opened, open_source
@@ -145,7 +145,7 @@ def _run(run: Run, stages: Stages) -> Result:
         job = replace(job, blocks=planned.blocks)
         trusted = opened.trust_remote_code
         calibration = calibration_for(planned.checkpoint, job, target / FOLDER / STATISTICS, trust_remote_code=trusted)
-        windows = correction_windows(calibration, job)
+        text = correction_text(calibration, job)
         timed = measured(timed, planned, settings, stages)
         pools, reports = {}, {}
         for pool in _pools(planned, scans, calibration, job):
@@ -155,7 +155,7 @@ def _run(run: Run, stages: Stages) -> Result:
             fit_jointly(pool, job)
             pools[pool.name], reports[pool.name] = pool, fit_report(pool, job)
         fits = {name: load_fit(pool, job) for name, pool in pools.items()}
-        corrected = correct(planned.checkpoint, fits, windows, job, trust_remote_code=trusted)
+        corrected = correct(planned.checkpoint, fits, text, job, trust_remote_code=trusted)
         made = Made(planned, calibration, fits, reports, seen, corrected)
         written = write_weights(planned.checkpoint, fits, target, job, made.changed)
         metrics = describe(opened, made, written, job)

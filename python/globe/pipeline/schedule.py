@@ -47,7 +47,8 @@ class Schedule:
         if least <= self.turn.left:
             return
         remedies = [f"--time-limit {math.ceil(1.3 * least + self._spent(settings))}s or more"]
-        uncalibrated = least - (calibrating.least if "calibrate" not in done else 0.0)
+        measuring = calibrating.least + self.estimate.of("sample").least
+        uncalibrated = least - (measuring if "calibrate" not in done else 0.0)
         if uncalibrated < min(least, self.turn.left):
             remedies.append(f"--calibrate none ({seconds_text(uncalibrated)})")
         parts = "calibration, seeds" if calibrating.seconds else "seeds"
@@ -100,8 +101,10 @@ def done_stages(folder: Path) -> set[str]:
 def _stages_of(results: Iterable[str]) -> Iterable[str]:
     for result in results:
         pool, _, kind = result.rpartition(".")
-        if result in ("plan", "calibration"):
-            yield {"plan": "plan", "calibration": "calibrate"}[result]
+        if result == "plan":
+            yield "plan"
+        elif result == "calibration":
+            yield from ("sample", "calibrate")
         elif kind in ("scan", "proxies"):
             yield f"{pool}: {kind}"
         elif kind in ("fit", "warm") or re.fullmatch(r"(joint|loop)-\d+", kind):

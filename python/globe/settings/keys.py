@@ -138,10 +138,11 @@ class Settings:
     threads : int, optional
         CPU threads; if not given, as many as processors that this process may use (affinity and control groups).
     calibrate : str
-        Activation statistics: none is weight-only; pydoc measures them on a text that ships with Python, auto does so
-        where the model can be run; or a file of `globe calibrate`.
-    calibration_tokens : int
-        Tokens of that text.
+        Activation statistics: none is weight-only; pydoc measures them on texts that ship with Python, self on samples
+        of the model itself, auto on both in equal shares, as far as the model can be run; or a file of `globe
+        calibrate`.
+    calibration_tokens : int, optional
+        Most tokens of these texts; if not given, 64 for each of the model's d inputs, from 32,768 to 131,072.
     correct : {"none", "down"}
         down: what the compressed layers get wrong is taken up by `down`, which stays dense and is refitted in closed
         form, layer after layer, on the calibration text, as far as a quarter of it that is held out agrees. Its stored
@@ -218,7 +219,7 @@ class Settings:
     seed: int = 0
     threads: int | None = None
     calibrate: str = "auto"
-    calibration_tokens: int = 32768
+    calibration_tokens: int | None = None
     correct: Literal["none", "down"] = "none"
     metric_rows: float = 1.0
     metric_layers: float = 1.0
@@ -249,7 +250,7 @@ class Settings:
         )
         _require(type(self.share_families) is bool, "share_families", self.share_families, "true or false")
         named = isinstance(self.calibrate, str) and self.calibrate != ""
-        _require(named, "calibrate", self.calibrate, "auto, pydoc, none or a file of globe calibrate")
+        _require(named, "calibrate", self.calibrate, "auto, self, pydoc, none or a file of globe calibrate")
         for name, low, high in _BOUNDS:
             value = getattr(self, name)
             _require(value is None or low <= value <= high, name, value, f"a value from {low} to {high}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from globe.checkpoint.index import Checkpoint
@@ -9,11 +11,15 @@ from globe.compute.devices import find_device, keep_memory
 from globe.errors import GlobeError, UsageError
 from globe.runs.job import Job
 from globe.runs.stages import Display, Stages
+from globe.settings import Settings
+from globe.sizes.budget import memory_limit
 from globe.statistics.calibration import Calibration, load_calibration
 from globe.statistics.layerwise import NotFinite
-from globe.statistics.measure import Manner, measure, products
+from globe.statistics.measure import Manner, measure, products, require_place
+from globe.statistics.mixture import AUTO, MEASURED, PYDOC, Text, mixture, tokens_for, usual_tokens
 from globe.statistics.row_moments import RowMoments, kept_moments, moments_for
-from globe.statistics.windows import TOKENS, WINDOW, Reading, read_windows
+from globe.statistics.sampled import Means, with_own_samples
+from globe.statistics.windows import WINDOW, Ask, Reading, read_windows
 
 FILE = "calibration.safetensors"
 STATISTICS = "statistics"  # the folder of FILE within a run's
@@ -23,8 +29,8 @@ def calibrate(
     model_dir: Path | str,
     path: Path | str,
     *,
-    text: Path | str | None = None,
-    tokens: int = TOKENS,
+    text: Path | str | Mapping[str, float] | None = None,
+    tokens: int | None = None,
     window: int = WINDOW,
     device: str = "cpu",
     row_moments: RowMoments = "auto",
@@ -32,10 +38,12 @@ def calibrate(
     trust_remote_code: bool = False,
     progress: Display | None = None,
 ) -> Calibration:
-    """Measure the second moments of the experts' inputs on a text, and write them to a file.
+    """Measure the second moments of the experts' inputs on texts, and write them to a file.
 
-    The text is cut into windows that do not overlap. They pass through the decoder layer by layer, and only the layer
-    in hand has its weights in memory, beside the hidden states of all windows and the statistics.
+    Texts are cut into windows that do not overlap; where there are more than their share, those that cover the most of
+    the vocabulary are taken. They pass through the decoder layer by layer, and only the layer in hand has its weights
+    in memory, beside the hidden states of all windows and the statistics. Half of every text is held out:
+    `held_out_texts` gives it.
 
     Parameters
     ----------
@@ -43,13 +51,16 @@ def calibrate(
         A dense checkpoint directory with a tokenizer, of an architecture that transformers has.
     path : Path or str
         The file to write; one that is there is replaced.
-    text : Path or str, optional
-        A `Path` is a UTF-8 file to read, a `str` the text itself; by default the calibration half of
-        `evaluation_text`, which shares no character with the half that `evaluate` reads.
-    tokens : int
-        Most tokens to read. Below 4 d the moments of d inputs are poorly known.
+    text : Path, str or mapping of str to float, optional
+        A `Path` is a UTF-8 file or a folder to read, a `str` a text itself (all of it). A mapping gives weights to
+        ``pydoc`` (what every Python carries: help topics, sources of its library, its licence), to ``self`` (samples of
+        the model itself, while the whole model is in memory) and to paths; their tokens are in these proportions, as
+        far as there are any. By default pydoc and self in equal shares, or pydoc alone where samples cannot be made.
+    tokens : int, optional
+        Most tokens to read; by default 64 d, but from 32,768 to 131,072. Below 4 d the moments of d inputs are poorly
+        known.
     window : int
-        Tokens in a window.
+        Tokens in a window. Samples of the model itself are windows of at most 256.
     device : str
         A torch device. Devices other than a CPU compute in the checkpoint's dtype; sums are kept on the CPU.
     row_moments : {"auto", "diagonal", "hidden", "full"}
@@ -66,22 +77,30 @@ def calibrate(
     Returns
     -------
     Calibration
-        The file. `about["warnings"]` tells of too few tokens and of experts that were sent none.
+        The file. `about["texts"]` tells of every text, `about["warnings"]` of too few tokens and of experts that were
+        sent none.
 
     Raises
     ------
     UsageError
         If an argument cannot be used.
     GlobeError
-        If the checkpoint cannot be run or the text is too short.
+        If the checkpoint cannot be run or the texts are too short.
     """
     checkpoint = Checkpoint(Path(model_dir))
     if precision not in ("auto", "fp32"):
         raise UsageError(f"precision is {precision!r}; expected auto or fp32")
     keep_memory()
-    reading = read_windows(checkpoint, text, tokens, window, trust_remote_code)
-    kept = kept_moments(row_moments, checkpoint.family("gate"))
-    return measure(reading, Manner(find_device(device), kept, precision), Path(path), Stages(progress))
+    place, stages = Path(path), Stages(progress)
+    gates = checkpoint.family("gate")
+    manner = Manner(find_device(device), kept_moments(row_moments, gates), precision)
+    require_place(place)
+    wanted = tokens if tokens is not None else usual_tokens(gates.d)
+    ask = Ask(_texts(text), wanted, window, trust_remote_code)
+    reading = read_windows(checkpoint, ask, stages.display.log)
+    means = Means(manner, memory_limit(Settings()), stages)
+    reading, _ = with_own_samples(reading, ask, means, text is None)
+    return measure(reading, manner, place, stages)
 
 
 def calibration_for(
@@ -94,12 +113,14 @@ def calibration_for(
     checkpoint : Checkpoint
         The model to compress.
     job : Job
-        Setting `calibrate`: ``none``; ``pydoc``, to measure on `calibrate`'s own text; ``auto``, the same where the
-        model can be run and else none; or a calibration file of this checkpoint. Setting `calibration_tokens`: the
-        most tokens to read. Settings `families` and `precision`: which moments are needed, and how they are computed.
+        Setting `calibrate`: ``none``; ``pydoc``, ``self`` or ``auto``, to measure on what every Python carries, on
+        samples of the model itself, or on both, where ``auto`` does without what cannot be had; or a calibration file
+        of this checkpoint. Setting `calibration_tokens`: the most tokens to read. Settings `families` and `precision`:
+        which moments are needed, and how they are computed.
     folder : Path
-        Where measured statistics are kept; made here. What lies there of the same checkpoint, text, tokens, window and
-        dtype is used again if it has the moments that are needed. A run that began without statistics goes on without.
+        Where measured statistics are kept; made here. What lies there of the same checkpoint, texts, tokens, window and
+        dtype is used again if it has the moments that are needed. A run that began without statistics, or without
+        samples, goes on without.
     trust_remote_code : bool
         As for `calibrate`.
 
@@ -113,7 +134,7 @@ def calibration_for(
         If the file is of another checkpoint, weights give values that are not finite, or, unless `calibrate` is
         ``auto``, the model cannot be run.
     """
-    choice, tokens = job.settings.calibrate, job.settings.calibration_tokens
+    choice = job.settings.calibrate
     if choice == "none":
         return None
     if is_file(choice):
@@ -123,33 +144,53 @@ def calibration_for(
         job.log(f"weights only, as when this run began: {before['none']}")
         return None
     folder.mkdir(exist_ok=True)
+    done = len(job.stages.records)
     try:
-        longest = checkpoint.config.get("max_position_embeddings")
-        window = min(WINDOW, longest if isinstance(longest, int) else WINDOW, tokens // 2)
-        reading = read_windows(checkpoint, None, tokens, window, trust_remote_code)
-        kept = moments_for(job.settings.families, checkpoint.family("gate"))
-        manner = Manner(job.device, kept, job.settings.precision)
+        ask, manner = _asked(checkpoint, job, trust_remote_code)
+        if before is not None and before["without"] is not None:
+            ask = replace(ask, texts=mixture({PYDOC: 1}))
+        reading = read_windows(checkpoint, ask, job.log)
         earlier = _found_before(folder / FILE, reading, manner)
         if earlier is not None:
-            if before is not None:
-                job.stages.recall(before["stage"])
+            for record in before["stages"] if before is not None else ():
+                job.stages.recall(record)
             job.log(f"calibrated before, on {earlier.about['tokens']:,} tokens of {reading.label}")
             return earlier
+        means = Means(manner, memory_limit(job.settings), job.stages)
+        reading, without = with_own_samples(reading, ask, means, choice == AUTO)
         found = measure(reading, manner, folder / FILE, job.stages)
     except GlobeError as error:
-        if choice == "pydoc" or isinstance(error, NotFinite):
+        if choice != AUTO or isinstance(error, NotFinite):
             raise
         job.store.save("calibration", {}, {"none": str(error)})
         job.log(f"weights only, without activation statistics: {error}")
         return None
-    job.store.save("calibration", {}, {"none": None, "stage": job.stages.as_list()[-1]})
+    record = {"none": None, "without": without, "stages": job.stages.as_list()[done:]}
+    job.store.save("calibration", {}, record)
     job.log(f"calibrated on {found.about['tokens']:,} tokens of {reading.label}")
     return found
 
 
+def _asked(checkpoint: Checkpoint, job: Job, trust_remote_code: bool) -> tuple[Ask, Manner]:
+    """What a run reads, and how it measures."""
+    settings, gates = job.settings, checkpoint.family("gate")
+    tokens, longest = tokens_for(settings, gates.d), checkpoint.config.get("max_position_embeddings")
+    window = min(WINDOW, longest if isinstance(longest, int) else WINDOW, tokens // 2)
+    manner = Manner(job.device, moments_for(settings.families, gates), settings.precision)
+    return Ask(mixture({settings.calibrate: 1}), tokens, window, trust_remote_code), manner
+
+
+def _texts(text: Path | str | Mapping[str, float] | None) -> tuple[Text, ...]:
+    if isinstance(text, str):
+        return (Text("given text", 1.0, "given text", text),)
+    if isinstance(text, Path):
+        return mixture({str(text): 1})
+    return mixture({AUTO: 1} if text is None else text)
+
+
 def is_file(choice: str) -> bool:
     """Whether a choice of calibration names a file."""
-    return choice not in ("none", "auto", "pydoc")
+    return choice != "none" and choice not in MEASURED
 
 
 def named_calibration(checkpoint: Checkpoint, choice: str) -> Calibration | None:
@@ -172,10 +213,15 @@ def named_calibration(checkpoint: Checkpoint, choice: str) -> Calibration | None
 
 
 def _found_before(path: Path, reading: Reading, manner: Manner) -> Calibration | None:
+    """The statistics of a file, if they are those of this reading, whose samples need not be there."""
     try:
         found = load_calibration(path)
     except GlobeError:
         return None
     wanted = {**reading.about, "products": products(reading, manner)}
+    told, texts = found.about.get("texts", []), wanted.pop("texts")
     same = all(found.about.get(key) == value for key, value in wanted.items() if key != "text")
+    same &= len(told) == len(texts) and all(
+        text.items() <= there.items() for text, there in zip(texts, told, strict=False)
+    )
     return found if same and all(map(found.has, manner.kept)) else None

@@ -14,7 +14,7 @@ from globe.checkpoint.tensorfile import DTYPE_NAMES, TensorWriter, read_header, 
 from globe.errors import GlobeError
 
 FORMAT = "globe-calibration-2"
-_WINDOWS = "windows"
+TOKENS = ("windows", "samples", "held_out_samples")  # ids; samples are what the model itself wrote
 MOMENTS = ("gate_moment", "up_moment", "hidden_moment")  # p × p for every expert; a file may lack them
 
 
@@ -69,7 +69,9 @@ class Calibration:
     """A calibration file: which layers have experts, their statistics (read when asked for), and where they are from.
 
     `about` holds `fingerprint` of the checkpoint, `text`, `tokens`, `window`, `globe_version`, and as `products` the
-    dtype that layers ran in.
+    dtype that layers ran in. `texts` has for every text its `name`, `weight`, `share` and number of `tokens`, and the
+    `sha256` of what was read of it; for the model's own samples also how they were made, and theirs of the tokens as
+    64-bit numbers.
     """
 
     path: Path
@@ -81,10 +83,20 @@ class Calibration:
         stored = read_header(self.path).tensors
         return all(f"layers.{number}.{name}" in stored for number in self.layers)
 
-    def windows(self) -> torch.Tensor | None:
-        """The token ids that were read (n, window), int64; None in a file of before they were kept."""
-        stored = read_header(self.path).tensors
-        return read_tensor(stored[_WINDOWS]).long() if _WINDOWS in stored else None
+    def tokens(self, name: str) -> torch.Tensor | None:
+        """Token ids by a name of `TOKENS`, in 64 bits; None where the file has none.
+
+        `windows` (n, window) of texts and `samples` (n, length) of the model itself were calibrated on,
+        `held_out_samples` were not.
+        """
+        info = read_header(self.path).tensors.get(name)
+        return read_tensor(info).to(torch.int64) if info is not None else None
+
+    @property
+    def parts(self) -> list[torch.Tensor]:
+        """The token ids that were calibrated on, as windows of one length each; none in a file of before."""
+        found = [self.tokens(name) for name in TOKENS[:2]]
+        return [ids for ids in found if ids is not None]
 
     def layer(self, number: int) -> LayerStatistics:
         """The statistics of decoder layer `number`.
@@ -107,17 +119,19 @@ class Calibration:
 
 
 def save_calibration(
-    path: Path, layers: Mapping[int, LayerStatistics], about: Mapping[str, Any], windows: torch.Tensor | None = None
+    path: Path,
+    layers: Mapping[int, LayerStatistics],
+    about: Mapping[str, Any],
+    tokens: Mapping[str, torch.Tensor] | None = None,
 ) -> Calibration:
-    """Write statistics, and the windows they are of, to one safetensors file, under a temporary name first."""
+    """Write statistics to one safetensors file, under a temporary name first; `tokens` by names of `TOKENS`."""
     tensors = {
         f"layers.{number}.{field.name}": value.contiguous()
         for number, statistics in layers.items()
         for field in fields(statistics)
         if (value := getattr(statistics, field.name)) is not None
     }
-    if windows is not None:
-        tensors[_WINDOWS] = windows.to(torch.int32).contiguous()
+    tensors |= {name: ids.to(torch.int32).contiguous() for name, ids in (tokens or {}).items()}
     metadata = {"format": FORMAT, "layers": json.dumps(sorted(layers)), "about": json.dumps(dict(about))}
     entries = {name: (DTYPE_NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
     with TensorWriter(path, entries, metadata) as writer:

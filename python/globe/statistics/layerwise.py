@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -19,6 +19,7 @@ from globe.checkpoint.tensorfile import TensorInfo, read_tensor
 from globe.compute.gemm import dictionary_dtype
 from globe.errors import GlobeError
 
+_HEAD = "head"  # what is neither in a layer nor beside the layers
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 TOKENS_AT_ONCE = 4096
 
@@ -108,11 +109,11 @@ class Layerwise:
             self.layers = self.base.layers
         self.positions = getattr(config, "max_position_embeddings", None)
         self._expert_dtype = stored
-        self._names: dict[int | None, list[str]] = {}
+        self._names: dict[int | str | None, list[str]] = {}
         for name in checkpoint.tensors:
             match = LAYER.match(name)
-            if match is not None or name.startswith("model."):
-                self._names.setdefault(int(match[1]) if match is not None else None, []).append(name)
+            beside = None if name.startswith("model.") else _HEAD
+            self._names.setdefault(int(match[1]) if match is not None else beside, []).append(name)
 
     @staticmethod
     def working_dtype(stored: torch.dtype, device: torch.device, precision: str) -> torch.dtype:
@@ -185,6 +186,26 @@ class Layerwise:
                 experts.to(self.dtype)
             yield layer
 
+    @contextmanager
+    def whole(self) -> Iterator[Any]:
+        """The model with all its weights, its output layer among them, for as long as the scope lasts."""
+        beside = set(self.base.modules())
+        with ExitStack() as held:
+            held.enter_context(self._loaded(None, self.base, set(self.layers)))
+            for number in range(len(self.layers)):
+                held.enter_context(self.layer(number))
+            head = self.model.get_output_embeddings()
+            tied = head is not None and not any(name.startswith("lm_head.") for name in self._names.get(_HEAD, []))
+            if tied:
+                beside.add(head)
+                head.weight = self.model.get_input_embeddings().weight
+            held.enter_context(self._loaded(_HEAD, self.model, beside))
+            try:
+                yield self.model
+            finally:
+                if tied:
+                    _to_meta(head)
+
     def run(self, number: int, layer: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
         """A layer's output on the CPU for a batch of hidden states (n, window, d)."""
         with torch.no_grad(), own_code(self.checkpoint):
@@ -199,7 +220,7 @@ class Layerwise:
         return result
 
     @contextmanager
-    def _loaded(self, key: int | None, root: Any, without: set[Any]) -> Iterator[Any]:
+    def _loaded(self, key: int | str | None, root: Any, without: set[Any]) -> Iterator[Any]:
         mine = list(_modules(root, without))
         self._load(key, mine)
         try:
@@ -208,7 +229,7 @@ class Layerwise:
             for module in mine:
                 _to_meta(module)
 
-    def _load(self, key: int | None, modules: list[Any]) -> None:
+    def _load(self, key: int | str | None, modules: list[Any]) -> None:
         try:
             from transformers.conversion_mapping import get_model_conversion_mapping
             from transformers.core_model_loading import convert_and_load_state_dict_in_model

@@ -11,7 +11,7 @@ import torch
 from globe._version import __version__
 from globe.errors import GlobeError, UsageError
 from globe.runs.stages import Stages
-from globe.statistics.calibration import Calibration, LayerStatistics, save_calibration
+from globe.statistics.calibration import TOKENS, Calibration, LayerStatistics, save_calibration
 from globe.statistics.layerwise import Arguments, Layerwise, own_code
 from globe.statistics.moments import Moments
 from globe.statistics.stand_in import in_place_of, layer_experts
@@ -47,14 +47,12 @@ def measure(reading: Reading, manner: Manner, path: Path, stages: Stages) -> Cal
     GlobeError
         If the checkpoint cannot be run, or its experts are not of the form that is known.
     """
-    if not path.parent.is_dir():
-        raise UsageError(f"{path.parent}: no such directory; expected a place for the calibration file")
-    if path.is_dir():
-        raise UsageError(f"{path}: is a directory; expected a name for the calibration file")
+    require_place(path)
     checkpoint, gates = reading.checkpoint, reading.checkpoint.family("gate")
     streamed = Layerwise(checkpoint, manner.device, reading.trust_remote_code, manner.precision)
     with own_code(checkpoint):
-        known, largest = streamed.model.get_input_embeddings().num_embeddings, int(reading.windows.max())
+        known = streamed.model.get_input_embeddings().num_embeddings
+    largest = max(int(part.max()) for part in reading.parts)
     if largest >= known:
         raise GlobeError(f"the tokenizer gives token {largest}, the model knows {known}; it is of another model")
     with_experts = {expert.layer for expert in gates.experts}
@@ -68,7 +66,7 @@ def measure(reading: Reading, manner: Manner, path: Path, stages: Stages) -> Cal
     with stages.stage("calibrate", last + 1) as advance:
         layers = {}
         with own_code(checkpoint):
-            for number, statistics in _stream(streamed, reading.windows, last, manner):
+            for number, statistics in _stream(streamed, reading.parts, last, manner):
                 if statistics is not None:
                     layers[number] = statistics
                 advance(1)
@@ -82,7 +80,23 @@ def measure(reading: Reading, manner: Manner, path: Path, stages: Stages) -> Cal
             "products": products(reading, manner),
             "warnings": warnings,
         }
-        return save_calibration(path, layers, about, reading.windows)
+        tokens = dict(zip(TOKENS, (reading.windows, reading.samples, reading.held_out), strict=True))
+        there = {name: ids for name, ids in tokens.items() if ids is not None and len(ids) > 0}
+        return save_calibration(path, layers, about, there)
+
+
+def require_place(path: Path) -> None:
+    """Refuse a name that a calibration file cannot have.
+
+    Raises
+    ------
+    UsageError
+        If its folder is not there, or it is one itself.
+    """
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent}: no such directory; expected a place for the calibration file")
+    if path.is_dir():
+        raise UsageError(f"{path}: is a directory; expected a name for the calibration file")
 
 
 def products(reading: Reading, manner: Manner) -> str:
@@ -92,32 +106,34 @@ def products(reading: Reading, manner: Manner) -> str:
 
 
 def _stream(
-    streamed: Layerwise, windows: torch.Tensor, last: int, manner: Manner
+    streamed: Layerwise, parts: list[torch.Tensor], last: int, manner: Manner
 ) -> Iterator[tuple[int, LayerStatistics | None]]:
-    """The statistics of one layer after another, None where it has no experts."""
-    hidden, arguments = streamed.embed(windows)
+    """The statistics of one layer after another, None where it has no experts; a part's windows are of one length."""
+    states = [streamed.embed(windows) for windows in parts]
     for number in range(last + 1):
         if number < last:
             streamed.expect(number + 1)
-        yield number, _pass(streamed, number, hidden, arguments, manner.kept)
+        yield number, _pass(streamed, number, states, manner.kept)
 
 
 def _pass(
-    streamed: Layerwise, number: int, hidden: torch.Tensor, arguments: Arguments, kept: tuple[str, ...]
+    streamed: Layerwise, number: int, states: list[tuple[torch.Tensor, Arguments]], kept: tuple[str, ...]
 ) -> LayerStatistics | None:
     """Let all windows through a layer, in place."""
     with streamed.layer(number) as layer:
         module = streamed.experts(number)
         if module is None:
-            for span in streamed.batches(hidden):
-                hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
+            for hidden, arguments in states:
+                for span in streamed.batches(hidden):
+                    hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
             return None
         experts, (count, d, p) = layer_experts(streamed, module), module.down_proj.shape
         moments = Moments(count, d, p, kept)
         with in_place_of(module, experts, streamed) as calls:
-            for span in streamed.batches(hidden):
-                hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
-                moments.add(calls.pop(), hidden[span].flatten(0, -2), span.start * hidden.shape[1])
+            for hidden, arguments in states:
+                for span in streamed.batches(hidden):
+                    hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
+                    moments.add(calls.pop(), hidden[span].flatten(0, -2), span.start * hidden.shape[1])
         return moments.statistics(experts.down)
 
 

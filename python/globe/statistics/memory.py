@@ -10,6 +10,7 @@ from globe.settings import Settings
 from globe.sizes.budget import BASE, memory_limit, size_text
 from globe.statistics.experts import FACTORS
 from globe.statistics.layerwise import LAYER, TOKENS_AT_ONCE
+from globe.statistics.mixture import MEASURED, tokens_for
 from globe.statistics.row_moments import moments_for
 
 _STACKING = 4  # stacks of an expert's matrix, as stored, beside the layer's weights while they are loaded
@@ -24,10 +25,11 @@ def require_memory(checkpoint: Checkpoint, settings: Settings) -> None:
     UsageError
         Says what would.
     """
-    if settings.calibrate not in ("auto", "pydoc"):
+    if settings.calibrate not in MEASURED:
         return
-    kept = moments_for(settings.families, checkpoint.family("gate"))
-    limit, needed = memory_limit(settings), calibration_bytes(checkpoint, settings.calibration_tokens, len(kept))
+    gates = checkpoint.family("gate")
+    kept, tokens = moments_for(settings.families, gates), tokens_for(settings, gates.d)
+    limit, needed = memory_limit(settings), calibration_bytes(checkpoint, tokens, len(kept))
     if needed > limit:
         raise UsageError(
             f"max_memory is {size_text(limit)}; calibration needs about {size_text(needed)}: use --max-memory "

@@ -1,0 +1,30 @@
+"""Whether sampling from a model fits in memory, from the headers of its checkpoint alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from globe.checkpoint.index import Checkpoint
+from globe.sizes.budget import BASE
+
+_LOGITS = 24  # bytes of a sequence and a token of the vocabulary: logits, probabilities, their sums in fp64
+_SEQUENCES = 128
+_STACKING = 4  # stacks of a layer's experts as stored, beside its weights, while it is loaded
+
+
+def sampling_bytes(checkpoint: Checkpoint, tokens: int, width: int = 4) -> int:
+    """Peak memory of sampling so many tokens: all weights in numbers of `width` bytes, keys and values, logits."""
+    config: dict[str, Any] = checkpoint.config.get("text_config") or checkpoint.config
+    gates = checkpoint.family("gate")
+    weights = sum(math.prod(info.shape) for info in checkpoint.tensors.values()) * width
+    layers = int(config.get("num_hidden_layers") or gates.layers)
+    kept = 2 * layers * max(gates.d, _heads_width(config)) * tokens * width
+    stacking = _STACKING * gates.stored_bytes // gates.layers
+    return BASE + weights + kept + stacking + _LOGITS * _SEQUENCES * int(config.get("vocab_size") or 0)
+
+
+def _heads_width(config: dict[str, Any]) -> int:
+    heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or 0
+    width = config.get("head_dim") or 0
+    return int(heads) * int(width) if isinstance(heads, int) and isinstance(width, int) else 0
