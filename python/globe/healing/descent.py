@@ -17,7 +17,7 @@ from globe.healing.state import State
 
 BETAS = (0.9, 0.95)
 _WARM_STEPS, _LEAST = 10, 0.02
-_SAVE_SECONDS = 60.0
+_SAVE_SECONDS, _SAVE_SHARE = 60.0, 0.02  # between checkpoints, and the most of the time that they may take
 
 Advance = Callable[[float], None]
 
@@ -58,6 +58,7 @@ def descend(run: Run, options: Healing, state: State, advance: Advance) -> Desce
     rates = [group["lr"] for group in optimiser.param_groups]
     losses, used = _recall(run, state, optimiser)
     began = saved = time.monotonic()
+    took = 0.0  # by the last checkpoint
     advance(_done(len(losses), used, options))
     finite = all(map(math.isfinite, losses))
     while finite and _done(len(losses), used + time.monotonic() - began, options) < 1.0:
@@ -71,9 +72,10 @@ def descend(run: Run, options: Healing, state: State, advance: Advance) -> Desce
         if finite:
             optimiser.step()
         now = time.monotonic()
-        if now - saved > _SAVE_SECONDS:
+        if now - saved > max(_SAVE_SECONDS, took / _SAVE_SHARE):
             _save(run, state, optimiser, losses, used + now - began)
             saved = time.monotonic()
+            took = saved - now
         advance(_done(len(losses), used + now - began, options) - done)
     seconds = used + time.monotonic() - began
     _save(run, state, optimiser, losses, seconds)

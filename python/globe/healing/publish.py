@@ -47,19 +47,20 @@ def write_aside(factored: Factored, parts: list[Moving], told: dict[str, Any], f
 
 
 def put_in_place(out: Path, folder: Path) -> bool:
-    """Move the files that are ready to their places; whether there were any.
+    """Move the files that are ready to their places; whether a healing had come so far.
 
     config.json goes first and comes back last: a directory of which some files are healed and some are not has none.
+    The healing's folder is to be removed then.
     """
     if not (folder / _READY).exists():
         return False
     aside = folder / _ASIDE
     names = read_json(folder / _READY)["names"]
-    (out / _CONFIG).unlink(missing_ok=True)
+    if (aside / _CONFIG).exists():
+        (out / _CONFIG).unlink(missing_ok=True)
     for name in [*names, _CONFIG]:
         if (aside / name).exists():
             os.replace(aside / name, out / name)
-    (folder / _READY).unlink()
     return True
 
 

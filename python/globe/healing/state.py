@@ -40,9 +40,7 @@ class State:
             If it holds a healing of another key and is not to be started over.
         """
         plain = json.loads(json.dumps(key))
-        if fresh:
-            self.remove()
-        elif (self.folder / _KEY).exists():
+        if not fresh and (self.folder / _KEY).exists():
             different = differences(_read_key(self.folder / _KEY), plain)
             if different:
                 raise UsageError(
@@ -50,7 +48,8 @@ class State:
                     "same, or --fresh to start over"
                 )
             return
-        self.folder.mkdir(exist_ok=True)
+        self.remove()
+        self.folder.mkdir()
         write_text(self.folder / _KEY, json.dumps(plain, indent=1) + "\n")
 
     def windows(self) -> dict[str, Any] | None:
