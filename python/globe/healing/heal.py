@@ -66,7 +66,7 @@ def heal(
     -------
     dict
         `kept` ("healed" or "start"), `steps`, `tokens`, `seconds`, the first and the last tenth's `kl` in nats, and per
-        held-out text the perplexity `before`, `after` and of the `original` (None where it is not finite).
+        held-out text the perplexity `before`, `after` and of the `original` (None where it is not finite); `options`.
 
     Raises
     ------
@@ -169,7 +169,7 @@ def _told(options: Healing, descent: Descent, judged: dict[str, dict[str, float]
         "seconds": descent.seconds,
         "kl": [_finite(loss) for loss in (descent.losses[0], sum(last) / len(last))] if last else None,
         **{name: {label: _finite(value) for label, value in found.items()} for name, found in judged.items()},
-        **options.as_dict(),
+        "options": options.as_dict(),
     }
 
 

@@ -43,7 +43,7 @@ class Healing:
     text_tokens: int = 65536
     minutes: float = 20.0
     steps: int | None = None
-    parts: tuple[str, ...] = PARTS
+    parts: tuple[str, ...] = ("lefts", "norms")
     rate: float = 5e-4
     batch: int = 2
     window: int = 256

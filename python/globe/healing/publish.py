@@ -83,8 +83,8 @@ def _paragraph(told: dict[str, Any], count: int) -> str:
     return (
         f"## Healed\n\nAfterwards the model learned from the original for {told['steps']:,} steps of "
         f"{told['tokens_per_step']:,} tokens (KL of the logits). {count} tensors are no longer as fitted, or the "
-        f"source's ({', '.join(told['parts'])}; `healed` of {MANIFEST} names them), and the errors above are those "
-        f"before.\n\n| held-out text | perplexity before | after |\n| --- | --- | --- |\n{rows}\n"
+        f"source's ({', '.join(told['options']['parts'])}; `healed` of {MANIFEST} names them), and the errors above "
+        f"are those before.\n\n| held-out text | perplexity before | after |\n| --- | --- | --- |\n{rows}\n"
     )
 
 
