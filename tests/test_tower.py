@@ -48,6 +48,7 @@ MANY = {
     "globe.evaluation.evaluate.evaluate": "public: globe.evaluate",
     "globe.evaluation.evaluate.evaluate_models": "public: judges models that are loaded already",
     "globe.evaluation.harness.evaluate_tasks": "public: lm-eval's tasks",
+    "globe.healing.heal.heal": "public: globe.heal",
     "globe.hf.save.save_pretrained": "transformers calls it so",
     "globe.pipeline.batch.batch": "public: globe.batch",
     "globe.pipeline.compare.compare": "public: globe.compare",

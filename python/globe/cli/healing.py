@@ -47,14 +47,14 @@ def heal(
     when the same command is given again.
     """
     from globe.compute.devices import pick_device, set_threads
-    from globe.healing.heal import Access, run_heal
+    from globe.healing.heal import heal as run
     from globe.healing.options import Healing
 
     parts = tuple(part.strip() for part in told.pop("parts").split(",") if part.strip())
     options = Healing(parts=parts, **told)
     set_threads(threads)
-    access = Access(str(pick_device(device)), trust_remote_code)
-    found = run_heal(out, against, options, access, (fresh, display_for(quiet)))
+    how: dict[str, Any] = {"device": str(pick_device(device)), "trust_remote_code": trust_remote_code, "fresh": fresh}
+    found = run(out, against, options, **how, progress=display_for(quiet))
     if as_json:
         click.echo(json.dumps(found))
     elif not quiet:

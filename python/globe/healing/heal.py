@@ -28,10 +28,14 @@ from globe.runs.stages import Display, Stages
 
 @dataclass(frozen=True)
 class Access:
-    """How a healing reaches its models: the torch device, and whether their own Python code may run."""
+    """How a healing runs: the torch device, whether the models' own Python code may run, whether a stopped healing is
+    forgotten, and where the stages are shown.
+    """
 
     device: str = "cpu"
     trust_remote_code: bool = False
+    fresh: bool = False
+    progress: Display | None = None
 
 
 def heal(
@@ -39,8 +43,10 @@ def heal(
     against: Path | str,
     options: Healing | None = None,
     *,
-    access: Access | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
     fresh: bool = False,
+    progress: Display | None = None,
 ) -> dict[str, Any]:
     """Let a factored directory learn from its original, by the KL of the logits, and replace what has moved.
 
@@ -57,10 +63,14 @@ def heal(
         The checkpoint that was compressed.
     options : Healing, optional
         How long, what moves, on which text.
-    access : Access, optional
-        Where to run it.
+    device : str
+        A torch device.
+    trust_remote_code : bool
+        Run Python code that the original brings with it.
     fresh : bool
         Forget a healing that was stopped.
+    progress : Display, optional
+        Shows the stages.
 
     Returns
     -------
@@ -75,17 +85,13 @@ def heal(
     UsageError
         If `out` holds a stopped healing of other options.
     """
-    return run_heal(Path(out), Path(against), options or Healing(), access or Access(), (fresh, None))
+    return _heal(Path(out), Path(against), options or Healing(), Access(device, trust_remote_code, fresh, progress))
 
 
-def run_heal(
-    out: Path, against: Path, options: Healing, access: Access, how: tuple[bool, Display | None]
-) -> dict[str, Any]:
-    """As `heal`; `how` is whether to start over, and where to show the stages."""
-    fresh, display = how
+def _heal(out: Path, against: Path, options: Healing, access: Access) -> dict[str, Any]:
     if out.is_dir() and not is_factored(out):
         raise GlobeError(f"{out}: not factored; expected a directory written by globe compress")
-    stages, state = Stages(display), State(out)
+    stages, state = Stages(access.progress), State(out)
     with changed_directory(out, against):
         if put_in_place(out, state.folder):
             state.remove()
@@ -93,7 +99,7 @@ def run_heal(
         factored = open_factored(out)
         _require_source(factored, against)
         texts = given_texts(options)
-        state.open(_key(factored, options, texts), fresh=fresh)
+        state.open(_key(factored, options, texts), fresh=access.fresh)
         teacher, tokenizer = load_model(against, access.device, trust_remote_code=access.trust_remote_code)
         model, _ = load_model(out, access.device, torch.float32)
         model.globe.cache.resize(None)
