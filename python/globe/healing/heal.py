@@ -20,7 +20,7 @@ from globe.healing.descent import Descent, Run, descend
 from globe.healing.loss import geometric_mean, perplexities
 from globe.healing.options import Healing
 from globe.healing.parts import Moving, moving, round_to_stored
-from globe.healing.publish import put_in_place, write_aside
+from globe.healing.publish import finish, put_in_place, write_aside
 from globe.healing.state import State
 from globe.healing.texts import Reading, given_texts, read_windows, texts_key
 from globe.runs.stages import Display, Stages
@@ -93,7 +93,7 @@ def _heal(out: Path, against: Path, options: Healing, access: Access) -> dict[st
         raise GlobeError(f"{out}: not factored; expected a directory written by globe compress")
     stages, state = Stages(access.progress), State(out)
     with changed_directory(out, against):
-        if put_in_place(out, state.folder):
+        if finish(out, state.folder):
             state.remove()
             stages.display.log(f"{out}: what a healing that was stopped at its end had made is in place now")
         factored = open_factored(out)

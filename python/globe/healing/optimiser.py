@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     """About U Vᵀ of each matrix U S Vᵀ of a tensor (..., p, r), by five Newton-Schulz steps; 0 stays 0."""
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
+    x: torch.Tensor = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-30)
     a, b, c = _QUINTIC
     for _ in range(_STEPS):

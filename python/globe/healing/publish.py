@@ -46,21 +46,28 @@ def write_aside(factored: Factored, parts: list[Moving], told: dict[str, Any], f
     _write_json(folder / _READY, {"names": names})
 
 
-def put_in_place(out: Path, folder: Path) -> bool:
-    """Move the files that are ready to their places; whether a healing had come so far.
+def put_in_place(out: Path, folder: Path) -> None:
+    """Move the files that are ready to their places.
 
     config.json goes first and comes back last: a directory of which some files are healed and some are not has none.
-    The healing's folder is to be removed then.
     """
-    if not (folder / _READY).exists():
-        return False
     aside = folder / _ASIDE
-    names = read_json(folder / _READY)["names"]
     if (aside / _CONFIG).exists():
         (out / _CONFIG).unlink(missing_ok=True)
-    for name in [*names, _CONFIG]:
+    for name in [*read_json(folder / _READY)["names"], _CONFIG]:
         if (aside / name).exists():
             os.replace(aside / name, out / name)
+
+
+def finish(out: Path, folder: Path) -> bool:
+    """Put in place what a run had begun to put there when it was stopped; whether there was such.
+
+    Where config.json stands on both sides nothing had moved yet, or the directory was made anew.
+    """
+    whole = (out / _CONFIG).exists()
+    if not (folder / _READY).exists() or (whole and (folder / _ASIDE / _CONFIG).exists()):
+        return False
+    put_in_place(out, folder)
     return True
 
 
