@@ -189,6 +189,31 @@ def test_killed_while_files_are_put_in_place(
     assert not (out / FOLDER).exists()
 
 
+def test_what_was_made_anew_is_not_overwritten(
+    pair: tuple[Path, Path], made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = pair
+
+    def dying(*names: Any) -> None:
+        if Path(names[1]).parent == out:
+            raise Killed
+        replace(*names)
+
+    replace = os.replace
+    monkeypatch.setattr(publish.os, "replace", dying)
+    with pytest.raises(Killed):
+        heal(out, source, quick(source, steps=2))
+    monkeypatch.undo()
+    for name in hashes(made[1]):  # as a compression with other settings would
+        shutil.copy(made[1] / name, out / name)
+    bank = out / "globe-bank.safetensors"
+    bank.write_bytes(bank.read_bytes()[:-1] + b"\1")
+    before = hashes(out)
+    with pytest.raises(UsageError, match=r"holds a healing of other options or texts: files\.globe-bank.*--fresh"):
+        heal(out, source, quick(source, steps=2))
+    assert hashes(out) == before
+
+
 @pytest.mark.parametrize("rate", [1e3, 1e30])
 def test_what_gets_worse_is_not_written(rate: float, pair: tuple[Path, Path]) -> None:
     source, out = pair
