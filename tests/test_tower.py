@@ -15,6 +15,7 @@ TOWER = (
     "demo",
     "pipeline",
     "report",
+    "healing",
     "evaluation",
     "hf",
     "artifact",
@@ -39,6 +40,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem not in DOORS 
 
 # More than five parameters, each for its reason; a module stands for all its functions.
 MANY = {
+    "globe.cli.healing": "click hands a command its options one by one",
     "globe.cli.making": "click hands a command its options one by one",
     "globe.cli.using": "click hands a command its options one by one",
     "globe.kernels": "kernels take arrays, and where to put the result",
@@ -48,6 +50,7 @@ MANY = {
     "globe.evaluation.evaluate.evaluate_texts": "public: globe.evaluate on several texts",
     "globe.evaluation.evaluate.evaluate_models": "public: judges models that are loaded already",
     "globe.evaluation.harness.evaluate_tasks": "public: lm-eval's tasks",
+    "globe.healing.heal.heal": "public: globe.heal",
     "globe.hf.save.save_pretrained": "transformers calls it so",
     "globe.pipeline.batch.batch": "public: globe.batch",
     "globe.pipeline.compare.compare": "public: globe.compare",

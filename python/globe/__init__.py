@@ -28,6 +28,8 @@ _HOMES = {
     "evaluate": "globe.evaluation.evaluate",
     "export": "globe.artifact.export",
     "get_cmake_dir": "globe.embedding",
+    "Healing": "globe.healing.options",
+    "heal": "globe.healing.heal",
     "inspect": "globe.choice.inspect",
     "load": "globe.hf.load",
     "report": "globe.report",
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from globe.errors import GlobeError as GlobeError
     from globe.errors import UsageError as UsageError
     from globe.evaluation.evaluate import evaluate as evaluate
+    from globe.healing.heal import heal as heal
+    from globe.healing.options import Healing as Healing
     from globe.hf.load import load as load
     from globe.pipeline.batch import batch as batch
     from globe.pipeline.compare import compare as compare

@@ -47,7 +47,7 @@ def test_help_shows_ten_options_and_where_the_rest_is() -> None:
     assert options(everything) == {opt for opt in declared if opt.startswith("--")} | {"--help"}
 
 
-@pytest.mark.parametrize("name", ["compress", "batch", "compare", "calibrate", "inspect", "eval"])
+@pytest.mark.parametrize("name", ["compress", "batch", "compare", "calibrate", "inspect", "eval", "heal"])
 def test_options_stand_under_their_heading(name: str) -> None:
     text = said(name, "--help-all" if name == "compress" else "--help")
     command = cli.commands[name]

@@ -72,6 +72,23 @@ def output_directory(path: Path, claim: Claim, *, overwrite: bool, log: Log) -> 
         clear(path, {EXPORT_RECORD})
 
 
+@contextmanager
+def changed_directory(path: Path, source: Path) -> Iterator[None]:
+    """Lock a factored directory of which files are to be replaced.
+
+    Raises
+    ------
+    UsageError
+        If `path` is the source or a file.
+    GlobeError
+        If there is no such directory, another run writes to it, or it cannot be written.
+    """
+    if not path.exists():
+        raise GlobeError(f"{path}: no such directory; expected one written by globe compress")
+    with _locked(path, source):
+        yield
+
+
 @dataclass(frozen=True)
 class Existing:
     """What becomes of what an output directory holds: see `globe.compress`."""

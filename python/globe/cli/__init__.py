@@ -1,4 +1,4 @@
-"""The command line: inspect, calibrate, compress, report, compare, batch, export, eval, push, env and demo."""
+"""The command line: inspect, calibrate, compress, report, compare, batch, export, eval, heal, push, env and demo."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import click
 
 from globe._version import __version__
-from globe.cli import about, making, using
+from globe.cli import about, healing, making, using
 from globe.errors import GlobeError, UsageError
 
 
@@ -43,6 +43,7 @@ for command in (
     using.report,
     using.export,
     using.evaluate,
+    healing.heal,
     using.push,
     about.env,
 ):

@@ -13,6 +13,7 @@ from globe.errors import GlobeError
 from globe.hf.banks import Bank, Banks
 
 FAMILIES = ("gate", "up", "down")
+Held = dict[str, tuple[torch.Tensor, ...]]  # parameters by name, expert by expert
 
 
 @dataclass(frozen=True)
@@ -68,41 +69,41 @@ class FactoredExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Σ_k weight_tk · expert_{index_tk}(x_t), the tokens grouped by expert; index E stands for none."""
+        """Σ_k weight_tk · expert_{index_tk}(x_t), the tokens grouped by expert; index E stands for none.
+
+        Parameters are taken apart once, and rows by `index_select`: their gradients then are one stack of the experts'
+        and sums of rows, and not a tensor of all experts for each.
+        """
+        held = {name: getattr(self, name).unbind() for name in self._parameters}
         total = torch.zeros_like(hidden_states)
         picked = top_k_index.reshape(-1)
         order = picked.argsort(stable=True)
         tokens = order // top_k_index.shape[-1]
-        weights = top_k_weights.reshape(-1)[order, None]
+        weights = top_k_weights.reshape(-1).index_select(0, order)[:, None]
         last = 0
         for expert, count in enumerate(torch.bincount(picked, minlength=self.num_experts)[: self.num_experts].tolist()):
             if count:
                 span = slice(last, last + count)
                 rows = tokens[span]
-                made = self._expert(expert, hidden_states[rows]) * weights[span]
+                made = self._expert(expert, held, hidden_states.index_select(0, rows)) * weights[span]
                 total.index_add_(0, rows, made.to(total.dtype))
                 last += count
         return total
 
-    def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        held = self._parameters
+    def _expert(self, expert: int, held: Held, x: torch.Tensor) -> torch.Tensor:
         if "gate_up_proj" in held:
-            gate, up = linear(x, self._of("gate_up_proj", expert)).chunk(2, -1)
+            gate, up = linear(x, held["gate_up_proj"][expert]).chunk(2, -1)
         else:
-            gate, up = (self._rows(family, expert, x) for family in ("gate", "up"))
+            gate, up = (self._rows(family, expert, held, x) for family in ("gate", "up"))
         hidden: torch.Tensor = self.act_fn(gate) * up
         if "down_proj" in held:
-            return linear(hidden, self._of("down_proj", expert))
-        return (hidden @ self._of("down_left", expert)) @ self.mixture("down", expert, hidden)  # W_downᵀ ≈ A B̃
+            return linear(hidden, held["down_proj"][expert])
+        return (hidden @ held["down_left"][expert]) @ self.mixture("down", expert, hidden)  # W_downᵀ ≈ A B̃
 
-    def _rows(self, family: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+    def _rows(self, family: str, expert: int, held: Held, x: torch.Tensor) -> torch.Tensor:
         if family not in self.places:
-            return linear(x, self._of(f"{family}_dense", expert))
-        return linear(linear(x, self.mixture(family, expert, x)), self._of(f"{family}_left", expert))
-
-    def _of(self, name: str, expert: int) -> torch.Tensor:
-        parameter: torch.Tensor = getattr(self, name)
-        return parameter[expert]
+            return linear(x, held[f"{family}_dense"][expert])
+        return linear(linear(x, self.mixture(family, expert, x)), held[f"{family}_left"][expert])
 
     def mixture(self, family: str, expert: int, like: torch.Tensor) -> torch.Tensor:
         """B̃ of an expert, in the dtype and on the device of another tensor."""

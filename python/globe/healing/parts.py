@@ -1,0 +1,103 @@
+"""The parameters of a loaded model that may move, and the stored tensors that they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from globe.artifact.factored import Factored, left_name
+from globe.checkpoint.layouts import Layout, read_layouts
+from globe.checkpoint.tensorfile import TORCH_DTYPES, TensorInfo
+from globe.errors import GlobeError
+from globe.hf.experts import FactoredExperts
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_FLOATS = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True)
+class Moving:
+    """A parameter that may move, in fp32, and the names of the stored tensors that it is.
+
+    `stored` has one name for the whole parameter, or one for each of its experts, in their order.
+    """
+
+    name: str
+    part: str
+    parameter: torch.nn.Parameter
+    stored: tuple[str, ...]
+
+    def values(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The stored tensors' names and their values now, not rounded."""
+        whole = self.parameter.detach()
+        yield from zip(self.stored, [whole] if len(self.stored) == 1 else whole.unbind(), strict=True)
+
+
+def moving(model: Any, factored: Factored, parts: tuple[str, ...]) -> tuple[list[Moving], dict[str, TensorInfo]]:
+    """The parameters of the parts, in the model's order, and where every one of their stored tensors lies.
+
+    A norm of which no stored tensor has the name stays as it is.
+
+    Raises
+    ------
+    GlobeError
+        If the experts of the model are not where the files have them, or nothing of the parts is there.
+    """
+    stored = {name: info for header in factored.shards.values() for name, info in header.tensors.items()}
+    layout = next(each for each in read_layouts() if each.name == factored.manifest["source"]["layout"])
+    found: list[Moving] = []
+    for path, module in model.named_modules():
+        if isinstance(module, FactoredExperts):
+            match = _LAYER.search(path)
+            assert match is not None
+            names = _expert_tensors(factored, layout, int(match[1]))
+            for name, parameter in module.named_parameters(recurse=False):
+                part, family = _kind(name)
+                if part in parts:
+                    found.append(Moving(f"{path}.{name}", part, parameter, names[family]))
+        elif "norms" in parts and "norm" in path.rpartition(".")[2].lower():
+            for name, parameter in module.named_parameters(prefix=path, recurse=False):
+                if parameter.ndim == 1 and name in stored and stored[name].dtype in _FLOATS:
+                    found.append(Moving(name, "norms", parameter, (name,)))
+    for each in found:
+        for name, value in each.values():
+            if name not in stored or stored[name].shape != tuple(value.shape):
+                raise GlobeError(f"tensor {name} is not of the shape {list(value.shape)} that the model has")
+            if stored[name].dtype not in _FLOATS:
+                raise GlobeError(f"tensor {name} is {stored[name].dtype}; expected one of {', '.join(_FLOATS)}")
+    if not found:
+        raise GlobeError(f"{factored.directory}: it has none of the parts {', '.join(parts)} that are to move")
+    return found, {name: stored[name] for each in found for name in each.stored}
+
+
+def round_to_stored(parts: list[Moving], stored: dict[str, TensorInfo]) -> None:
+    """Round every parameter to what its stored tensors will hold."""
+    with torch.no_grad():
+        for each in parts:
+            for name, value in each.values():
+                value.copy_(value.to(TORCH_DTYPES[stored[name].dtype]))
+
+
+def _kind(name: str) -> tuple[str, str]:
+    """The part and the family of a parameter of `FactoredExperts`."""
+    if name.endswith("_left"):
+        return "lefts", name.removesuffix("_left")
+    return ("down", "down") if name == "down_proj" else ("", "")
+
+
+def _expert_tensors(factored: Factored, layout: Layout, layer: int) -> dict[str, tuple[str, ...]]:
+    """Per family the stored tensors of a layer's experts, in their order: left factors, or down as it is."""
+    families = factored.manifest["families"]
+    found: dict[str, dict[int, str]] = {"gate": {}, "up": {}, "down": {}}
+    for shard in factored.manifest["source"]["shards"]:
+        for tensor in shard["tensors"]:
+            for family, names in found.items():
+                place = layout.place(family, tensor)
+                if place is not None and place[0] == layer:
+                    factors = tensor in families.get(family, {"tensors": {}})["tensors"]
+                    names[place[1] or 0] = left_name(tensor, family) if factors else tensor
+    return {family: tuple(names[expert] for expert in sorted(names)) for family, names in found.items()}

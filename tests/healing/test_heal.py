@@ -1,0 +1,348 @@
+"""Healing: a tiny mixture learns from its original, or is left as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import globe  # noqa: E402
+from checkpoints import make_tiny  # noqa: E402
+from families import WEIGHTS_ONLY  # noqa: E402
+from globe import Healing, Settings, compress, heal  # noqa: E402
+from globe.artifact.factored import open_factored  # noqa: E402
+from globe.checkpoint.tensorfile import read_tensor  # noqa: E402
+from globe.errors import GlobeError, UsageError  # noqa: E402
+from globe.evaluation.models import load_model  # noqa: E402
+from globe.healing import descent, publish  # noqa: E402
+from globe.healing.loss import divergence, geometric_mean, learn  # noqa: E402
+from globe.healing.optimiser import Muon, orthogonal  # noqa: E402
+from globe.healing.parts import moving  # noqa: E402
+from globe.healing.state import FOLDER  # noqa: E402
+from globe.healing.texts import samples  # noqa: E402
+from globe.statistics.texts import evaluation_text  # noqa: E402
+from refusals import in_process  # noqa: E402
+from trained import train_small  # noqa: E402
+
+SMALL: dict[str, Any] = {"rank": 0.5, "bank_size": 3, "outer_loops": 1, "device": "cpu", **WEIGHTS_ONLY}
+QUICK: dict[str, Any] = {"own_tokens": 512, "text_tokens": 4096, "batch": 4, "window": 64, "rate": 5e-3}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A trained mixture and its factored directory."""
+    root = tmp_path_factory.mktemp("heal")
+    source = train_small(root / "source")
+    (root / "text.txt").write_text(evaluation_text("calibration")[:8192], encoding="utf-8")
+    compress(source, root / "out", Settings(**SMALL))
+    return source, root / "out"
+
+
+@pytest.fixture
+def pair(made: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    """The mixture, and a factored directory to be changed."""
+    shutil.copytree(made[1], tmp_path / "out")
+    return made[0], tmp_path / "out"
+
+
+def quick(source: Path, **changed: Any) -> Healing:
+    """Options of a healing that takes moments."""
+    return Healing(**{**QUICK, "text": (source.parent / "text.txt",), **changed})
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir() if path.is_file()}
+
+
+def weights(directory: Path) -> dict[str, str]:
+    return {name: digest for name, digest in hashes(directory).items() if name.endswith(".safetensors")}
+
+
+def test_it_learns_and_says_which_tensors_moved(pair: tuple[Path, Path], made: tuple[Path, Path]) -> None:
+    source, out = pair
+    found = heal(out, source, quick(source, steps=24, parts=("lefts", "norms", "down")))
+    assert found["kept"] == "healed" and found["steps"] == 24 and found["tokens"] == 24 * 4 * 64
+    assert geometric_mean(found["after"].values()) < 0.99 * geometric_mean(found["before"].values())
+    assert found["kl"][1] < found["kl"][0]
+    assert len(found["before"]) == 2 and found["original"].keys() == found["before"].keys()
+    assert not (out / FOLDER).exists() and not list(out.glob(".*"))
+    before, after = open_factored(made[1]), open_factored(out)
+    healed = set(after.manifest["healed"])
+    for name, header in after.shards.items():
+        for tensor, info in header.tensors.items():
+            same = torch.equal(read_tensor(info), read_tensor(before.shards[name].tensors[tensor]))
+            assert same is (tensor not in healed), tensor
+    kinds = {kind: [name for name in healed if kind in name] for kind in ("_left", "down_proj", "norm")}
+    assert all(kinds.values()) and sum(map(len, kinds.values())) == len(healed)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["healing"][0]["after"] == found["after"]
+    assert {name: told["sha256"] for name, told in metrics["files"].items()} == weights(out)
+    assert "## Healed" in (out / "README.md").read_text(encoding="utf-8")
+    again = heal(out, source, quick(source, steps=1, rate=1e-6))  # what is healed can be healed
+    assert again["before"] == pytest.approx(found["after"], rel=1e-6)
+
+
+def test_what_it_says_of_the_weights_is_what_the_files_give(pair: tuple[Path, Path]) -> None:
+    source, out = pair
+    found = heal(out, source, Healing(steps=24, **QUICK))
+    text = "pydoc_data.topics"
+    judged = globe.evaluate(out, against=source, max_tokens=2048, window=64)
+    assert judged.kl is not None and judged.kl < found["kl"][0]
+    assert any(label.startswith(text) for label in found["after"])
+    globe.export(out, out.parent / "dense")
+    dense = globe.evaluate(out.parent / "dense", max_tokens=2048, window=64)
+    assert dense.perplexity == pytest.approx(judged.perplexity, rel=0.02)
+
+
+def test_the_same_steps_give_the_same_bits(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    source, out = pair
+    shutil.copytree(out, tmp_path / "other")
+    options = quick(source, steps=6)
+    first, second = heal(out, source, options), heal(tmp_path / "other", source, options)
+    assert first["kept"] == "healed" and first["after"] == second["after"]
+    assert weights(out) == weights(tmp_path / "other")
+
+
+class Killed(BaseException):
+    """What a test raises where a process would die."""
+
+
+def killed_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Save after every step, and die at the beginning of one."""
+    calls = iter(range(1 << 20))
+
+    def dying(*arguments: Any) -> float:
+        if next(calls) == step:
+            raise Killed
+        return learn(*arguments)
+
+    monkeypatch.setattr(descent, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(descent, "_SAVE_SHARE", float("inf"))
+    monkeypatch.setattr(descent, "learn", dying)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = pair
+    shutil.copytree(out, tmp_path / "other")
+    options, before = quick(source, steps=6), hashes(out)
+    killed_at(monkeypatch, 3)
+    with pytest.raises(Killed):
+        heal(out, source, options)
+    assert hashes(out) == before and (out / FOLDER / "state.pt").exists()
+    with pytest.raises(UsageError, match=r"other options or texts: .*rate.*--fresh"):
+        heal(out, source, quick(source, steps=6, rate=1e-3))
+    killed_at(monkeypatch, 1 << 19)
+    calls: list[int] = []
+    monkeypatch.setattr(descent, "learn", lambda *given: calls.append(1) or learn(*given))
+    resumed = heal(out, source, options)
+    assert len(calls) == 3 and resumed["steps"] == 6
+    straight = heal(tmp_path / "other", source, options)
+    assert resumed["after"] == straight["after"] and resumed["kl"] == straight["kl"]
+    assert weights(out) == weights(tmp_path / "other")
+
+
+def test_fresh_forgets_a_stopped_run(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = pair
+    killed_at(monkeypatch, 2)
+    with pytest.raises(Killed):
+        heal(out, source, quick(source, steps=3))
+    calls: list[int] = []
+    monkeypatch.setattr(descent, "learn", lambda *given: calls.append(1) or learn(*given))
+    assert heal(out, source, quick(source, steps=4), fresh=True)["steps"] == 4
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("moves", range(1, 5))
+def test_killed_while_files_are_put_in_place(
+    moves: int, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = pair
+    options, calls, replace = quick(source, steps=6), iter(range(1 << 20)), os.replace
+
+    def dying(*names: Any) -> None:
+        if Path(names[1]).parent == out and next(calls) == moves - 1:
+            raise Killed
+        replace(*names)
+
+    monkeypatch.setattr(publish.os, "replace", dying)
+    with pytest.raises(Killed):
+        heal(out, source, options)
+    monkeypatch.undo()
+    assert not (out / "config.json").exists()  # visibly not whole
+    with pytest.raises(GlobeError, match=r"config\.json is missing"):
+        open_factored(out)
+    heal(out, source, quick(source, steps=1, rate=1e-6))  # puts the rest in place first
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["healing"][0]["steps"] == 6
+    found = hashes(out)
+    assert all(found[name] == told["sha256"] for name, told in metrics["files"].items())
+    assert not (out / FOLDER).exists()
+
+
+def test_what_was_made_anew_is_not_overwritten(
+    pair: tuple[Path, Path], made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = pair
+
+    def dying(*names: Any) -> None:
+        if Path(names[1]).parent == out:
+            raise Killed
+        replace(*names)
+
+    replace = os.replace
+    monkeypatch.setattr(publish.os, "replace", dying)
+    with pytest.raises(Killed):
+        heal(out, source, quick(source, steps=2))
+    monkeypatch.undo()
+    for name in hashes(made[1]):  # as a compression with other settings would
+        shutil.copy(made[1] / name, out / name)
+    bank = out / "globe-bank.safetensors"
+    bank.write_bytes(bank.read_bytes()[:-1] + b"\1")
+    before = hashes(out)
+    with pytest.raises(UsageError, match=r"holds a healing of other options or texts: files\.globe-bank.*--fresh"):
+        heal(out, source, quick(source, steps=2))
+    assert hashes(out) == before
+
+
+@pytest.mark.parametrize("rate", [1e3, 1e30])
+def test_what_gets_worse_is_not_written(rate: float, pair: tuple[Path, Path]) -> None:
+    source, out = pair
+    before = hashes(out)
+    found = heal(out, source, quick(source, steps=3, rate=rate))
+    assert found["kept"] == "start" and hashes(out) == before and not (out / FOLDER).exists()
+    json.loads(json.dumps(found, allow_nan=False))
+
+
+def test_minutes_end_it(pair: tuple[Path, Path]) -> None:
+    source, out = pair
+    found = heal(out, source, quick(source, minutes=0.1))
+    assert found["seconds"] >= 6.0 and found["options"]["steps"] is None
+    assert found["tokens"] == 256 * found["steps"]
+
+
+def test_only_the_parts_that_are_named_move(made: tuple[Path, Path]) -> None:
+    out = made[1]
+    factored = open_factored(out)
+    model, _ = load_model(out)
+    for part, shape in (("norms", 1), ("lefts", 3), ("down", 3)):
+        found, stored = moving(model, factored, (part,))
+        assert {each.part for each in found} == {part} and {each.parameter.ndim for each in found} == {shape}
+        for each in found:
+            for name, value in each.values():
+                assert torch.equal(read_tensor(stored[name]).float(), value)
+
+
+@pytest.mark.parametrize("layout", ["granitemoe", "mixtral", "qwen2_moe", "qwen3_5_moe", "deepseek_v2"])
+def test_parameters_are_found_in_every_layout(layout: str, tmp_path: Path) -> None:
+    source = make_tiny(layout, tmp_path / "source", shards=2, dtype="bfloat16")
+    compress(source, tmp_path / "out", Settings(**{**SMALL, "outer_loops": 0}))
+    model, _ = load_model(tmp_path / "out")
+    found, stored = moving(model, open_factored(tmp_path / "out"), ("lefts", "norms", "down"))
+    assert {each.part for each in found} == {"lefts", "norms", "down"}
+    for each in found:
+        for name, value in each.values():
+            assert torch.equal(read_tensor(stored[name]).float(), value), name
+
+
+def test_down_that_is_factored_moves_as_left_factors(tmp_path: Path) -> None:
+    source = make_tiny("olmoe", tmp_path / "source", dtype="bfloat16")
+    settings = Settings(**{**SMALL, "outer_loops": 0, "families": ("gate", "up", "down")})
+    compress(source, tmp_path / "out", settings)
+    model, _ = load_model(tmp_path / "out")
+    factored = open_factored(tmp_path / "out")
+    lefts, _ = moving(model, factored, ("lefts",))
+    assert any("down_left" in each.name for each in lefts)
+    with pytest.raises(GlobeError, match="none of the parts down"):
+        moving(model, factored, ("down",))
+
+
+def test_the_gradient_is_that_of_the_divergence() -> None:
+    generator = torch.Generator().manual_seed(0)
+    expected, found = (torch.randn(5, 7, generator=generator) for _ in range(2))
+    found.requires_grad_(True)
+    loss = torch.nn.functional.kl_div(found.log_softmax(1), expected.log_softmax(1), reduction="sum", log_target=True)
+    loss.backward()
+    value, gradient = divergence(expected, found.detach())
+    assert value == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, found.grad)
+
+
+def test_muon_makes_matrices_orthogonal_and_leaves_zeros() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((3, 24, 16), (3, 16, 24)):
+        matrices = torch.randn(shape, generator=generator)
+        matrices[1] = 0.0
+        values = torch.linalg.svdvals(orthogonal(1e-9 * matrices))
+        assert (values[1] == 0).all() and 0.6 < values[[0, 2]].min() and values.max() < 1.25
+        left, _, right = torch.linalg.svd(matrices[0], full_matrices=False)
+        assert torch.linalg.vecdot((left @ right).flatten(), orthogonal(matrices)[0].flatten()) > 0.9 * 16
+
+
+def test_a_step_of_muon_has_the_size_that_it_is_told() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2, 24, 16))
+    parameter.grad = torch.randn(2, 24, 16, generator=torch.Generator().manual_seed(0))
+    Muon([{"params": [parameter], "lr": 0.01}]).step()
+    assert parameter.detach().square().mean().sqrt().item() == pytest.approx(0.01, rel=0.25)
+    assert torch.linalg.vecdot(parameter.detach().flatten(), parameter.grad.flatten()) < 0
+
+
+def test_samples_follow_from_the_seed(made: tuple[Path, Path]) -> None:
+    teacher, tokenizer = load_model(made[0])
+    options = Healing(own_tokens=320, window=32)
+    drawn = [
+        samples(teacher, tokenizer, each, lambda steps: None)
+        for each in (options, options, Healing(seed=1, own_tokens=320, window=32))
+    ]
+    assert drawn[0].shape == (10, 32) and torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_refusals(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    source, out = pair
+    with pytest.raises(GlobeError, match="not factored; expected a directory written by globe compress"):
+        heal(source, source)
+    with pytest.raises(GlobeError, match="no such directory"):
+        heal(tmp_path / "none", source)
+    other = make_tiny("olmoe", tmp_path / "other")
+    with pytest.raises(GlobeError, match=r"fingerprint is .*was made of .*give the checkpoint that was compressed"):
+        heal(out, other)
+    assert not (out / FOLDER).exists()
+    (tmp_path / "short.txt").write_text("short", encoding="utf-8")
+    with pytest.raises(GlobeError, match=r"short\.txt\) has \d+ tokens; expected at least two windows"):
+        heal(out, source, Healing(text=(tmp_path / "short.txt",), **QUICK))
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"parts": ("lefts", "codes")}, "parts are lefts,codes; expected some of lefts, norms, down"),
+        ({"parts": ()}, "parts are none"),
+        ({"minutes": 0.0}, "minutes is 0.0; expected a positive number"),
+        ({"rate": float("nan")}, "rate is nan"),
+        ({"steps": 0}, "steps is 0; expected at least 1"),
+        ({"window": 1}, "window is 1; expected at least 2"),
+    ],
+)
+def test_options_that_make_no_sense(changed: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        Healing(**changed)
+
+
+def test_the_command_prints_one_object(pair: tuple[Path, Path]) -> None:
+    source, out = pair
+    few = ("--steps", 2, "--own-tokens", 256, "--text-tokens", 1024, "--window", 64, "--quiet", "--json")
+    done = in_process("heal", out, "--against", source, *few)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["steps"] == 2 and found["kept"] in ("healed", "start") and done.stderr == ""
+    refused = in_process("heal", source, "--against", source, *few)
+    assert refused.returncode == 1 and "not factored" in refused.stderr
