@@ -19,7 +19,7 @@ class Healing:
     Attributes
     ----------
     text : tuple of Path
-        UTF-8 files to learn on; with none, the calibration half of Python's help topics.
+        UTF-8 files to learn on; with none, the calibration halves of Python's help topics, sources and licence.
     own_tokens : int
         Tokens that the original samples itself, at temperature 1; 0 for none.
     text_tokens : int
@@ -40,7 +40,7 @@ class Healing:
 
     text: tuple[Path, ...] = ()
     own_tokens: int = 16384
-    text_tokens: int = 65536
+    text_tokens: int = 24576
     minutes: float = 20.0
     steps: int | None = None
     parts: tuple[str, ...] = ("lefts", "norms")

@@ -11,6 +11,9 @@ import torch
 
 from globe.errors import GlobeError
 from globe.healing.options import Healing
+from globe.statistics.documents import CALIBRATION
+from globe.statistics.mixture import PYDOC
+from globe.statistics.python_texts import PARTS, python_documents
 from globe.statistics.texts import read_text
 
 _HELD_SHARE, _MOST_HELD = 16, 8  # of a text's windows one in so many is held out, at most so many
@@ -26,9 +29,12 @@ class Reading:
 
 
 def given_texts(options: Healing) -> dict[str, str]:
-    """The given texts by name."""
-    found = [read_text(path, "calibration") for path in options.text or (None,)]
-    return {label: text for text, label in found}
+    """The given texts by name; with none the calibration halves of what every Python carries."""
+    if options.text:
+        return {label: text for text, label in (read_text(path) for path in options.text)}
+    found = {f"{PYDOC}:{part}": python_documents(part, CALIBRATION) for part in PARTS}
+    joined = {name: "\n\n".join(str(each.content) for each in documents) for name, documents in found.items()}
+    return {name: text for name, text in joined.items() if text}
 
 
 def texts_key(texts: dict[str, str]) -> dict[str, str]:
