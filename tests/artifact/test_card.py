@@ -91,3 +91,13 @@ def test_an_export_leaves_the_card_and_the_settings(home: Path) -> None:
 def test_base_model(folder: str, told: str | None, expected: str, tmp_path: Path) -> None:
     (tmp_path / folder).mkdir(parents=True)
     assert base_model(tmp_path / folder, {"_name_or_path": told}) == expected
+
+
+def test_the_card_tells_of_the_texts(tmp_path: Path) -> None:
+    source = make_tiny("olmoe", tmp_path / "source")
+    settings = Settings(rank=0.5, bank_size=3, joint_steps=1, device="cpu", calibrate="auto", calibration_tokens=1024)
+    result = compress(source, tmp_path / "out", settings)
+    texts = result.metrics["calibration"]["texts"]
+    assert [text["tokens"] for text in texts if text["name"] == "self"] == [512]
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "| samples of the model itself | 512 | 50.0% |" in card and "| pydoc:topics | 512 | 50.0% |" in card

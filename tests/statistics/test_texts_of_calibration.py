@@ -23,8 +23,10 @@ from globe.settings import Settings  # noqa: E402
 from globe.statistics.calibration import load_calibration  # noqa: E402
 from globe.statistics.diversity import most_diverse  # noqa: E402
 from globe.statistics.documents import Document, half_of, read_documents  # noqa: E402
+from globe.statistics.held_out import held_out_texts  # noqa: E402
 from globe.statistics.mixture import deal, mixture, parse_texts, tokens_for, usual_tokens  # noqa: E402
 from globe.statistics.python_texts import PARTS, python_documents  # noqa: E402
+from globe.statistics.texts import evaluation_text  # noqa: E402
 
 HALVES = ("calibration", "evaluation")
 
@@ -237,3 +239,18 @@ def test_default_without_samples(tiny: Callable[[str], Path], tmp_path: Path, mo
     assert "no samples of the model itself, pydoc alone" in lines.lines[0] and "--max-memory" in lines.lines[0]
     with pytest.raises(GlobeError, match="own samples need the whole model in memory"):
         calibrate_tiny(tiny("mixtral"), tmp_path / "file", text={"self": 1})
+
+
+def test_what_is_held_out(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("stays.txt", "goes.txt")]
+    for file in files:
+        file.write_text("ab" * 500 + "cd" * 500, encoding="utf-8")
+    given: dict[str, float] = {"pydoc": 1, "self": 1, **{str(file): 1 for file in files}}
+    made = calibrate_tiny(tiny("mixtral"), tmp_path / "file", text=given, tokens=1280)
+    files[1].unlink()
+    notes: list[str] = []
+    found = held_out_texts(made, byte_tokenizer(), notes.append)
+    assert list(found) == [*(f"pydoc:{part}" for part in PARTS), "self", str(files[0])]
+    assert found[str(files[0])] == "cd" * 500 and found["pydoc:topics"] == evaluation_text("evaluation")
+    assert torch.equal(found["self"], made.tokens("held_out_samples"))
+    assert len(notes) == 1 and "not judged on the held-out half of" in notes[0] and "goes.txt" in notes[0]
