@@ -24,7 +24,6 @@ from globe.errors import GlobeError, UsageError  # noqa: E402
 from globe.evaluation.models import load_model  # noqa: E402
 from globe.healing import descent, publish  # noqa: E402
 from globe.healing.loss import divergence, geometric_mean, learn  # noqa: E402
-from globe.healing.optimiser import Muon, orthogonal  # noqa: E402
 from globe.healing.parts import moving  # noqa: E402
 from globe.healing.state import FOLDER  # noqa: E402
 from globe.healing.texts import samples  # noqa: E402
@@ -275,25 +274,6 @@ def test_the_gradient_is_that_of_the_divergence() -> None:
     value, gradient = divergence(expected, found.detach())
     assert value == pytest.approx(loss.item(), rel=1e-5)
     torch.testing.assert_close(gradient, found.grad)
-
-
-def test_muon_makes_matrices_orthogonal_and_leaves_zeros() -> None:
-    generator = torch.Generator().manual_seed(0)
-    for shape in ((3, 24, 16), (3, 16, 24)):
-        matrices = torch.randn(shape, generator=generator)
-        matrices[1] = 0.0
-        values = torch.linalg.svdvals(orthogonal(1e-9 * matrices))
-        assert (values[1] == 0).all() and 0.6 < values[[0, 2]].min() and values.max() < 1.25
-        left, _, right = torch.linalg.svd(matrices[0], full_matrices=False)
-        assert torch.linalg.vecdot((left @ right).flatten(), orthogonal(matrices)[0].flatten()) > 0.9 * 16
-
-
-def test_a_step_of_muon_has_the_size_that_it_is_told() -> None:
-    parameter = torch.nn.Parameter(torch.zeros(2, 24, 16))
-    parameter.grad = torch.randn(2, 24, 16, generator=torch.Generator().manual_seed(0))
-    Muon([{"params": [parameter], "lr": 0.01}]).step()
-    assert parameter.detach().square().mean().sqrt().item() == pytest.approx(0.01, rel=0.25)
-    assert torch.linalg.vecdot(parameter.detach().flatten(), parameter.grad.flatten()) < 0
 
 
 def test_samples_follow_from_the_seed(made: tuple[Path, Path]) -> None:

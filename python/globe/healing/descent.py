@@ -1,4 +1,4 @@
-"""The steps of a healing: the parameters that move follow the gradient of the KL, and are saved now and then."""
+"""The steps of a healing: Adam on the parameters that move, saved now and then."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from globe.healing.loss import learn
-from globe.healing.optimiser import optimisers
 from globe.healing.options import Healing
 from globe.healing.parts import Moving
 from globe.healing.state import State
 
+BETAS = (0.9, 0.95)
 _WARM_STEPS, _LEAST = 10, 0.02
 _SAVE_SECONDS, _SAVE_SHARE = 60.0, 0.02  # between checkpoints, and the most of the time that they may take
 
@@ -54,9 +54,9 @@ def descend(run: Run, options: Healing, state: State, advance: Advance) -> Desce
 
     The rate rises over ten steps and falls along a cosine, over the steps or over the time.
     """
-    moves = optimisers(run.parts, options.rate)
-    rates = [[group["lr"] for group in each.param_groups] for each in moves]
-    losses, used = _recall(run, state, moves)
+    optimiser = _optimiser(run.parts, options.rate)
+    rates = [group["lr"] for group in optimiser.param_groups]
+    losses, used = _recall(run, state, optimiser)
     began = saved = time.monotonic()
     took = 0.0  # by the last checkpoint
     advance(_done(len(losses), used, options))
@@ -64,24 +64,29 @@ def descend(run: Run, options: Healing, state: State, advance: Advance) -> Desce
     while finite and _done(len(losses), used + time.monotonic() - began, options) < 1.0:
         seconds = used + time.monotonic() - began
         done, step = _done(len(losses), seconds, options), len(losses)
-        for move, full in zip(moves, rates, strict=True):
-            for group, rate in zip(move.param_groups, full, strict=True):
-                group["lr"] = rate * _schedule(step, done)
-        for each in run.parts:
-            each.parameter.grad = None
+        for group, rate in zip(optimiser.param_groups, rates, strict=True):
+            group["lr"] = rate * _schedule(step, done)
+        optimiser.zero_grad()
         losses.append(learn(run.model, run.teacher, _batch(run.windows, step, options)))
         finite = math.isfinite(losses[-1])
-        for move in moves if finite else ():
-            move.step()
+        if finite:
+            optimiser.step()
         now = time.monotonic()
         if now - saved > max(_SAVE_SECONDS, took / _SAVE_SHARE):
-            _save(run, state, moves, losses, used + now - began)
+            _save(run, state, optimiser, losses, used + now - began)
             saved = time.monotonic()
             took = saved - now
         advance(_done(len(losses), used + now - began, options) - done)
     seconds = used + time.monotonic() - began
-    _save(run, state, moves, losses, seconds)
+    _save(run, state, optimiser, losses, seconds)
     return Descent(len(losses), seconds, tuple(losses), finite)
+
+
+def _optimiser(parts: list[Moving], rate: float) -> torch.optim.Optimizer:
+    """Adam, with a rate over every tensor's own root mean square."""
+    sizes = [float(each.parameter.detach().square().mean().sqrt()) for each in parts]
+    groups = [{"params": [each.parameter], "lr": rate * size} for each, size in zip(parts, sizes, strict=True)]
+    return torch.optim.Adam(groups, betas=BETAS)
 
 
 def _schedule(step: int, done: float) -> float:
@@ -103,20 +108,19 @@ def _batch(windows: torch.Tensor, step: int, options: Healing) -> torch.Tensor:
     return windows[picked]
 
 
-def _recall(run: Run, state: State, moves: list[torch.optim.Optimizer]) -> tuple[list[float], float]:
-    """Put parameters and optimisers where the last checkpoint has them; its KLs and seconds."""
+def _recall(run: Run, state: State, optimiser: torch.optim.Optimizer) -> tuple[list[float], float]:
+    """Put parameters and optimiser where the last checkpoint has them; its KLs and seconds."""
     found = state.progress()
     if found is None:
         return [], run.used
     with torch.no_grad():
         for each in run.parts:
             each.parameter.copy_(found["parameters"][each.name])
-    for move, kept in zip(moves, found["optimisers"], strict=True):
-        move.load_state_dict(kept)
+    optimiser.load_state_dict(found["optimiser"])
     return list(found["losses"]), float(found["seconds"])
 
 
-def _save(run: Run, state: State, moves: list[torch.optim.Optimizer], losses: list[float], seconds: float) -> None:
+def _save(run: Run, state: State, optimiser: torch.optim.Optimizer, losses: list[float], seconds: float) -> None:
     parameters = {each.name: each.parameter.detach() for each in run.parts}
-    kept = [each.state_dict() for each in moves]
-    state.save_progress({"parameters": parameters, "optimisers": kept, "losses": losses, "seconds": seconds})
+    kept = {"parameters": parameters, "optimiser": optimiser.state_dict(), "losses": losses, "seconds": seconds}
+    state.save_progress(kept)
