@@ -23,7 +23,7 @@ from globe.statistics.stand_in import in_place_of, layer_experts
 
 WIDEST = 2048  # inputs of one regression: experts are refitted together while theirs are no more
 _HELD = 4  # every so many windows one is held out
-_LINEAR = 1e-2
+_LINEAR = {torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.1}  # of the experts' part: rounding of the stream
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,8 @@ class _Step:
             made[rows] += inputs @ down[group].float().mT.flatten(0, 1)
         energy = float(made.square().sum())
         gain = float((share * made).sum()) / energy if energy > 0 else 1.0
-        if float((share - gain * made).square().sum()) > _LINEAR**2 * float(share.square().sum()):
+        slack = _LINEAR[self.streamed.dtype]
+        if float((share - gain * made).square().sum()) > slack**2 * float(share.square().sum()):
             raise GlobeError(
                 f"{self.streamed.checkpoint.directory}: layer {self.number}'s output is not linear in that of its "
                 "experts, so down cannot be corrected in closed form; use --correct none"
