@@ -133,7 +133,10 @@ def test_several_texts(mixtral: Path, tmp_path: Path) -> None:
     texts = [option for file in files for option in ("--text", str(file))]
     command = ["eval", str(mixtral), "--against", str(other), "--window", "64"]
     told = json.loads(CliRunner().invoke(cli, [*command, *texts, "--json"]).stdout)
-    assert told["geometric_mean"] == geometric_mean(found) and set(told) == {"texts", "geometric_mean"}
+    assert told["geometric_mean"] == pytest.approx(geometric_mean(found), rel=1e-6) and set(told) == {
+        "texts",
+        "geometric_mean",
+    }
     assert [row["perplexity"] for row in told["texts"]] == [each.perplexity for each in found]
     one = json.loads(CliRunner().invoke(cli, [*command, *texts[:2], "--json"]).stdout)
     assert one["perplexity"] == found[0].perplexity and one["text"] == str(files[0]) and len(one["texts"]) == 1

@@ -92,7 +92,7 @@ def test_it_learns_and_says_which_tensors_moved(pair: tuple[Path, Path], made: t
 def test_what_it_says_of_the_weights_is_what_the_files_give(pair: tuple[Path, Path]) -> None:
     source, out = pair
     found = heal(out, source, Healing(steps=24, **QUICK))
-    text = "pydoc_data.topics"
+    text = "pydoc:topics"
     judged = globe.evaluate(out, against=source, max_tokens=2048, window=64)
     assert judged.kl is not None and judged.kl < found["kl"][0]
     assert any(label.startswith(text) for label in found["after"])

@@ -172,7 +172,7 @@ def test_powers() -> None:
 
 
 def test_zero_proxies_of_experts_that_are_not_zero_have_a_remedy_that_works(tmp_path: Path) -> None:
-    chosen = settings(selector="uniform", bank_size=2)
+    chosen = settings(selector="uniform", bank_size=2, method="ts-pca")
     weights = WEIGHTS.copy()
     weights[:, split_rows(12, 4, np.ones(12), chosen).proxy] = 0
     directory = source(tmp_path / "s", weights)
