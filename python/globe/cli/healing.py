@@ -21,7 +21,7 @@ from globe.cli.options import PATH, choice, common, display_for, trusting
 @click.option("--minutes", type=float, default=20.0, show_default=True, help="How long it may take.")
 @click.option("--steps", type=int, help="Take N steps instead, whatever they take: the result is then the same again.")
 @click.option("--parts", default="lefts,norms", show_default=True, help="What moves: lefts, norms, dense down.")
-@click.option("--rate", type=float, default=5e-4, show_default=True, help="Learning rate over a tensor's RMS.")
+@click.option("--rate", type=float, default=2e-4, show_default=True, help="Learning rate over a tensor's RMS.")
 @click.option("--batch", type=int, default=2, show_default=True, help="Windows in a step.")
 @click.option("--window", type=int, default=256, show_default=True, help="Tokens per window.")
 @click.option("--seed", type=int, default=0, show_default=True)

@@ -44,7 +44,7 @@ class Healing:
     minutes: float = 20.0
     steps: int | None = None
     parts: tuple[str, ...] = ("lefts", "norms")
-    rate: float = 5e-4
+    rate: float = 2e-4
     batch: int = 2
     window: int = 256
     seed: int = 0
