@@ -32,7 +32,7 @@ from refusals import in_process  # noqa: E402
 from trained import train_small  # noqa: E402
 
 SMALL: dict[str, Any] = {"rank": 0.5, "bank_size": 3, "outer_loops": 1, "device": "cpu", **WEIGHTS_ONLY}
-QUICK: dict[str, Any] = {"own_tokens": 512, "text_tokens": 4096, "batch": 4, "window": 64, "rate": 5e-3}
+QUICK: dict[str, Any] = {"own_tokens": 2048, "text_tokens": 4096, "batch": 4, "window": 64, "rate": 5e-3}
 
 
 @pytest.fixture(scope="module")

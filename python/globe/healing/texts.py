@@ -13,11 +13,11 @@ from globe.errors import GlobeError
 from globe.healing.options import Healing
 from globe.statistics.documents import CALIBRATION
 from globe.statistics.mixture import PYDOC
+from globe.statistics.own import Wanted, sampled, start_tokens
 from globe.statistics.python_texts import PARTS, python_documents
 from globe.statistics.texts import read_text
 
 _HELD_SHARE, _MOST_HELD = 16, 8  # of a text's windows one in so many is held out, at most so many
-_ROWS = 64  # of samples together
 
 
 @dataclass(frozen=True)
@@ -80,23 +80,6 @@ def _cut(label: str, text: str, tokenizer: Any, options: Healing) -> torch.Tenso
 
 
 def samples(teacher: Any, tokenizer: Any, options: Healing, advance: Callable[[float], None]) -> torch.Tensor:
-    """Windows that a model samples at temperature 1, each from a random first token that is not a special one."""
-    generator = torch.Generator().manual_seed(options.seed)
-    special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.long)
-    first = torch.ones(min(len(tokenizer), int(teacher.get_input_embeddings().weight.shape[0])))
-    first[special[special < len(first)]] = 0.0
+    """Windows that a model samples at temperature 1, begun as its tokenizer begins a text, or anyhow."""
     rows = options.own_tokens // options.window
-    made = []
-    with torch.inference_mode():
-        for start in range(0, rows, _ROWS):
-            count = min(_ROWS, rows - start)
-            ids, past = torch.multinomial(first, count, True, generator=generator)[:, None], None
-            parts = [ids]
-            for _ in range(options.window - 1):
-                found = teacher(input_ids=ids.to(teacher.device), past_key_values=past, use_cache=True)
-                past, share = found.past_key_values, found.logits[:, -1].float().softmax(-1).cpu()
-                ids = torch.multinomial(share, 1, generator=generator)
-                parts.append(ids)
-                advance(count)
-            made.append(torch.cat(parts, 1))
-    return torch.cat(made).clone()
+    return sampled(teacher, Wanted(rows, options.window, start_tokens(tokenizer), options.seed), advance)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from globe.errors import GlobeError
-from globe.runs.stages import Stages
+from globe.runs.stages import Advance, Stages
 from globe.sizes.budget import size_text
 from globe.statistics.decoding import decoding_cache
 from globe.statistics.layerwise import Layerwise, own_code
@@ -64,19 +64,25 @@ def own_samples(streamed: Layerwise, wanted: Wanted, limit: int, stages: Stages)
             f"{checkpoint.directory}: its own samples need the whole model in memory, about {size_text(needed)}; there "
             f"is {size_text(limit)}: use --calibrate pydoc, or a larger --max-memory"
         )
+    began = time.perf_counter()
+    total = wanted.count * wanted.length
+    with stages.stage("sample", total) as advance, streamed.whole() as model, own_code(checkpoint):
+        found = sampled(model, wanted, advance)
+    seconds = time.perf_counter() - began
+    stages.display.log(f"{total:,} tokens sampled from the model itself in {seconds:.0f} s")
+    return found
+
+
+def sampled(model: Any, wanted: Wanted, advance: Advance) -> torch.Tensor:
+    """The sequences (count, length) that a model in memory writes, `AT_ONCE` at a time."""
     random = torch.Generator().manual_seed(wanted.seed)
     drawn = torch.randint(len(wanted.starts), (wanted.count,), generator=random)
     found = torch.empty(wanted.count, wanted.length, dtype=torch.int64)
     found[:, 0] = wanted.starts[drawn]
-    began = time.perf_counter()
-    batches = torch.split(found, AT_ONCE)
-    with stages.stage("sample", len(batches) * wanted.length) as advance, streamed.whole() as model:
-        for ids in batches:
-            with own_code(checkpoint):
-                for _ in _continued(model, ids, random):
-                    advance(1)
-    seconds = time.perf_counter() - began
-    stages.display.log(f"{found.numel():,} tokens sampled from the model itself in {seconds:.0f} s")
+    for ids in torch.split(found, AT_ONCE):
+        advance(len(ids))
+        for _ in _continued(model, ids, random):
+            advance(len(ids))
     return found
 
 
