@@ -14,7 +14,7 @@ from globe.fit.problem import Problem
 from globe.settings import Settings
 from globe.statistics.metric import Metric
 
-EXPERTS, P, D, RANK, ATOMS = 6, 10, 14, 4, 5
+EXPERTS, P, D, RANK, ATOMS = 6, 10, 14, 3, 5
 WHOLE = 7  # a rank with which K_i is kept whole in a metric; with RANK it is its basis
 METRICS = ("none", "shared", "scaled", "rows")
 CASES = [*((kind, RANK) for kind in METRICS), *((kind, WHOLE) for kind in METRICS if kind != "none")]

@@ -22,7 +22,7 @@ from globe.fit.objective import Value
 from globe.fit.pace import Pace
 from globe.fit.problem import Problem
 from globe.fit.sums import State
-from globe.fit.support import Quadratic, newton_codes, shrink_support
+from globe.fit.support import Quadratic, above_target, newton_codes, shrink_support
 from globe.runs.job import Job
 from globe.runs.stages import Advance
 from globe.runs.store import Store
@@ -240,7 +240,7 @@ def _centre(gram: torch.Tensor) -> torch.Tensor:
 
 def _supported(value: Value, codes: Array, now: Steps, settings: Settings) -> tuple[Array | None, float]:
     """Codes on supports that the settings ask for, and their temperature; None where they are on such already."""
-    if settings.codes in ("entmax", "sparsemax") and np.median(supports(codes)) > settings.support:
+    if above_target(codes, settings):
         model = Quadratic(value.curvature, codes, value.codes)
         kept, temperature = shrink_support(model, newton_codes(model), settings.support, entmax_alpha(settings))
         return _sized(kept), temperature

@@ -41,8 +41,8 @@ class Value:
     columns : torch.Tensor, shape (d, d), fp64 on the CPU
         Σ_i tr C_i K_i over some experts of every layer, of mean diagonal one.
     curvature : torch.Tensor, shape (N, m, m), fp32 on the CPU
-        Of the codes: 2 ⟨A_i B_j L_i (I − Π_i), A_i B_k L_i (I − Π_i)⟩ from a sketch of its columns, and on its diagonal
-        a little of ‖A_i B̃'_i‖² / ‖α_i‖².
+        Of the codes: 2 ⟨A_i B_j L_i (I − Π_i), A_i B_k L_i (I − Π_i)⟩ from a sketch of its columns, of an expert's
+        atoms or, where others may come in, of all; and on its diagonal a little of ‖A_i B̃'_i‖² / ‖α_i‖².
     gram : torch.Tensor, shape (r, r), fp64 on the CPU
         B̃'_i B̃'_iᵀ over its mean diagonal: the mean over some experts.
     """

@@ -17,6 +17,7 @@ from globe.compute.spd import row_basis
 from globe.compute.stream import expert_batches
 from globe.fit.objective import Part, Sums, Value
 from globe.fit.sketch import Sketch
+from globe.fit.support import above_target
 from globe.runs.job import Job
 from globe.runs.stages import Advance
 from globe.seeds.pool import Pool
@@ -79,7 +80,7 @@ class Problem:
         left_room = torch.empty(size, *sums.lefts.shape[1:], device=self.device)
         hidden_room = torch.empty(size, bank.shape[2 if self.whole else 1], bank.shape[2], device=self.device)
         free_room = torch.empty(size, bank.shape[2], SKETCHED, device=self.device)
-        sketch = Sketch(bank, self.metric, self._moments, seed)
+        sketch, atoms = Sketch(bank, self.metric, self._moments, seed), self._atoms(codes)
         with engine(self.device) as workers:
             for span, weighted in self._weighted_batches():
                 mixed = mixtures(codes[span], bank, mixed_room)
@@ -112,7 +113,7 @@ class Problem:
                     sums.add(within(span, part), found)
                     advance(part.stop - part.start)
                 lefts, hidden = left_room[: len(weighted)], hidden_room[: len(weighted)]
-                sums.curvature[span] = sketch.codes(lefts, free_room[: len(weighted)], workers)
+                sums.curvature[span] = sketch.codes(lefts, free_room[: len(weighted)], atoms[span], workers)
                 self.lefts.put(span, lefts)
                 self.hidden.put(span, hidden)
                 sums.gather(span, (bank, codes), slope_room[: len(weighted)], lefts)
@@ -136,6 +137,12 @@ class Problem:
                 self._weighted.put(span, room[: len(batch)])
                 yield span, room[: len(batch)]
         self._made = True
+
+    def _atoms(self, codes: Array) -> list[torch.Tensor]:
+        """Of every expert the atoms whose codes' curvature is asked for: its own, or all where others may come in."""
+        if self._settings.codes == "signed" or above_target(codes, self._settings):
+            return [torch.arange(codes.shape[1], device=self.device)] * len(codes)
+        return [torch.from_numpy(np.flatnonzero(row)).to(self.device) for row in codes]
 
     def _columns(self, sketch: Sketch, numbers: slice, basis: torch.Tensor, some: slice) -> torch.Tensor:
         """K_i of the sampled experts among those of these numbers; nothing without a metric, which asks for none."""

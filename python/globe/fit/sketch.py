@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from globe.compute.gemm import matmul
 from globe.compute.passes import Engine
-from globe.sizes.flops import SKETCHED
+from globe.sizes.flops import PROBED, SKETCHED
 from globe.statistics.metric import Metric
 
 
@@ -46,28 +46,29 @@ class Sketch:
         free = self._random - matmul(basis.mT, matmul(basis, self._random))
         return free if self._metric is None else self._metric.unseen(numbers, free.mT.contiguous()).mT
 
-    def codes(self, lefts: torch.Tensor, free: torch.Tensor, workers: Engine) -> torch.Tensor:
-        """⟨A_i B_j F_i, A_i B_k F_i⟩ (n, m, m) of experts with C_i = A_iᵀA_i (n, r, r) and what `free` made."""
-        (atoms, rank, width), (count, _, columns) = self._bank.shape, free.shape
-        together = free.permute(1, 0, 2).reshape(width, -1)
-        probes = torch.empty(atoms, rank, count * columns, device=free.device)
-        found = torch.empty(count, atoms, atoms, device=free.device)
+    def codes(
+        self, lefts: torch.Tensor, free: torch.Tensor, atoms: Sequence[torch.Tensor], workers: Engine
+    ) -> torch.Tensor:
+        """⟨A_i B_j F_i, A_i B_k F_i⟩ (n, m, m) of experts, zero but for some atoms of each.
 
-        def probe(part: slice) -> None:
-            probes[part] = matmul(self._bank[part], together)
+        Parameters
+        ----------
+        lefts : torch.Tensor, shape (n, r, r)
+            C_i = A_iᵀA_i.
+        free : torch.Tensor, shape (n, d, 16)
+            F_i, as `free` makes it.
+        atoms : sequence of torch.Tensor
+            Of every expert the numbers of its atoms, which lie where the bank does.
+        workers : Engine
+        """
+        found = torch.zeros(len(lefts), len(self._bank), len(self._bank), device=free.device)
 
         def multiply(part: slice) -> None:
-            mine = probes.view(atoms, rank, count, columns)[:, :, part].permute(2, 1, 0, 3)
-            mine = mine.reshape(len(mine), rank, atoms * columns)
-            weighed = matmul(lefts[part], mine)
-            found[part] = _by_atoms(mine, columns) @ _by_atoms(weighed, columns).mT
+            for number in range(part.start, part.stop):
+                some = atoms[number]
+                probes = torch.cat([matmul(self._bank[few], free[number]) for few in some.split(PROBED)])  # (a, r, 16)
+                weighed = matmul(lefts[number], probes)
+                found[number, some[:, None], some] = probes.flatten(1) @ weighed.flatten(1).T
 
-        workers.run(probe, atoms)
-        workers.run(multiply, count)
+        workers.run(multiply, len(lefts))
         return found
-
-
-def _by_atoms(probed: torch.Tensor, columns: int) -> torch.Tensor:
-    """(n, r, m · 16) as (n, m, r · 16)."""
-    count, rank, wide = probed.shape
-    return probed.view(count, rank, wide // columns, columns).transpose(1, 2).reshape(count, wide // columns, -1)

@@ -9,7 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from globe import kernels
+from globe.compute.codes import supports
 from globe.fit.codes import TEMPERATURE_BOUNDS
+from globe.settings import Settings
 
 Array = NDArray[np.float64]
 _DAMPING = 1e-3  # of the mean diagonal
@@ -30,6 +32,11 @@ class Quadratic:
     curvature: torch.Tensor
     codes: Array
     slope: Array
+
+
+def above_target(codes: Array, settings: Settings) -> bool:
+    """Whether supports are to shrink to the target: of entmax and sparsemax, where their median is above it."""
+    return settings.codes in ("entmax", "sparsemax") and bool(np.median(supports(codes)) > settings.support)
 
 
 def newton_codes(model: Quadratic) -> Array:

@@ -11,7 +11,7 @@ from globe.compute.blocks import BLOCKS, SMALLEST, Blocks
 from globe.errors import UsageError
 from globe.machine import control_groups
 from globe.settings import Settings
-from globe.sizes.flops import SKETCHED, keeps_columns
+from globe.sizes.flops import PROBED, SKETCHED, keeps_columns
 from globe.sizes.kept import fits_jointly, kept
 from globe.sizes.ratios import Shape
 
@@ -239,10 +239,10 @@ class _Cost:
         curvature = 12 * count * m * m + 4 * m * r * r + 24 * d * d + 8 * r * r
         moments = 4 * self.family.layers * d * d if weighed else 0
         hidden = d if keeps_columns(weighed, r, d) else r
-        probes = 4 * m * r * SKETCHED
+        probes = 4 * r * (min(m, PROBED) * d + 3 * m * SKETCHED)
         read = 3 * p * d * self.family.bytes_per_weight
-        hand = read + held.buffer + 4 * p * d + 12 * r * d + 8 * r * r + 4 * hidden * d + probes
-        work = self._at_once(blocks) * (8 * p * d + 8 * p * r + 44 * r * d + 40 * r * r + 12 * d * d + 4 * probes)
+        hand = read + held.buffer + 4 * p * d + 12 * r * d + 8 * r * r + 4 * hidden * d + 4 * d * SKETCHED
+        work = self._at_once(blocks) * (8 * p * d + 8 * p * r + 44 * r * d + 40 * r * r + 12 * d * d + probes)
         return _BANKS * self.bank + curvature + moments + held.in_memory + self.metric + blocks.experts * hand + work
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 SKETCHED = 16  # random columns of the codes' curvature
+PROBED = 16  # atoms at once, for an expert
 SAMPLED = 48  # experts, or a few more, whose columns and rows speak for all
 
 
 def keeps_columns(weighed: bool, rank: int, width: int) -> bool:
     """Whether the joint fit keeps K_i (d × d) of every expert, and not a basis of its rows (r × d)."""
-    return weighed and width <= 2 * rank
+    return weighed and width <= 4 * rank
 
 
 def pass_flops(p: int, d: int, r: int, m: int, weighed: bool) -> int:
@@ -17,8 +18,8 @@ def pass_flops(p: int, d: int, r: int, m: int, weighed: bool) -> int:
     Products alone, 2 k l n for k × l times l × n, as many as the form of CUDA and MPS computes: a CPU passes over codes
     that are zero, and over 3/8 of a triangular matrix. Those of the Gram matrix and the basis of the rows, 4 r² d, are
     in fp64. Not counted: Cholesky factors and their inverses, 4/3 r³ in fp64; W'_i, made once
-    (:func:`weighing_flops`); what one of the `SAMPLED` adds (:func:`sample_flops`); L_l L_lᵀ, made once where K_i is
-    kept; and what is no product.
+    (:func:`weighing_flops`); the curvature of its codes (:func:`codes_flops`); what one of the `SAMPLED` adds
+    (:func:`sample_flops`); L_l L_lᵀ, made once where K_i is kept; and what is no product.
 
     Parameters
     ----------
@@ -32,11 +33,16 @@ def pass_flops(p: int, d: int, r: int, m: int, weighed: bool) -> int:
     mixture = 2 * m * r * d
     basis = 2 * (2 * r * r * d)
     lefts = 2 * (2 * p * r * d) + 2 * r * r * p + 2 * (2 * r * r * d) + 2 * (2 * r**3)
-    sketch = 2 * (2 * r * d * SKETCHED) + 2 * m * SKETCHED * (r * d + r * r + m * r)
+    sketch = 2 * (2 * r * d * SKETCHED)
     sums = 2 * mixture + 2 * m * r * r
     through = 2 * (2 * r * d * d) + 2 * SKETCHED * d * d if weighed else 0
     kept = _columns_flops(d, r) if keeps_columns(weighed, r, d) else 0
     return mixture + basis + lefts + sketch + sums + through + kept
+
+
+def codes_flops(d: int, r: int, atoms: int) -> int:
+    """Of the curvature of one expert's codes in a pass, for as many atoms as it has, or all where they are chosen."""
+    return 2 * atoms * SKETCHED * (r * d + r * r + atoms * r)
 
 
 def sample_flops(d: int, r: int, weighed: bool) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from globe.checkpoint.family import Family
 from globe.settings import Settings
 from globe.sizes.flops import (
+    codes_flops,
     SAMPLED,
     iteration_flops,
     pass_flops,
@@ -124,6 +125,7 @@ def joint_pass_work(task: Task, held: Kept) -> Work:
     n, p, d, r, m = task.sizes
     flops: float = pass_flops(p, d, r, m, task.weighed) - 4 * r * r * d
     flops += sample_flops(d, r, task.weighed) * min(n, SAMPLED) / n
+    flops += codes_flops(d, r, min(m, task.settings.support) if task.sparse else m)
     wide = 4 * r * r * d + 4 * r**3 / 3
     if task.sparse:
         flops -= 2 * (2 * m * r * d) + 2 * m * r * r
