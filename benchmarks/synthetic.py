@@ -1,10 +1,11 @@
 """A checkpoint with the names and shapes of a known model and random weights that have something to find.
 
-python -m benchmarks.synthetic DIR --like qwen1.5-moe-a2.7b [--layers K] [--statistics FILE]
+python -m benchmarks.synthetic DIR --like qwen1.5-moe-a2.7b [--layers K] [--statistics FILE] [--zero-down]
 
 An expert matrix is a random left factor times a sparse mixture of a few shared atoms, with its rows in any order,
 plus noise that holds a tenth of the energy: a fit of the right kind can reach a relative error of 0.1. Statistics are
 of inputs whose energy falls along random directions as 1/k, and of rows that count by up to ten times differently.
+Zeros take no room after `fallocate --dig-holes FILE`.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ LIKE = {
 }
 
 
-def write_synthetic(directory: Path, shape: Shape, seed: int = 0) -> None:
-    """Write the checkpoint; the same seed gives the same bytes."""
+def write_synthetic(directory: Path, shape: Shape, seed: int = 0, *, zero_down: bool = False) -> None:
+    """Write the checkpoint, with every `down` of zeros if that is asked for; the same seed gives the same bytes."""
     directory.mkdir(parents=True)
     plan = list(_tensors(shape))
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
@@ -65,7 +66,8 @@ def write_synthetic(directory: Path, shape: Shape, seed: int = 0) -> None:
         layout = {name: ("BF16", dims) for name, dims in shard}
         with TensorWriter(directory / file, layout, {"format": "pt"}) as writer:
             for name, dims in shard:
-                writer.write(name, make(name, dims))
+                empty = zero_down and "down_proj" in name
+                writer.write(name, torch.zeros(dims, dtype=torch.bfloat16) if empty else make(name, dims))
                 index[name] = file
     total = 2 * sum(int(torch.Size(dims).numel()) for _, dims in plan)
     described = {"metadata": {"total_size": total}, "weight_map": index}
@@ -169,12 +171,13 @@ def _config(shape: Shape) -> dict[str, object]:
 @click.option("--like", type=click.Choice(sorted(LIKE)), default="qwen1.5-moe-a2.7b", show_default=True)
 @click.option("--layers", type=int, help="Fewer layers than the model has.")
 @click.option("--statistics", type=click.Path(path_type=Path), help="Write activation statistics here too.")
+@click.option("--zero-down", is_flag=True, help="Every down is zero, for a disk that is short.")
 @click.option("--seed", type=int, default=0, show_default=True)
-def main(directory: Path, like: str, layers: int | None, statistics: Path | None, seed: int) -> None:
+def main(directory: Path, like: str, layers: int | None, statistics: Path | None, seed: int, zero_down: bool) -> None:
     shape = LIKE[like]
     if layers is not None:
         shape = Shape(**{**shape.__dict__, "layers": layers})
-    write_synthetic(directory, shape, seed)
+    write_synthetic(directory, shape, seed, zero_down=zero_down)
     if statistics is not None:
         write_statistics(directory, statistics, shape, seed)
 
