@@ -33,7 +33,7 @@ from globe.settings.yaml_file import read_settings
 @click.option("--config", type=PATH, help="Settings as YAML to estimate for; options win over it.  [default: none]")
 @common
 def inspect(model: Path, config: Path | None, estimate: bool, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Show what MODEL (a directory or a name on the hub) holds and what each rank and bank size would save, from headers.
+    """Show what MODEL (or a name on the hub) holds and what each rank and bank size would save, from headers.
 
     With --estimate also how long `globe compress` with these settings would take on this machine, stage by stage, how
     much memory, and how much disk beside the output.
