@@ -14,6 +14,7 @@ from globe.artifact.factored import Bank, Factored, left_name, open_factored, re
 from globe.artifact.output import output_directory
 from globe.artifact.owned import Claim, recorded
 from globe.checkpoint.companions import companions, copy_companions
+from globe.checkpoint.formats.tensors import recalled
 from globe.checkpoint.index import FAMILIES, INDEX_NAME, Checkpoint
 from globe.checkpoint.json_file import read_json
 from globe.checkpoint.powers import saturated
@@ -26,6 +27,9 @@ def export(
     source: Path | str, target: Path | str, *, overwrite: bool = False, progress: Display | None = None
 ) -> dict[str, Any]:
     """Write the dense checkpoint Ŵ_i = A_i Σ_j α_ij B_j with the source's own names, dtype and shards.
+
+    Routed experts that the source stores as codes are decoded, the factored ones and the others: transformers builds
+    the experts of a layer in one format.
 
     Parameters
     ----------
@@ -108,7 +112,9 @@ def _export_shard(
     entries = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in shard["tensors"].items()}
     with TensorWriter(directory / shard["file"], entries, shard["metadata"]) as writer:
         for name, entry in shard["tensors"].items():
-            if name in stored:
+            if "encoded" in entry:
+                writer.write(name, recalled(name, entry, factored.tensors).read())
+            elif name in stored:
                 writer.write_chunks(name, copy_chunks(stored[name]))
             else:
                 tensor, count = reconstruct(factored, banks, name, entry)

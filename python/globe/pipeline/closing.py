@@ -85,7 +85,8 @@ def publish(target: Path, opened: Opened, made: Made, metrics: dict[str, Any], j
     write_text(target / "README.md", model_card(opened.source, checkpoint.config, metrics))
     write_text(target / SETTINGS_FILE, settings_file(metrics))
     write_text(target / LOADER_FILE, LOADER)
-    _write_json(target / "config.json", loading_config(checkpoint.config, told, INDEX_FILE))
+    decoded = [matrix.name for matrix in checkpoint.encoded]
+    _write_json(target / "config.json", loading_config(checkpoint.config, told, INDEX_FILE, decoded))
 
 
 def draw_report(target: Path, log: Callable[[str], None]) -> None:
