@@ -1,0 +1,173 @@
+"""Checkpoints whose experts are stored as codes: compressed as their decoded numbers, exported, loaded again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("compressed_tensors")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+import codes  # noqa: E402
+from checkpoints import make_tiny  # noqa: E402
+from families import WEIGHTS_ONLY  # noqa: E402
+from globe import Settings, compress, export, inspect  # noqa: E402
+from globe.checkpoint.index import FAMILIES, Checkpoint  # noqa: E402
+from globe.evaluation.models import load_model  # noqa: E402
+from refusals import SMALL, edit_json, edit_tensor, refusal  # noqa: E402
+
+BLOCK = (16, 16)
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(BLOCK)}
+KINDS = {
+    "deepseek_v3": ("deepseek_v3", FP8, (".experts.", ".shared_experts.", ".o_proj.")),
+    "qwen3_moe": ("qwen3_moe", codes.config("pack-quantized", INT4), (".experts.", "self_attn.")),
+    "experts alone": ("qwen3_moe", codes.config("pack-quantized", INT4), (".experts.",)),
+}
+
+
+def quantise(weight: torch.Tensor, name: str, kind: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A matrix as stored, and what that decodes to."""
+    if KINDS[kind][1] is FP8:
+        stored, scales = codes.fp8(weight, BLOCK)
+        wide = scales.repeat_interleave(BLOCK[0], 0).repeat_interleave(BLOCK[1], 1)
+        return {name: stored, f"{name}_scale_inv": scales}, (stored.float() * wide).bfloat16()
+    parts, decoded = codes.compressed(weight, "pack-quantized", INT4)
+    return {name.removesuffix("weight") + part: value for part, value in parts.items()}, decoded
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def places(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """`source` stored as codes and `plain` with the numbers that they decode to; what was made of both."""
+    kind: str = request.param
+    architecture, quantization, which = KINDS[kind]
+    root = tmp_path_factory.mktemp("encoded")
+    make_tiny(architecture, root / "plain")
+    tensors = {name: value.bfloat16() for name, value in load_file(root / "plain" / "model.safetensors").items()}
+    stored, plain = {}, dict(tensors)
+    for name, weight in tensors.items():
+        if any(part in name for part in which) and name.endswith("proj.weight"):
+            parts, plain[name] = quantise(weight, name, kind)
+            stored |= parts
+        else:
+            stored[name] = weight
+    shutil.copytree(root / "plain", root / "source")
+    for place, content in (("source", stored), ("plain", plain)):
+        content = {name: value.contiguous() for name, value in content.items()}
+        save_file(content, root / place / "model.safetensors", metadata={"format": "pt"})
+        edit_json(root / place / "config.json", lambda config: config.update(dtype="bfloat16", torch_dtype="bfloat16"))
+    left_out = sorted(
+        {name.removesuffix(".weight") for name in stored if name.endswith("proj.weight")}
+        - {name.removesuffix(".weight") for name in tensors if any(part in name for part in which)}
+    )
+    key = "modules_to_not_convert" if quantization is FP8 else "ignore"
+    quantization = {**quantization, key: [*left_out, "lm_head"]}
+    edit_json(root / "source" / "config.json", lambda config: config.update(quantization_config=quantization))
+    for place in ("source", "plain"):
+        settings = Settings(rank=0.25, bank_size=2, outer_loops=1, device="cpu", **WEIGHTS_ONLY)
+        compress(root / place, root / f"{place}-out", settings)
+        export(root / f"{place}-out", root / f"{place}-dense")
+    return kind, root
+
+
+def weights_of(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.flatten().view(torch.uint8)
+
+
+def test_the_experts_are_their_decoded_numbers(places: tuple[str, Path]) -> None:
+    _, root = places
+    source, plain = Checkpoint(root / "source"), Checkpoint(root / "plain")
+    for family in FAMILIES:
+        mine, theirs = source.family(family), plain.family(family)
+        assert (mine.dtype, len(mine)) == (torch.bfloat16, len(theirs))
+        for number in range(len(mine)):
+            assert torch.equal(mine.read(number), theirs.read(number))
+            assert torch.equal(mine.read(number, (3, 21)), theirs.read(number, (3, 21)))
+
+
+def test_the_factors_are_those_of_the_decoded_checkpoint(places: tuple[str, Path]) -> None:
+    _, root = places
+    mine, theirs = weights_of(root / "source-out"), weights_of(root / "plain-out")
+    ours = [name for name in theirs if "globe" in name]
+    assert len(ours) > 20 and all(torch.equal(mine[name], theirs[name]) for name in ours)
+    source = weights_of(root / "source")
+    factored = [name for name in source if ".experts." in name and "down" not in name]
+    assert set(mine) == set(source) - set(factored) | set(ours)
+    for name in set(source) - set(factored):
+        assert torch.equal(bits(mine[name]), bits(source[name])), name
+    assert any("down_proj.weight_" in name for name in mine)
+
+
+def test_the_export_loads_and_computes_as_that_of_the_decoded_checkpoint(places: tuple[str, Path]) -> None:
+    kind, root = places
+    mine, theirs, source = (weights_of(root / place) for place in ("source-dense", "plain-dense", "source"))
+    experts = [name for name in theirs if ".experts." in name]
+    assert set(experts) == {name for name in mine if ".experts." in name}
+    assert all(torch.equal(bits(mine[name]), bits(theirs[name])) for name in experts)
+    others = [name for name in source if ".experts." not in name]
+    assert set(others) | set(experts) == set(mine)
+    assert all(torch.equal(bits(mine[name]), bits(source[name])) for name in others)
+    config = json.loads((root / "source-dense" / "config.json").read_text())
+    assert ("quantization_config" in config) == (kind != "experts alone")
+    tokens = torch.arange(24)[None] * 7 % 256
+    found = {}
+    for place in ("source-dense", "plain-dense"):
+        model, _ = load_model(root / place)
+        with torch.no_grad():
+            found[place] = model(tokens).logits.float()
+    assert torch.allclose(found["source-dense"], found["plain-dense"], atol=2e-2)
+    assert not torch.allclose(found["plain-dense"], found["plain-dense"].roll(1, 1), atol=2e-2)
+
+
+def test_bytes_and_ratios_are_those_of_the_codes(places: tuple[str, Path]) -> None:
+    kind, root = places
+    told: dict[str, Any] = inspect(root / "source")
+    source = load_file(root / "source" / "model.safetensors")
+    gates = sum(value.nbytes for name, value in source.items() if ".experts." in name and "gate_proj" in name)
+    assert told["families"]["gate"]["bytes"] == gates
+    assert told["families"]["gate"]["dtype"] == ("e4m3, blocks of 16 × 16" if "deep" in kind else "int4, groups of 32")
+    everything = sum(value.nbytes for value in source.values())
+    assert told["bytes"]["checkpoint"] == everything
+    experts = sum(value.nbytes for name, value in source.items() if ".experts." in name)
+    assert told["bytes"]["experts"] == experts
+    metrics = json.loads((root / "source-out" / "metrics.json").read_text())
+    made = weights_of(root / "source-out")
+    stored = sum(value.nbytes for name, value in made.items() if "globe" in name)
+    touched = metrics["bytes"]["touched"]
+    assert metrics["ratio"]["touched"] == pytest.approx(stored / touched, rel=0.02)
+    assert metrics["ratio"]["experts"] == pytest.approx((experts - touched + stored) / experts, rel=0.02)
+    assert metrics["ratio"]["checkpoint"] == pytest.approx((everything - touched + stored) / everything, rel=0.02)
+    planned = inspect(root / "source", Settings(ratio=0.5))["choices"]
+    assert planned and all(choice["ratio"]["touched"] <= 0.5 for choice in planned)
+
+
+def test_a_hostile_scale_ends_the_command_in_one_line(places: tuple[str, Path], tmp_path: Path) -> None:
+    kind, root = places
+    source = Path(shutil.copytree(root / "source", tmp_path / "source"))
+    name = "model.layers.2.mlp.experts.3.up_proj.weight_scale" + ("_inv" if "deep" in kind else "")
+    edit_tensor(source, name, lambda scale: scale.index_fill(0, torch.tensor([1]), float("nan")))
+    line = refusal(1, "compress", source, tmp_path / "out", *SMALL, "--rank", "0.1")
+    assert f"tensor {name} holds nan in row 1, column 0" in line and "expected scales above 0" in line
+
+
+def test_codes_and_values_of_one_expert_at_once_are_refused(places: tuple[str, Path], tmp_path: Path) -> None:
+    kind, root = places
+    if "deep" in kind:
+        pytest.skip("codes of fp8 have the name of the values")
+    source = Path(shutil.copytree(root / "source", tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.0.mlp.experts.1.up_proj.weight"
+    save_file({**tensors, name: torch.zeros(32, 64)}, source / "model.safetensors", metadata={"format": "pt"})
+    line = refusal(1, "inspect", source)
+    assert "expert 1 of layer 0 is in" in line and f"{name}_packed" in line
