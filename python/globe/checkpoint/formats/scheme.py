@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from globe.checkpoint.quantised import KEY
 from globe.errors import GlobeError
 
 REMEDY = "start from the model that this checkpoint was made of"
-_KEYS = ("quantization_config", "compression_config")  # the latter in old files of compressed-tensors
 _METHODS = "fp8, mxfp4 or compressed-tensors"
 _FORMATS = {  # of compressed-tensors: type of its numbers, and the bits that are read
     "pack-quantized": ("int", (4, 8)),
@@ -49,11 +49,6 @@ class Scheme:
         return f"{name}, {shared}"
 
 
-def quantization_of(config: Mapping[str, Any]) -> Any:
-    """What a config.json says of how tensors are quantised; None if it does not."""
-    return next((config[key] for key in _KEYS if config.get(key) is not None), None)
-
-
 def scheme_of(config: Mapping[str, Any], tensor: str, dtype: str) -> Scheme:
     """The scheme of a tensor that is stored as codes.
 
@@ -71,7 +66,7 @@ def scheme_of(config: Mapping[str, Any], tensor: str, dtype: str) -> Scheme:
     GlobeError
         If config.json says nothing of it, or names a format that is not read, or says what cannot be.
     """
-    quantization = quantization_of(config)
+    quantization = config.get(KEY)
     if not isinstance(quantization, dict):
         raise GlobeError(
             f"tensor {tensor} is stored as {dtype}, and config.json has no quantization_config that says how; expected "

@@ -8,6 +8,7 @@ from typing import Any
 from globe.checkpoint.formats.encoded import Encoded
 from globe.checkpoint.formats.scales import Part
 from globe.checkpoint.formats.scheme import REMEDY, Scheme, scheme_of
+from globe.checkpoint.quantised import KEY
 from globe.checkpoint.tensorfile import TensorInfo
 from globe.errors import GlobeError
 
@@ -106,7 +107,7 @@ def _dtype(scale: Part) -> str:
 def _scale_name(tensor: str, name: str, config: Mapping[str, Any]) -> str:
     if tensor.endswith(_BLOCKS):
         return f"{name}_scales"
-    quantization = config.get("quantization_config")
+    quantization = config.get(KEY)
     fine = isinstance(quantization, dict) and quantization.get("quant_method") == "fp8"
     return f"{name}_scale_inv" if fine else f"{name}_scale"
 
