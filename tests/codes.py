@@ -11,10 +11,8 @@ Tensors = dict[str, torch.Tensor]
 _TOP = {"e4m3": 448.0, 4: 7.0, 8: 127.0}
 
 
-def fp8(
-    weight: torch.Tensor, block: tuple[int, int], kind: torch.dtype = torch.float32
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales in blocks, of any size at the edges; e8m0 scales are rounded up to powers of two."""
+def fp8(weight: torch.Tensor, block: tuple[int, int], kind: str = "float32") -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales in blocks, of any size at the edges; of kind e8m0 exponents of powers of two, as bytes."""
     rows, columns = (-(-size // each) for size, each in zip(weight.shape, block, strict=True))
     scales = torch.empty(rows, columns)
     codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
@@ -22,10 +20,11 @@ def fp8(
         for j in range(columns):
             place = slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1])
             scale = weight[place].float().abs().max() / _TOP["e4m3"]
-            scale = 2.0 ** scale.log2().ceil() if kind == torch.float8_e8m0fnu else scale.to(kind).float()
+            scale = 2.0 ** scale.log2().ceil() if kind == "e8m0" else scale.to(getattr(torch, kind)).float()
             scales[i, j] = scale
             codes[place] = (weight[place].float() / scale).to(torch.float8_e4m3fn)
-    return codes, scales.to(kind)
+    exponents = (scales.log2() + 127).to(torch.uint8)
+    return codes, exponents if kind == "e8m0" else scales.to(getattr(torch, kind))
 
 
 def compressed(weight: torch.Tensor, form: str, weights: dict[str, Any]) -> tuple[Tensors, torch.Tensor]:
