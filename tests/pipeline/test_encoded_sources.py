@@ -168,6 +168,35 @@ def test_bytes_and_ratios_are_those_of_the_codes(places: tuple[str, Path]) -> No
     assert planned and all(choice["ratio"]["touched"] <= 0.5 for choice in planned)
 
 
+def test_as_source_writes_fp8_again(places: tuple[str, Path], tmp_path: Path) -> None:
+    kind, root = places
+    if kind != "deepseek_v3":
+        line = refusal(2, "export", root / "source-out", tmp_path / "dense", "--as-source")
+        assert "int4, groups of 32" in line and "--as-source" in line
+        line = refusal(2, "export", root / "plain-out", tmp_path / "dense", "--as-source")
+        assert "stores compressed experts as values" in line
+        return
+    told = export(root / "source-out", tmp_path / "again", as_source=True)
+    source, again, dense = (weights_of(place) for place in (root / "source", tmp_path / "again", root / "source-dense"))
+    assert told["bytes"] == sum(value.nbytes for value in source.values())
+    assert {name: (value.dtype, value.shape) for name, value in again.items()} == {
+        name: (value.dtype, value.shape) for name, value in source.items()
+    }
+    anew = [name for name in source if ".experts." in name and "down" not in name]
+    for name in set(source) - set(anew):
+        assert torch.equal(bits(again[name]), bits(source[name])), name
+    configs = [json.loads((place / "config.json").read_text()) for place in (root / "source", tmp_path / "again")]
+    assert configs[0] == configs[1]
+    matrices = Checkpoint(tmp_path / "again").family("gate")
+    for number, expert in enumerate(matrices.experts):
+        wanted, found = dense[expert.tensor].float(), matrices.read(number).float()
+        peaks = wanted.view(2, 16, 4, 16).abs().amax((1, 3), keepdim=True)
+        off = (found - wanted).view(2, 16, 4, 16).abs()
+        assert bool((off <= 2**-4 * wanted.view_as(off).abs() + 2**-9 * peaks).all()) and off.any()
+    model, _ = load_model(tmp_path / "again")
+    assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
+
+
 def test_a_hostile_scale_ends_the_command_in_one_line(places: tuple[str, Path], tmp_path: Path) -> None:
     kind, root = places
     source = Path(shutil.copytree(root / "source", tmp_path / "source"))

@@ -11,7 +11,7 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from globe.checkpoint.formats.tensors import recalled
+from globe.checkpoint.formats.tensors import described, recalled
 from globe.checkpoint.index import FAMILIES
 from globe.checkpoint.json_file import read_json
 from globe.checkpoint.tensorfile import FileHeader, TensorInfo, read_header, read_tensor
@@ -218,6 +218,8 @@ def _check_codes(factored: Factored) -> set[str]:
     found, parts = factored.tensors, set()
     for shard in factored.manifest["source"]["shards"]:
         for tensor, entry in shard["tensors"].items():
+            if "origin" in entry:
+                described(tensor, entry)
             if "encoded" not in entry:
                 continue
             told = entry["encoded"]["parts"].values()

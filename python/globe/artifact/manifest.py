@@ -12,6 +12,7 @@ from globe.checkpoint.family import Family
 from globe.checkpoint.formats.encoded import Encoded
 from globe.checkpoint.formats.tensors import as_decoded
 from globe.checkpoint.index import Checkpoint
+from globe.checkpoint.quantised import KEY
 from globe.checkpoint.tensorfile import TensorInfo
 from globe.settings import Settings
 from globe.sizes.ratios import Shape
@@ -60,6 +61,7 @@ def manifest(
     if checkpoint.index is not None:
         stated = checkpoint.index.get("metadata")
         index_metadata = stated if isinstance(stated, dict) else {}
+    quantization = {KEY: checkpoint.config[KEY]} if checkpoint.encoded else {}
     return {
         "format_version": FORMAT_VERSION if kept else PLAIN_VERSION,
         "globe_version": __version__,
@@ -68,11 +70,13 @@ def manifest(
         "banks": banks,
         "companions": list(companions(checkpoint.directory).carried),
         "changed": changed,
-        "source": {**source, "index_metadata": index_metadata, "shards": shards},
+        "source": {**source, **quantization, "index_metadata": index_metadata, "shards": shards},
     }
 
 
 def _entry(name: str, info: TensorInfo | Encoded, kept: set[str]) -> dict[str, Any]:
-    """What an export has under a name; for codes that stay as they are here also how they are decoded."""
-    entry = {"dtype": info.dtype, "shape": list(info.shape)}
-    return {**entry, "encoded": info.as_dict()} if isinstance(info, Encoded) and name in kept else entry
+    """What an export has under a name; of a matrix of codes also how they are decoded, or how the source had them."""
+    entry: dict[str, Any] = {"dtype": info.dtype, "shape": list(info.shape)}
+    if isinstance(info, Encoded):
+        entry["encoded" if name in kept else "origin"] = info.as_dict()
+    return entry

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from globe.checkpoint.formats.encoded import Encoded
 from globe.checkpoint.formats.scales import Part
 from globe.checkpoint.formats.scheme import REMEDY, Scheme, scheme_of
 from globe.checkpoint.quantised import KEY
-from globe.checkpoint.tensorfile import TensorInfo
+from globe.checkpoint.tensorfile import DTYPE_BITS, TensorInfo, tensor_bytes
 from globe.errors import GlobeError
 
 # Of a tensor that holds codes, what its name has beyond that of the matrix.
@@ -85,6 +86,24 @@ def recalled(name: str, entry: Mapping[str, Any], tensors: Mapping[str, TensorIn
         raise ValueError(f"tensor {name} is {entry['dtype']} {entry['shape']}")
     _check_parts(found)
     return found
+
+
+def described(name: str, entry: Mapping[str, Any]) -> Encoded:
+    """What stands under "encoded" or "origin" of a manifest's entry: how the source had a matrix, without its bytes.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError, GlobeError
+        As `recalled`.
+    """
+    told = entry["encoded"] if "encoded" in entry else entry["origin"]
+    infos = {}
+    for part in told["parts"].values():
+        shape = tuple(part["shape"])
+        if part["dtype"] not in DTYPE_BITS or any(type(size) is not int or size < 0 for size in shape):
+            raise ValueError(f"tensor {part['tensor']} is {part['dtype']} {list(shape)}")
+        infos[part["tensor"]] = TensorInfo(Path(), part["dtype"], shape, 0, tensor_bytes(part["dtype"], shape))
+    return recalled(name, {**entry, "encoded": told}, infos)
 
 
 def as_decoded(tensors: Mapping[str, TensorInfo], matrices: Iterable[Encoded]) -> dict[str, TensorInfo | Encoded]:
