@@ -48,7 +48,7 @@ def calibration_bytes(checkpoint: Checkpoint, tokens: int, kept_moments: int = 0
     weights: dict[int | None, int] = {}
     for name, info in checkpoint.tensors.items():
         match = LAYER.match(name)
-        key = int(match[1]) if match is not None else None
+        key = int(match["layer"]) if match is not None else None
         weights[key] = weights.get(key, 0) + math.prod(info.shape)
     embedding = (4 + width) * weights.pop(None, 0)
     layer = (4 + width) * max(weights.values(), default=0) + _STACKING * width * (count // layers) * p * d
