@@ -232,6 +232,7 @@ class Checkpoint:
                 )
         return Family(name, tuple(experts), p, d)
 
+    @cached_property
     def elements(self) -> float:
         """The weights of the whole checkpoint; of what is stored as codes, scales and all, two bytes count as one."""
         parts = {part.tensor for matrix in self.encoded for part in matrix.parts.values()}
@@ -241,6 +242,7 @@ class Checkpoint:
                 counted += info.nbytes / 2 if quantised_dtypes([info.dtype]) else math.prod(info.shape)
         return counted
 
+    @cached_property
     def expert_elements(self) -> float:
         """The weights of all routed experts, gate, up and down, counted as in `elements`."""
         return sum(expert.counted for expert in self._all_experts())

@@ -47,5 +47,5 @@ def ratios(checkpoint: Checkpoint, families: Mapping[str, Family], shapes: Mappi
     """The three ratios of compressing `families` with `shapes`."""
     dense = sum(family.counted for family in families.values())
     stored = sum(stored_elements(families[name], shapes[name]) for name in families)
-    experts, everything = checkpoint.expert_elements(), checkpoint.elements()
+    experts, everything = checkpoint.expert_elements, checkpoint.elements
     return Ratios(stored / dense, (experts - dense + stored) / experts, (everything - dense + stored) / everything)
