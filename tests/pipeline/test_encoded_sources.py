@@ -236,3 +236,34 @@ def test_with_all_families_factored_the_output_runs_itself(places: tuple[str, Pa
         with torch.no_grad():
             found.append(model(tokens).logits.float())
     assert torch.allclose(*found, atol=2e-2)
+
+
+def test_a_stack_of_experts_in_fp8_of_which_a_half_is_factored(tmp_path: Path) -> None:
+    tensors = load_file(make_tiny("qwen3_5_moe", tmp_path / "plain") / "model.safetensors")
+    stored, plain = {}, {}
+    for name, value in tensors.items():
+        stored[name] = plain[name] = value
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            made = [quantise(expert, name, "deepseek_v3") for expert in value]
+            stored |= {part: torch.stack([parts[part] for parts, _ in made]) for part in made[0][0]}
+            plain[name] = torch.stack([decoded for _, decoded in made])
+    shutil.copytree(tmp_path / "plain", tmp_path / "source")
+    write(tmp_path / "source", stored, apart=False)
+    write(tmp_path / "plain", plain, apart=False)
+    edit_json(tmp_path / "source" / "config.json", lambda config: config.update(quantization_config=FP8))
+    for place in ("source", "plain"):
+        settings = Settings(rank=0.25, bank_size=2, outer_loops=0, device="cpu", families=("gate",), **WEIGHTS_ONLY)
+        compress(tmp_path / place, tmp_path / f"{place}-out", settings)
+        export(tmp_path / f"{place}-out", tmp_path / f"{place}-dense")
+    mine, theirs = weights_of(tmp_path / "source-dense"), weights_of(tmp_path / "plain-dense")
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert "quantization_config" not in json.loads((tmp_path / "source-dense" / "config.json").read_text())
+    export(tmp_path / "source-out", tmp_path / "again", as_source=True)
+    again, source = weights_of(tmp_path / "again"), weights_of(tmp_path / "source")
+    shapes = [{name: (value.dtype, value.shape) for name, value in each.items()} for each in (again, source)]
+    assert shapes[0] == shapes[1]
+    for name in source:
+        assert torch.equal(bits(again[name]), bits(source[name])) == ("gate_up_proj" not in name), name
+    decoded, wanted = Checkpoint(tmp_path / "again").family("up"), Checkpoint(tmp_path / "source").family("up")
+    for number in range(len(decoded)):
+        assert torch.allclose(decoded.read(number).float(), wanted.read(number).float(), rtol=2**-3, atol=1e-3)
