@@ -19,9 +19,11 @@ import codes  # noqa: E402
 from checkpoints import make_tiny  # noqa: E402
 from families import WEIGHTS_ONLY  # noqa: E402
 from globe import Settings, compress, export, inspect  # noqa: E402
+from globe.artifact.factored import open_factored  # noqa: E402
 from globe.checkpoint.index import FAMILIES, Checkpoint  # noqa: E402
+from globe.errors import GlobeError  # noqa: E402
 from globe.evaluation.models import load_model  # noqa: E402
-from refusals import SMALL, edit_json, edit_tensor, refusal  # noqa: E402
+from refusals import SMALL, edit_json, edit_tensor, json_variants, refusal  # noqa: E402
 
 BLOCK = (16, 16)
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
@@ -216,6 +218,26 @@ def test_codes_and_values_of_one_expert_at_once_are_refused(places: tuple[str, P
     save_file({**tensors, name: torch.zeros(32, 64)}, source / "model.safetensors", metadata={"format": "pt"})
     line = refusal(1, "inspect", source)
     assert "expert 1 of layer 0 is in" in line and f"{name}_packed" in line
+
+
+def test_damaged_records_of_codes_are_named_or_do_not_matter(places: tuple[str, Path], tmp_path: Path) -> None:
+    _, root = places
+    out = Path(shutil.copytree(root / "source-out", tmp_path / "out"))
+    record = json.loads((out / "globe.json").read_text())
+    refused = 0
+    for key in ("encoded", "origin"):
+        entry = next(e for shard in record["source"]["shards"] for e in shard["tensors"].values() if key in e)
+        whole = entry[key]
+        for what, damaged in json_variants(whole, (None, -1, "weight", [], {}), most=3):
+            entry[key] = damaged
+            (out / "globe.json").write_text(json.dumps(record))
+            try:
+                open_factored(out)
+            except GlobeError as error:
+                refused += 1
+                assert "\n" not in str(error), what
+        entry[key] = whole
+    assert refused > 50
 
 
 def test_with_all_families_factored_the_output_runs_itself(places: tuple[str, Path], tmp_path: Path) -> None:
