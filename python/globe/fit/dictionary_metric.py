@@ -138,7 +138,7 @@ class Moments:
         for layer, whole in self._whole.items():
             numbers = [number for number, found in enumerate(layers) if found == layer]
             moment, shares = whole.to(place).double(), torch.from_numpy(weights[numbers]).to(place)
-            if own is not None:
+            if own is not None and layer is not None:
                 factor = self._metric.columns[layer].to(place).double()
                 moment = moment * shares.sum() + factor @ own.summed(numbers, shares) @ factor.mT
             elif scales is None:

@@ -50,8 +50,8 @@ class LayerStatistics:
     gate_moment, up_moment : torch.Tensor, shape (E, p, p), optional
         The matrices whose diagonals are `gate_rows` and `up_rows`: E[s sᵀ] ∘ downᵀdown, s the factor of the row.
     own_directions : torch.Tensor, shape (E, d, k), optional
-        U_e of E[x xᵀ] of each expert's own tokens as c_e L (I + U_e Λ_e U_eᵀ) Lᵀ, L the Cholesky factor of `moment` with
-        10⁻³ of its mean diagonal added; columns are orthonormal.
+        U_e of E[x xᵀ] of each expert's own tokens as c_e L (I + U_e Λ_e U_eᵀ) Lᵀ, L the Cholesky factor of `moment`
+        with 10⁻³ of its mean diagonal added; columns are orthonormal.
     own_values : torch.Tensor, shape (E, k), optional
         Λ_e, shrunk towards zero; all zero where an expert's tokens say nothing that the layer's do not.
     own_sizes : torch.Tensor, shape (E,), optional

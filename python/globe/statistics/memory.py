@@ -90,4 +90,5 @@ def calibration_bytes(checkpoint: Checkpoint, tokens: int, kept_moments: int = 0
     choices = checkpoint.config.get("num_experts_per_tok")  # of a token; at most all experts of the layer
     pair = (choices if isinstance(choices, int) else count // layers) * (FACTORS * p + d)
     activations = 4 * min(tokens, TOKENS_AT_ONCE) * (_ACTIVATIONS * max(p, d) + pair)
-    return BASE + 4 * tokens * d + max(embedding, layer + 4 * summed + activations + sums) + 4 * (kept + own * count * d)
+    stored = kept + own * count * d
+    return BASE + 4 * tokens * d + max(embedding, layer + 4 * summed + activations + sums) + 4 * stored

@@ -95,7 +95,10 @@ class Moments:
         ValueError
             If the other's are of another shape, or keep other moments.
         """
-        mine, theirs = ([*shapes.diagonals.shape, *shapes.squares.shape, *shapes.products, shapes.own.kept] for shapes in (self, other))
+        mine, theirs = (
+            [*shapes.diagonals.shape, *shapes.squares.shape, *shapes.products, shapes.own.kept]
+            for shapes in (self, other)
+        )
         if mine != theirs:
             raise ValueError(f"other: found sums of {theirs}; expected {mine}, as here")
         self.tokens += other.tokens

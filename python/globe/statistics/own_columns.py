@@ -41,6 +41,7 @@ class OwnColumns:
 
     def summed(self, numbers: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
         """Σ_i w_i U_i Λ_i U_iᵀ (d, d) of experts of these numbers, in the dtype of w (n,) and where that lies."""
-        directions = self.directions[numbers].to(weights)
-        moved = directions * (weights[:, None] * self.values[numbers].to(weights))[:, None]
+        there, dtype = weights.device, weights.dtype
+        directions, values = (found[numbers].to(there).to(dtype) for found in (self.directions, self.values))
+        moved = directions * (weights[:, None] * values)[:, None]
         return moved.movedim(1, 0).flatten(1) @ directions.movedim(1, 0).flatten(1).mT
