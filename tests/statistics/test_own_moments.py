@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from fake_mps import MPS, FakeMps
+from globe.checkpoint.index import Checkpoint
+from globe.sizes.own import own_directions
+from globe.statistics import memory
+from globe.statistics.calibration import save_calibration
 from globe.statistics.experts import Experts
+from globe.statistics.manner import OwnPlan
 from globe.statistics.moments import Moments
 from globe.statistics.own_columns import OwnColumns
 from globe.statistics.shrinkage import DAMPING, Own, Whitened, believed, damped_factor, leading
@@ -165,6 +172,19 @@ def test_nothing_is_gathered_where_every_token_goes_to_all_experts() -> None:
         assert moments.own.totals is None and moments.statistics(made(4).down).own_values is None
 
 
+def test_files_with_and_without(tmp_path: Path) -> None:
+    x, chosen = sorted_tokens()
+    layers = {
+        number: gathered(x, chosen, [slice(0, TOKENS)], own).statistics(made(4).down)
+        for number, own in ((0, 8), (1, 0))
+    }
+    found = save_calibration(tmp_path / "statistics", layers, {})
+    for name in ("own_directions", "own_values", "own_sizes"):
+        mine = getattr(layers[0], name)
+        assert mine is not None and torch.equal(getattr(found.layer(0), name), mine)
+        assert getattr(found.layer(1), name) is None and not found.has(name)
+
+
 def test_sums_do_not_depend_on_threads() -> None:
     before, found = torch.get_num_threads(), []
     try:
@@ -188,3 +208,24 @@ def test_sums_take_only_what_mps_has() -> None:
             moments.add(experts.run(x.to(place), chosen.to(place), weights.to(place))[1], x, 0)
             found.append(moments.statistics(experts.down).own_values)
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
+
+
+def test_room_for_directions() -> None:
+    assert own_directions(16, 40) == 40 and own_directions(120, 576) == 64
+    assert own_directions(4096, 4096) == 16 and own_directions(58 * 256, 7168) == 0
+
+
+def test_where_they_are_gathered(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    source, cpu = Checkpoint(tiny("olmoe")), torch.device("cpu")
+    without, needed = memory.calibration_bytes(source, 640), memory.calibration_bytes(source, 640, 0, 64)
+    gates = source.family("gate")
+    each = len(gates) // gates.layers
+    assert needed - without >= 8 * each * gates.d**2 + 4 * len(gates) * gates.d * 64
+    assert memory.own_plan(source, 640, 0, needed, cpu) == OwnPlan(64)
+    short = memory.own_plan(source, 640, 0, needed - 1, cpu)
+    assert short.directions == 0 and short.why_not is not None and "of memory, and" in short.why_not
+    monkeypatch.setattr(memory, "device_room", lambda device: 16 * each * gates.d**2 - 2)
+    there = memory.own_plan(source, 640, 0, needed, torch.device("cuda:0"))
+    assert there.directions == 0 and "on cuda:0, which has" in str(there.why_not)
+    source.config["num_experts_per_tok"] = each
+    assert memory.own_plan(source, 640, 0, needed, cpu) == OwnPlan(0, "every token goes to all experts of its layer")
