@@ -23,8 +23,10 @@ from globe.fit.problem import Problem
 from globe.sizes.flops import (
     SAMPLED,
     codes_flops,
+    error_flops,
     iteration_flops,
     keeps_columns,
+    own_error_flops,
     own_iteration_flops,
     own_pass_flops,
     own_sample_flops,
@@ -79,6 +81,16 @@ def test_a_pass(sampled: int, kind: str, rank: int, family: Family, monkeypatch:
         apart = 0 if keeps_columns(True, rank, D) else sampled
         whole += EXPERTS * own_pass_flops(D, rank, OWN) + apart * own_sample_flops(D, rank, OWN)
     assert found == [whole + sum(codes_flops(D, rank, np.count_nonzero(row)) for row in point.codes)]
+
+
+@counted_cases
+def test_f_alone(kind: str, rank: int, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem_module, "SAMPLED", EXPERTS)
+    problem, point = looked(family, kind, rank)
+    with counted() as found:
+        problem.look(point.bank, point.codes, None, silent)
+    own = own_error_flops(D, rank, OWN) if kind == "own" else 0
+    assert found == [EXPERTS * (error_flops(P, D, rank, ATOMS, kind != "none") + 2 * rank * rank * D + own)]
 
 
 @counted_cases
