@@ -57,7 +57,7 @@ def own_plan(checkpoint: Checkpoint, tokens: int, kept_moments: int, limit: int,
         Where layers run, which is where the sums are.
     """
     gates = checkpoint.family("gate")
-    each, choices = len(gates) // gates.layers, checkpoint.config.get("num_experts_per_tok")
+    each, choices = len(gates) // gates.layers, checkpoint.text_config.get("num_experts_per_tok")
     if isinstance(choices, int) and choices >= each:
         return OwnPlan(0, "every token goes to all experts of its layer")
     kept, room = own_directions(len(gates), gates.d), device_room(device)
@@ -80,7 +80,7 @@ def calibration_bytes(checkpoint: Checkpoint, tokens: int, kept_moments: int = 0
     weights: dict[int | None, int] = {}
     for name, info in checkpoint.tensors.items():
         match = LAYER.match(name)
-        key = int(match[1]) if match is not None else None
+        key = int(match["layer"]) if match is not None else None
         weights[key] = weights.get(key, 0) + math.prod(info.shape)
     embedding = (4 + width) * weights.pop(None, 0)
     layer = (4 + width) * max(weights.values(), default=0) + _STACKING * width * (count // layers) * p * d

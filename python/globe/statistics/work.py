@@ -30,7 +30,7 @@ def calibration_work(checkpoint: Checkpoint, settings: Settings) -> Work:
     beside = read = 0
     for name, info in checkpoint.tensors.items():
         match = LAYER.match(name)
-        if match is not None and int(match[1]) <= last:
+        if match is not None and int(match["layer"]) <= last:
             read += info.nbytes
             beside += 0 if name in routed else math.prod(info.shape)
     choices = checkpoint.config.get("num_experts_per_tok")
