@@ -7,6 +7,7 @@ import math
 from globe.checkpoint.index import Checkpoint
 from globe.settings import Settings
 from globe.sizes.budget import memory_limit
+from globe.sizes.own import own_directions
 from globe.sizes.work import Work
 from globe.statistics.layerwise import LAYER
 from globe.statistics.mixture import AUTO, MEASURED, SELF, tokens_for
@@ -14,6 +15,8 @@ from globe.statistics.own import AT_ONCE, LENGTH
 from globe.statistics.row_moments import moments_for
 from globe.statistics.sampling_memory import sampling_bytes
 from globe.statistics.windows import WINDOW
+
+_SHRUNK = 6  # d³ operations of whitening an expert's own moment in halves, and of its leading directions
 
 
 def calibration_work(checkpoint: Checkpoint, settings: Settings) -> Work:
@@ -34,8 +37,12 @@ def calibration_work(checkpoint: Checkpoint, settings: Settings) -> Work:
     chosen = choices if isinstance(choices, int) else len(gates) // gates.layers
     experts = gates.layers * chosen
     kept = len(moments_for(settings.families, gates)) * experts * 2 * p * p
+    own = 0.0
+    if chosen < len(gates) // gates.layers and own_directions(len(gates), d):
+        own = experts * 5 * d * d / 4
     attention = 4 * (last + 1) * WINDOW * d
-    flops = tokens * (2 * beside + 6 * experts * p * d + attention + gates.layers * 5 * d * d / 4 + kept)
+    flops = tokens * (2 * beside + 6 * experts * p * d + attention + gates.layers * 5 * d * d / 4 + kept + own)
+    flops += len(gates) * _SHRUNK * d**3 if own else 0
     moved = 4 * tokens * (12 * (last + 1) * d + experts * (16 * p + 4 * d)) + 3 * read
     return Work(flops=flops, moved=moved, read=read, calls=len(gates))
 
