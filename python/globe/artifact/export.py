@@ -152,10 +152,13 @@ def _export_shard(work: _Work, shard: dict[str, Any], advance: Advance) -> int:
                     writer.write_chunks(tensor, copy_chunks(factored.tensors[tensor]))
             elif "encoded" in entry:
                 writer.write(name, recalled(name, entry, factored.tensors).read())
-            elif name in stored:
+            elif name in stored and not (work.as_source and "origin" in entry):
                 writer.write_chunks(name, copy_chunks(stored[name]))
             else:
-                values, count = reconstruct(factored, work.banks, name, entry)
+                there = name in stored  # refitted, in place of codes
+                values, count = (
+                    (read_tensor(stored[name]), 0) if there else reconstruct(factored, work.banks, name, entry)
+                )
                 made = {name: values}
                 if work.as_source and "origin" in entry:
                     made = requantised(described(name, entry), values)
