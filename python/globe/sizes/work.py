@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from globe.checkpoint.family import Family
 from globe.settings import Settings
 from globe.sizes.flops import (
-    codes_flops,
     SAMPLED,
+    codes_flops,
     iteration_flops,
     pass_flops,
     preconditioner_flops,
