@@ -70,10 +70,18 @@ def judge(out: Path, against: Path, texts: Sequence[str | Path] = (), reading: R
     """
     reading = reading or Reading()
     check_window(reading.window, reading.max_tokens)
-    factored = open_factored(out)
-    held_out = read_held_out(out / HELD_OUT) if not texts else None
+    open_factored(out)
     given = [read_text(text) for text in texts]
-    model, tokenizer, reference = load_beside(out, against, reading.device, reading.trust_remote_code)
+    beside = load_beside(out, against, reading.device, reading.trust_remote_code)
+    return judge_loaded(out, against, beside, given, reading)
+
+
+def judge_loaded(
+    out: Path, against: Path, beside: tuple[Any, Any, Any], given: Sequence[tuple[str, str]], reading: Reading
+) -> Judged:
+    """The same with the models loaded by `load_beside`, and given texts with their names."""
+    model, tokenizer, reference = beside
+    held_out = read_held_out(out / HELD_OUT) if not given else None
     options: dict[str, Any] = {"window": reading.window, "max_tokens": reading.max_tokens, "reference": reference}
     found = []
     if held_out is not None:
@@ -85,7 +93,7 @@ def judge(out: Path, against: Path, texts: Sequence[str | Path] = (), reading: R
     for content, label in given if given or found else [read_text(None)]:
         found.append(evaluate_models(model, tokenizer, content, label=label, **options))
     try:
-        if _fingerprint(against) != factored.manifest["source"]["fingerprint"]:
+        if _fingerprint(against) != open_factored(out).manifest["source"]["fingerprint"]:
             raise GlobeError(f"{against} is not the checkpoint that {out} was made of")
         return Judged(found, warning(add_to_record(out, found)))
     except GlobeError as error:
