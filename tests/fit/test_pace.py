@@ -117,7 +117,7 @@ def test_a_line_search_is_not_begun_again_without_time(
         return replace(newton, step=newton.step.scale_(-1.0)) if len(looked) == 2 else newton
 
     monkeypatch.setattr(joint, "newton_step", uphill)
-    state, steps, lines = fit(family, Turn(clock() + 82, clock), tmp_path, codes="nnls")
+    state, steps, lines = fit(family, Turn(clock() + 90, clock), tmp_path, codes="nnls")
     assert (steps.step, steps.stopped, len(looked)) == (1, "time_limit", 2)
     assert lines[-1] == "gate: step 1: no step lowers the error in time"
     assert np.isfinite(state.bank.numpy()).all()

@@ -23,6 +23,7 @@ from globe.fit.problem import Problem
 from globe.sizes.flops import (
     SAMPLED,
     codes_flops,
+    error_flops,
     iteration_flops,
     keeps_columns,
     pass_flops,
@@ -73,6 +74,15 @@ def test_a_pass(sampled: int, kind: str, rank: int, family: Family, monkeypatch:
         problem.look(point.bank, point.codes, 0, silent)
     whole = EXPERTS * pass_flops(P, D, rank, ATOMS, weighed) + sampled * sample_flops(D, rank, weighed)
     assert found == [whole + sum(codes_flops(D, rank, np.count_nonzero(row)) for row in point.codes)]
+
+
+@counted_cases
+def test_f_alone(kind: str, rank: int, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem_module, "SAMPLED", EXPERTS)
+    problem, point = looked(family, kind, rank)
+    with counted() as found:
+        problem.look(point.bank, point.codes, None, silent)
+    assert found == [EXPERTS * (error_flops(P, D, rank, ATOMS, kind != "none") + 2 * rank * rank * D)]
 
 
 @counted_cases

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from globe.checkpoint.family import Family
+from globe.checkpoint.hub import headers
 from globe.checkpoint.index import FAMILIES, Checkpoint
 from globe.choice.estimate import estimate, measured_rates
 from globe.choice.plan import plan
@@ -20,13 +21,13 @@ _RANKS = (1.0, 0.75, 0.5, 0.25)
 _BANK_RATIOS = (0.125, 1 / 6, 0.25)
 
 
-def inspect(directory: Path | str, settings: Settings | None = None, *, estimated: bool = False) -> dict[str, Any]:
+def inspect(model: Path | str, settings: Settings | None = None, *, estimated: bool = False) -> dict[str, Any]:
     """Describe a checkpoint and its choices of rank and bank size.
 
     Parameters
     ----------
-    directory : Path or str
-        A dense checkpoint directory.
+    model : Path or str
+        A dense checkpoint directory, or its name on the hub (NAMESPACE/NAME, with @REVISION): no weights are fetched.
     settings : Settings, optional
         Which families are chosen, and the target support that their codes are counted with; all of them for an
         estimate.
@@ -49,8 +50,12 @@ def inspect(directory: Path | str, settings: Settings | None = None, *, estimate
         If the directory is not a checkpoint of a known layout, or experts are missing; for an estimate, if it cannot
         be compressed with these settings.
     """
-    settings = settings or Settings()
-    checkpoint = Checkpoint(Path(directory))
+    with headers(model) as directory:
+        return {"model": str(model), **_described(directory, settings or Settings(), estimated)}
+
+
+def _described(directory: Path, settings: Settings, estimated: bool) -> dict[str, Any]:
+    checkpoint = Checkpoint(directory)
     everything = {name: checkpoint.family(name) for name in FAMILIES}
     families = {name: everything[name] for name in settings.families}
     first = next(iter(families.values()))
@@ -74,14 +79,13 @@ def inspect(directory: Path | str, settings: Settings | None = None, *, estimate
     architectures = checkpoint.config.get("architectures")
     told = {}
     if estimated:
-        planned = plan(Path(directory), settings)
+        planned = plan(directory, settings)
         told["estimate"] = {
             **estimate(planned, settings, measured_rates(planned, settings)).as_dict(),
             "device": str(planned.device),
             "threads": thread_count(settings.threads),
         }
     return {
-        "model": str(directory),
         "architecture": architectures[0] if isinstance(architectures, list) and architectures else None,
         "model_type": checkpoint.config["model_type"],
         "layout": checkpoint.layout.name,

@@ -33,7 +33,7 @@ from globe.settings.yaml_file import read_settings
 @click.option("--config", type=PATH, help="Settings as YAML to estimate for; options win over it.  [default: none]")
 @common
 def inspect(model: Path, config: Path | None, estimate: bool, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Show what MODEL holds and what each rank and bank size would save, from headers only.
+    """Show what MODEL (or a name on the hub) holds and what each rank and bank size would save, from headers.
 
     With --estimate also how long `globe compress` with these settings would take on this machine, stage by stage, how
     much memory, and how much disk beside the output.
@@ -205,7 +205,7 @@ def compress(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Factor the experts of MODEL (a checkpoint directory) and write OUT.
+    """Factor the experts of MODEL (a checkpoint directory, or its name on the hub) and write OUT.
 
     A run that was stopped is continued by the same command, to the same bytes: every stage leaves its result in
     OUT/.globe-run. Where OUT is finished already, nothing is done, but for --log, which writes the histories of

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from globe.checkpoint.foreign import missing_directory
+from globe.checkpoint.hub import local
 from globe.checkpoint.index import INDEX_NAME, Checkpoint
 from globe.checkpoint.pretrained import first_line, import_transformers, load_tokenizer, quiet, refuse_own_code
 from globe.checkpoint.quantised import KEY, quantised_dtypes, require_plain
@@ -27,7 +28,7 @@ def load_model(
     Parameters
     ----------
     directory : str or Path
-        Checkpoint directory; nothing is downloaded.
+        Checkpoint directory, or a name on the hub.
     device : str
         A torch device.
     dtype : torch.dtype, optional
@@ -41,7 +42,7 @@ def load_model(
     tuple
         The model, in inference mode, and its tokenizer.
     """
-    directory = Path(directory)
+    directory = local(directory)
     place = find_device(device)
     transformers = import_transformers("evaluation")
     if not directory.is_dir():

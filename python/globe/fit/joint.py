@@ -27,7 +27,7 @@ from globe.runs.job import Job
 from globe.runs.stages import Advance
 from globe.runs.store import Store
 from globe.settings import Settings, seconds_text
-from globe.sizes.flops import iteration_flops, pass_flops
+from globe.sizes.flops import error_flops, iteration_flops, pass_flops
 
 Array = NDArray[np.float64]
 
@@ -116,24 +116,27 @@ def fit_joint(problem: Problem, start: State, job: Job, advance: Advance) -> tup
     del start, state
     started -= now.seconds
     signed, told = settings.codes == "signed", False
-    pace = Pace(job.turn, _share(bank, problem))
+    product, error = _shares(bank, problem)
+    pace = Pace(job.turn, product)
 
-    def look(bank: torch.Tensor, codes: Array, seed: int) -> Value:
-        return pace.a_pass(lambda: problem.look(bank, codes, seed, advance))
+    def look(bank: torch.Tensor, codes: Array, seed: int | None) -> Value:
+        return pace.a_pass(lambda: problem.look(bank, codes, seed, advance), error if seed is None else 1.0)
 
-    value = look(bank, codes, settings.seed + now.step)
+    bare = _spreads(codes, now, settings)  # of what f alone is known
+    value = look(bank, codes, None if bare else settings.seed + now.step)
     if now.step == 0:
         now = replace(now, evaluations=1)
         if value.ridged:  # the warm start's coordinates may be far from the metric's
             bank = matmul(_centre(value.gram).to(bank.device), bank)
-            value = look(bank, codes, settings.seed)
+            value = look(bank, codes, None if bare else settings.seed)
             now = replace(now, evaluations=2)
     while now.stopped is None:
         median = float(np.median(supports(codes)))
         now = _noted(replace(now, seconds=time.perf_counter() - started), value, median)
         job.log(f"{name}: step {now.step}: error {value.error:.5f}, median support {median:g}")
         changed, temperature = _supported(value, codes, now, settings)
-        fitting = pace.steps(settings.joint_steps - now.step, settings.cg_steps, passes=int(changed is not None))
+        again = bare or changed is not None
+        fitting = pace.steps(settings.joint_steps - now.step, settings.cg_steps, passes=int(again))
         now = replace(now, stopped=_ended(now, changed is None, settings) or (None if fitting.steps else "time_limit"))
         if job.turn is not None and not told and now.stopped in (None, "time_limit"):
             job.log(f"{name}: {seconds_text(max(0.0, pace.left()))}: {fitting.told()}")
@@ -142,16 +145,17 @@ def fit_joint(problem: Problem, start: State, job: Job, advance: Advance) -> tup
             codes, now = changed, replace(now, temperature=temperature)
         if now.stopped is not None:
             break
-        if changed is not None:
-            codes = changed
+        if again:
+            codes = codes if changed is None else changed
             value = look(bank, codes, settings.seed + now.step)
             now = replace(now, evaluations=now.evaluations + 1, temperature=temperature)
         newton = pace.products(
             partial(newton_step, problem, Point(bank, codes, signed), value, previous, fitting.iterations),
             lambda found: found.iterations,
         )
+        bare = fitting.steps == 1
         line = _Line(
-            partial(look, seed=settings.seed + now.step + 1),
+            partial(look, seed=None if bare else settings.seed + now.step + 1),
             Point(bank, codes, signed),
             newton,
             value.error,
@@ -217,10 +221,11 @@ class _Line:
         return float(min(1.0, *(part.min() for part in parts)))
 
 
-def _share(bank: torch.Tensor, problem: Problem) -> float:
-    """Operations of a product with the Gauss-Newton matrix over those of a pass."""
-    (m, r, d), weighed = bank.shape, problem.metric is not None
-    return iteration_flops(d, r, m, weighed) / pass_flops(problem.family.p, d, r, m, weighed)
+def _shares(bank: torch.Tensor, problem: Problem) -> tuple[float, float]:
+    """Operations of a product with the Gauss-Newton matrix, and of f alone, over those of a pass."""
+    (m, r, d), p, weighed = bank.shape, problem.family.p, problem.metric is not None
+    whole = pass_flops(p, d, r, m, weighed)
+    return iteration_flops(d, r, m, weighed) / whole, error_flops(p, d, r, m, weighed) / whole
 
 
 def _sized(codes: Array) -> Array:
@@ -244,11 +249,16 @@ def _supported(value: Value, codes: Array, now: Steps, settings: Settings) -> tu
         model = Quadratic(value.curvature, codes, value.codes)
         kept, temperature = shrink_support(model, newton_codes(model), settings.support, entmax_alpha(settings))
         return _sized(kept), temperature
-    if now.step == 0 and settings.codes != "signed" and settings.support > 1 and one_atom_each(codes):
+    if _spreads(codes, now, settings):
         others = min(settings.support, codes.shape[1]) - 1
         # together about as much as their own
         return _sized(spread(codes, others, 2 / others, settings.seed)), now.temperature
     return None, now.temperature
+
+
+def _spreads(codes: Array, now: Steps, settings: Settings) -> bool:
+    """Whether codes are of one atom each, and others come in by chance."""
+    return now.step == 0 and settings.codes != "signed" and settings.support > 1 and one_atom_each(codes)
 
 
 def _noted(now: Steps, value: Value, median: float) -> Steps:

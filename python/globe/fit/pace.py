@@ -45,9 +45,10 @@ class Pace:
         self._product: float | None = None
         self._between: float | None = None
 
-    def a_pass(self, work: Callable[[], Value]) -> Value:
-        """Do a pass; the newest tells what the next will take."""
-        value, self._pass = self._timed(work)
+    def a_pass(self, work: Callable[[], Value], part: float = 1.0) -> Value:
+        """Do a pass, or `part` of its work; the newest tells what the next will take."""
+        value, seconds = self._timed(work)
+        self._pass = seconds / part
         return value
 
     def products(self, work: Callable[[], Value], count: Callable[[Value], int]) -> Value:

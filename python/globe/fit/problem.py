@@ -69,18 +69,21 @@ class Problem:
             with engine(job.device) as workers:
                 self._moments = pool.metric.layer_moments(workers)
 
-    def look(self, bank: torch.Tensor, codes: Array, seed: int, advance: Advance) -> Value:
-        """f, its gradient and its curvature at a bank and codes; one pass. `seed` draws the columns of the sketch."""
+    def look(self, bank: torch.Tensor, codes: Array, seed: int | None, advance: Advance) -> Value:
+        """f, its gradient and its curvature at a bank and codes; one pass. `seed` draws the columns of the sketch.
+
+        Without a seed f and the mean Gram matrix alone: the rest is zero, and nothing is kept of the experts.
+        """
         return self.sums(bank, codes, seed, advance).value()
 
-    def sums(self, bank: torch.Tensor, codes: Array, seed: int, advance: Advance) -> Sums:
+    def sums(self, bank: torch.Tensor, codes: Array, seed: int | None, advance: Advance) -> Sums:
         """What `look` comes from."""
         sums, size = Sums.none(bank, codes), self.spans[0].stop
         mixed_room, slope_room = (torch.empty(size, *bank.shape[1:], device=self.device) for _ in range(2))
         left_room = torch.empty(size, *sums.lefts.shape[1:], device=self.device)
         hidden_room = torch.empty(size, bank.shape[2 if self.whole else 1], bank.shape[2], device=self.device)
         free_room = torch.empty(size, bank.shape[2], SKETCHED, device=self.device)
-        sketch, atoms = Sketch(bank, self.metric, self._moments, seed), self._atoms(codes)
+        sketch, atoms = Sketch(bank, self.metric, self._moments, seed or 0), self._atoms(codes)
         with engine(self.device) as workers:
             for span, weighted in self._weighted_batches():
                 mixed = mixtures(codes[span], bank, mixed_room)
@@ -92,26 +95,27 @@ class Problem:
                     seen = mixed[part] if self.metric is None else self.metric.seen(numbers, mixed[part])
                     inner, basis, ridged = row_basis(seen, self._settings.ridge, self._rcond)
                     fitted = matmul(wanted, basis.mT)
+                    some = slice(-numbers.start % self._stride, None, self._stride)
+                    shown = (*_squares(wanted, fitted, basis), ridged)
+                    gram, sampled = _unit_grams(seen[some]), len(seen[some])
+                    if seed is None:
+                        nothing = torch.zeros((), device=self.device)
+                        return Part(*shown, nothing, nothing, gram, sampled)
                     square = matmul(fitted.mT, fitted)
                     moved = matmul(inner.mT, matmul(fitted.mT, wanted) - matmul(square, basis))
                     slope_room[part] = moved if self.metric is None else self.metric.unseen(numbers, moved)
                     left_room[part] = left = matmul(matmul(inner.mT, square), inner)
                     hidden_room[part] = sketch.columns(numbers, basis) if self.whole else basis
                     free_room[part] = free = sketch.free(numbers, basis)
-                    some = slice(-numbers.start % self._stride, None, self._stride)
                     columns = hidden_room[part][some] if self.whole else self._columns(sketch, numbers, basis, some)
-                    return Part(
-                        *_squares(wanted, fitted, basis),
-                        ridged,
-                        free.square().sum((1, 2)) / free.shape[1],
-                        (columns * left[some].diagonal(dim1=1, dim2=2).sum(1)[:, None, None]).sum(0),
-                        _unit_grams(seen[some]),
-                        len(seen[some]),
-                    )
+                    columns = (columns * left[some].diagonal(dim1=1, dim2=2).sum(1)[:, None, None]).sum(0)
+                    return Part(*shown, free.square().sum((1, 2)) / free.shape[1], columns, gram, sampled)
 
                 for part, found in workers.map(work, len(weighted)):
                     sums.add(within(span, part), found)
                     advance(part.stop - part.start)
+                if seed is None:
+                    continue
                 lefts, hidden = left_room[: len(weighted)], hidden_room[: len(weighted)]
                 sums.curvature[span] = sketch.codes(lefts, free_room[: len(weighted)], atoms[span], workers)
                 self.lefts.put(span, lefts)

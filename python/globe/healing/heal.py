@@ -12,6 +12,7 @@ import torch
 from globe._version import __version__
 from globe.artifact.factored import Factored, is_factored, open_factored
 from globe.artifact.output import changed_directory
+from globe.checkpoint.hub import local
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.tensorfile import TensorInfo, file_sha256
 from globe.errors import GlobeError
@@ -85,7 +86,7 @@ def heal(
     UsageError
         If `out` holds a stopped healing of other options.
     """
-    return _heal(Path(out), Path(against), options or Healing(), Access(device, trust_remote_code, fresh, progress))
+    return _heal(Path(out), local(against), options or Healing(), Access(device, trust_remote_code, fresh, progress))
 
 
 def _heal(out: Path, against: Path, options: Healing, access: Access) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from rich.table import Table
 
 from globe import kernels
+from globe.checkpoint.hub import local
 from globe.choice.plan import plan
 from globe.errors import GlobeError, UsageError
 from globe.pipeline.compress import compress
@@ -206,6 +207,9 @@ def _job(entry: Mapping[str, Any], defaults: Mapping[str, Any], home: Path) -> E
         raise UsageError(f"config is {config!r}; expected a YAML file")
     values = read_yaml(home / Path(config).expanduser(), "config") if config is not None else {}
     model, out = (home / Path(entry[key]).expanduser() for key in ("model", "out"))
+    if not model.exists():
+        fetched = local(entry["model"])
+        model = model if fetched == Path(entry["model"]) else fetched
     return Entry(model, out, merge_settings(defaults, values, settings))
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from globe.checkpoint.hub import local
 from globe.checkpoint.tensorfile import write_text
 from globe.choice.plan import plan
 from globe.choice.seeding import seed
@@ -91,12 +92,13 @@ def compare(
     if target is not None and not target.parent.is_dir():
         raise GlobeError(f"{target.parent}: no such directory; expected one to write {target.name} in")
     each = {**base.as_dict(), "outer_loops": counts[-1]}
-    planned = plan(Path(model_dir), Settings(**each))
+    model = local(model_dir)
+    planned = plan(model, Settings(**each))
     stages = Stages(progress)
     rows: list[dict[str, Any]] = []
     for name in named:
         with stages.stage(name, 1) as advance:
-            rows += _in_process(Path(model_dir), Settings(**{**each, "method": name}), counts)
+            rows += _in_process(model, Settings(**{**each, "method": name}), counts)
             advance(1)
     source = {"path": str(model_dir), "layout": planned.checkpoint.layout.name}
     result = {"rows": rows, "settings": base.as_dict(), "source": source}

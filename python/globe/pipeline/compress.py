@@ -10,6 +10,7 @@ from typing import Any
 
 from globe.artifact.output import Existing, finished_key, run_directory
 from globe.artifact.write import write_weights
+from globe.checkpoint.hub import local
 from globe.choice.plan import Plan, plan_sizes, usual_size
 from globe.choice.seeding import seed
 from globe.compute.gemm import pick_precision, working_precision
@@ -67,7 +68,7 @@ def compress(
     Parameters
     ----------
     model_dir : Path or str
-        A dense checkpoint directory of a known layout.
+        A dense checkpoint directory of a known layout, or its name on the hub (NAMESPACE/NAME, with @REVISION).
     out_dir : Path or str
         The factored directory; made here. config.json is renamed into place last; then report.html is drawn.
     settings : Settings, optional
@@ -105,7 +106,7 @@ def compress(
     settings, stages = settings or Settings(), Stages(progress)
     began = began if began is not None else clock()
     turn = Turn(began + settings.time_limit, clock) if settings.time_limit is not None else None
-    opened = open_source(Path(model_dir), settings, stages, trust_remote_code=trust_remote_code)
+    opened = open_source(local(model_dir), settings, stages, trust_remote_code=trust_remote_code)
     run = Run(opened, Path(out_dir), settings, Existing(fresh, overwrite, keep_run), turn)
     result = _run(run, stages)
     if log is not None:

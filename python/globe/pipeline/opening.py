@@ -93,8 +93,8 @@ def environment(planned: Plan, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _needed_bytes(planned: Plan, settings: Settings) -> int:
-    """Disk that a run takes without scratch files: banks in fp32 while a family is fitted, or the output.
+def _needed_bytes(planned: Plan, settings: Settings, scratch: int = 0) -> int:
+    """Disk that a run takes: banks in fp32, and scratch files, while a family is fitted, or the output.
 
     Of the loops three, the best, the newest and the next; of the joint fit its start, and the newest and the next with
     the step that led there.
@@ -106,7 +106,7 @@ def _needed_bytes(planned: Plan, settings: Settings) -> int:
     banks = [shapes[name].bank * shapes[name].rank * family.d for name, family in families.items()]
     saved = 5 if fits_jointly(settings) else 3
     corrected = planned.checkpoint.family("down").stored_bytes if settings.correct == "down" else 0
-    return 2 * sum(banks) + max(output + corrected, saved * 4 * max(banks))
+    return 2 * sum(banks) + max(output + corrected, saved * 4 * max(banks) + scratch)
 
 
 def scratch_bytes(planned: Plan, settings: Settings) -> int:
@@ -116,8 +116,8 @@ def scratch_bytes(planned: Plan, settings: Settings) -> int:
 
 
 def _scratch(planned: Plan, settings: Settings) -> Scratch | None:
-    """The scratch files, and what would do without them."""
-    size = scratch_bytes(planned, settings)
+    """What scratch files take beside all that the run takes without them, and what would do without them."""
+    size = _needed_bytes(planned, settings, scratch_bytes(planned, settings)) - _needed_bytes(planned, settings)
     if size == 0:
         return None
     remedies = ["--solver alternate"]

@@ -40,6 +40,11 @@ def pass_flops(p: int, d: int, r: int, m: int, weighed: bool) -> int:
     return mixture + basis + lefts + sketch + sums + through + kept
 
 
+def error_flops(p: int, d: int, r: int, m: int, weighed: bool) -> int:
+    """Of one expert in a pass that asks for f alone, counted as in :func:`pass_flops`."""
+    return 2 * m * r * d + 2 * (2 * r * r * d) + 2 * p * r * d + (2 * r * d * d if weighed else 0)
+
+
 def codes_flops(d: int, r: int, atoms: int) -> int:
     """Of the curvature of one expert's codes in a pass, for as many atoms as it has, or all where they are chosen."""
     return 2 * atoms * SKETCHED * (r * d + r * r + atoms * r)

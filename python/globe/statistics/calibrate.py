@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from globe.checkpoint.hub import local
 from globe.checkpoint.index import Checkpoint
 from globe.compute.devices import find_device, keep_memory
 from globe.errors import GlobeError, UsageError
@@ -87,7 +88,7 @@ def calibrate(
     GlobeError
         If the checkpoint cannot be run or the texts are too short.
     """
-    checkpoint = Checkpoint(Path(model_dir))
+    checkpoint = Checkpoint(local(model_dir))
     if precision not in ("auto", "fp32"):
         raise UsageError(f"precision is {precision!r}; expected auto or fp32")
     keep_memory()
