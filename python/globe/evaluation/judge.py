@@ -9,6 +9,7 @@ from typing import Any
 
 from globe.artifact.factored import open_factored
 from globe.checkpoint.companions import EVALUATION, HELD_OUT
+from globe.checkpoint.hub import local
 from globe.checkpoint.index import Checkpoint
 from globe.errors import GlobeError, UsageError
 from globe.evaluation.evaluate import load_beside
@@ -43,16 +44,16 @@ class Judged:
     warning: str | None
 
 
-def judge(out: Path, against: Path, texts: Sequence[str | Path] = (), reading: Reading | None = None) -> Judged:
+def judge(out: Path, against: Path | str, texts: Sequence[str | Path] = (), reading: Reading | None = None) -> Judged:
     """Evaluate a factored directory against its original, and keep what is found in its evaluation.json.
 
     Parameters
     ----------
     out : Path
         Written by `globe compress`.
-    against : Path
-        The model to compare with; where it is not the checkpoint that `out` was made of, nothing is kept, and
-        `reading.note` is told.
+    against : Path or str
+        The model to compare with, or its name on the hub; where it is not the checkpoint that `out` was made of,
+        nothing is kept, and `reading.note` is told.
     texts : sequence
         Each as for `globe.evaluate`. With none the held-out half of every text that was calibrated on, of each its
         first 8,192 tokens unless `reading` says otherwise; the evaluation half of `evaluation_text` where `out` does
@@ -71,9 +72,9 @@ def judge(out: Path, against: Path, texts: Sequence[str | Path] = (), reading: R
     reading = reading or Reading()
     check_window(reading.window, reading.max_tokens)
     open_factored(out)
-    given = [read_text(text) for text in texts]
-    beside = load_beside(out, against, reading.device, reading.trust_remote_code)
-    return judge_loaded(out, against, beside, given, reading)
+    given, original = [read_text(text) for text in texts], local(against)
+    beside = load_beside(out, original, reading.device, reading.trust_remote_code)
+    return judge_loaded(out, original, beside, given, reading)
 
 
 def judge_loaded(
