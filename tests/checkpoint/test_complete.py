@@ -161,10 +161,9 @@ BROKEN: dict[str, tuple[Callable[[Tensors], object], tuple[str, ...]]] = {
         ("layer 2 has no routed experts", "model.layers.2.moe.experts."),
     ),
     "in both forms at once": (both, ("expert 0 of layer 0 is in", "mlp.experts.down_proj;", "expected one")),
-    "no model.": (renamed("model.layers", "layers"), ("has '' where 'model.' is expected", "save_pretrained")),
     "inside another": (
-        renamed("model.layers", "model.language_model.layers"),
-        ("'model.language_model.'", "AutoModelForCausalLM"),
+        renamed("model.layers", "student.model.layers"),
+        ("has 'student.model.' where 'model.' is expected", "AutoModelForCausalLM"),
     ),
     "GPTQ": (quantised((".qweight", ".qzeros", ".scales")), ("quantised as by GPTQ or AWQ", "qweight", "start from")),
     "compressed-tensors": (
@@ -177,6 +176,18 @@ BROKEN: dict[str, tuple[Callable[[Tensors], object], tuple[str, ...]]] = {
         ("named as routed experts", "model.layers.{layer}", "found"),
     ),
 }
+
+
+@pytest.mark.parametrize("prefix", ["layers", "model.language_model.layers", "language_model.model.layers"])
+def test_names_of_layers_below_other_modules_are_read(prefix: str, source: Path) -> None:
+    def read() -> list[tuple[str, torch.Tensor]]:
+        families = [Checkpoint(source).family(name) for name in FAMILIES]
+        return [(each.tensor, family.read(n)) for family in families for n, each in enumerate(family.experts)]
+
+    before = read()
+    edit(source, renamed("model.layers", prefix))
+    for (old, wanted), (new, found) in zip(before, read(), strict=True):
+        assert new == old.replace("model.layers", prefix) and torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("case", BROKEN)

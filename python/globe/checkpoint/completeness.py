@@ -48,7 +48,7 @@ def require_complete(source: Source, held: Held) -> list[str]:
     families = {name: numbers for name, numbers in held.items() if numbers}
     _require_numbers(source, families)
     with_experts = {layer for numbers in families.values() for layer, _ in numbers}
-    stated = stated_layers(source.config, source.layers)
+    stated = stated_layers(source.config, source.layers, every=source.layout.every_layer)
     if stated is None:
         return []
     for layer in sorted(stated - with_experts):
@@ -75,8 +75,8 @@ def _layers(numbers: Sequence[int]) -> str:
     return f"layer {numbers[0]} has" if len(numbers) == 1 else f"layers {_some(numbers)} have"
 
 
-def stated_layers(config: Mapping[str, Any], layers: int | None) -> set[int] | None:
-    """The layers that have routed experts, as config.json says; None if it does not say.
+def stated_layers(config: Mapping[str, Any], layers: int | None, *, every: bool = True) -> set[int] | None:
+    """The layers that have routed experts, as config.json says; None if it does not say, or says so of `every` layer.
 
     The keys are those of transformers' configurations and of published files beside them.
     """
@@ -85,9 +85,11 @@ def stated_layers(config: Mapping[str, Any], layers: int | None) -> set[int] | N
     everything = range(min(layers, _MOST_LAYERS))
     kinds, chosen = config.get("mlp_layer_types"), config.get("moe_layers")
     if isinstance(kinds, list) and len(kinds) == layers:
-        return {layer for layer in everything if kinds[layer] == "sparse"}
+        return {layer for layer in everything if kinds[layer] != "dense"}
     if isinstance(chosen, list):
         return {layer for layer in everything if layer in chosen}
+    if not every and not any(_is_count(config.get(key)) for key in ("first_k_dense_replace", "decoder_sparse_step")):
+        return None
     if "n_routed_experts" in config and not _is_count(config.get("first_k_dense_replace")):
         return None  # transformers has a default for each architecture
     first, step = config.get("first_k_dense_replace"), config.get("decoder_sparse_step")

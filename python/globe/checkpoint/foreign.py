@@ -67,7 +67,7 @@ def missing_weights(directory: Path) -> GlobeError | None:
 def unknown_layout(directory: Path, config: Mapping[str, Any], tensors: Iterable[str]) -> GlobeError:
     """What to say of tensors that no layout of the model's type names."""
     model_type, names = config.get("model_type"), list(tensors)
-    mine = [layout for layout in read_layouts() if model_type in layout.model_types]
+    mine = [layout for layout in read_layouts() if layout.is_of(model_type)]
     named = [name for name in names if any(_known(layout, name) for layout in read_layouts())]
     if not mine:
         known = sorted({name for layout in read_layouts() for name in layout.model_types})

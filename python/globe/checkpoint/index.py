@@ -23,6 +23,7 @@ from globe.errors import GlobeError
 FAMILIES = ("gate", "up", "down")
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_TEXT_CONFIGS = ("thinker_config", "text_config", "language_config", "llm_config")
 
 
 class Checkpoint:
@@ -116,16 +117,25 @@ class Checkpoint:
         """The layout of config.json's model type, confirmed by the names of the tensors."""
         model_type = self.config.get("model_type")
         for layout in read_layouts():
-            if model_type in layout.model_types and any(
+            if layout.is_of(model_type) and any(
                 layout.place(family, name) is not None for name in self.tensors for family in FAMILIES
             ):
                 return layout
         raise unknown_layout(self.directory, self.config, self.tensors)
 
+    @cached_property
+    def text_config(self) -> dict[str, Any]:
+        """config.json, with what it says of the language model of several models in the place of its own."""
+        found = self.config
+        for name in _TEXT_CONFIGS:
+            inner = found.get(name)
+            found = {**found, **inner} if isinstance(inner, dict) else found
+        return found
+
     @property
     def layers(self) -> int | None:
         """The number of layers that config.json states; later ones predict further tokens."""
-        layers = self.config.get("num_hidden_layers")
+        layers = self.text_config.get("num_hidden_layers")
         if layers is not None and not isinstance(layers, int):
             raise GlobeError(f"{self.directory}: config.json: num_hidden_layers is {layers!r}; expected an integer")
         return layers
@@ -158,7 +168,8 @@ class Checkpoint:
                     found[family].append(expert)
         for experts in found.values():
             experts.sort(key=lambda expert: (expert.layer, expert.expert))
-        return found, require_complete(Source(self.directory, self.config, self.layout, layers, self.tensors), held)
+        source = Source(self.directory, self.text_config, self.layout, layers, self.tensors)
+        return found, require_complete(source, held)
 
     def family(self, name: str) -> Family:
         """Collect one family's experts and check their shapes against each other and config.json."""
@@ -193,7 +204,8 @@ class Checkpoint:
             "model width": (("hidden_size",), {d}),
         }
         for what, (keys, values) in counts.items():
-            stated = next((self.config[key] for key in keys if isinstance(self.config.get(key), int)), None)
+            config = self.text_config
+            stated = next((config[key] for key in keys if isinstance(config.get(key), int)), None)
             if stated is not None and values != {stated}:
                 raise GlobeError(
                     f"{self.directory}: config.json states {stated} as {what}, the tensors of family {name} have "

@@ -7,7 +7,9 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+
+PREFIXES = ("model.", "model.language_model.", "language_model.model.", "model.decoder.", "thinker.model.", "")
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Layout:
         Per family the name of one expert's matrix, where there is a tensor for each.
     fused : dict
         Per family the name of the tensor of all experts of a layer; gate's is up's too, with gate above up.
+    every_layer : bool
+        Whether every layer has experts where config.json does not say which have.
     """
 
     name: str
@@ -33,6 +37,15 @@ class Layout:
     width_keys: tuple[str, ...]
     templates: dict[str, str]
     fused: dict[str, str]
+    every_layer: bool = True
+
+    def is_of(self, model_type: object) -> bool:
+        """Whether it is that of a model type; of its language model alone too."""
+        return isinstance(model_type, str) and model_type.removesuffix("_text") in self._types
+
+    @cached_property
+    def _types(self) -> set[str]:
+        return {name.removesuffix("_text") for name in self.model_types}
 
     def place(self, family: str, tensor: str) -> tuple[int, int | None] | None:
         """The layer and the expert of a family (None: all of the layer's experts) that a tensor holds, if any."""
@@ -47,12 +60,13 @@ class Layout:
         """The templates of a family."""
         for forms in (self.templates, self.fused):
             if family in forms:
-                yield forms[family]
+                yield forms[family].replace("{prefix}", PREFIXES[0])
 
 
 @lru_cache
 def _pattern(template: str) -> re.Pattern[str]:
-    pattern = re.escape(template)
+    prefixes = "|".join(map(re.escape, PREFIXES))
+    pattern = re.escape(template).replace(re.escape("{prefix}"), f"(?:{prefixes})")
     for field in ("layer", "expert"):
         pattern = pattern.replace(re.escape("{" + field + "}"), rf"(?P<{field}>[0-9]{{1,6}})")
     return re.compile(pattern)
@@ -70,6 +84,7 @@ def read_layouts() -> tuple[Layout, ...]:
             tuple(entry["width_keys"]),
             entry.get("templates", {}),
             {"gate": entry["fused"], "up": entry["fused"], "down": entry["fused_down"]} if "fused" in entry else {},
+            entry.get("every_layer", True),
         )
         for entry in json.loads(text)
     )

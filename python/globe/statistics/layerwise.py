@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from globe.checkpoint.index import Checkpoint
+from globe.checkpoint.layouts import PREFIXES
 from globe.checkpoint.pretrained import first_line, import_transformers, quiet, refuse_own_code
 from globe.checkpoint.quantised import KEY, require_plain
 from globe.checkpoint.read_ahead import read_soon
@@ -20,7 +21,7 @@ from globe.compute.gemm import dictionary_dtype
 from globe.errors import GlobeError
 
 _HEAD = "head"  # what is neither in a layer nor beside the layers
-LAYER = re.compile(r"model\.layers\.(\d+)\.")
+LAYER = re.compile(rf"(?P<prefix>{'|'.join(map(re.escape, PREFIXES))})layers\.(?P<layer>\d+)\.")
 TOKENS_AT_ONCE = 4096
 
 Arguments = Callable[[int, slice], dict[str, Any]]
@@ -101,19 +102,21 @@ class Layerwise:
             config = transformers.AutoConfig.from_pretrained(
                 checkpoint.directory, local_files_only=True, trust_remote_code=trust_remote_code
             )
-            made = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=self.dtype, trust_remote_code=trust_remote_code
-            )
+            auto = transformers.AutoModelForCausalLM
+            if type(config) in transformers.AutoModelForImageTextToText._model_mapping:  # its language model runs
+                auto = transformers.AutoModelForImageTextToText
+            made = auto.from_config(config, dtype=self.dtype, trust_remote_code=trust_remote_code)
             self.model = made.eval()
-            self.base = self.model.base_model
+            self.base = self.model.get_decoder()
             self.layers = self.base.layers
-        self.positions = getattr(config, "max_position_embeddings", None)
+        self.positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         self._expert_dtype = stored
         self._names: dict[int | str | None, list[str]] = {}
-        for name in checkpoint.tensors:
-            match = LAYER.match(name)
-            beside = None if name.startswith("model.") else _HEAD
-            self._names.setdefault(int(match[1]) if match is not None else beside, []).append(name)
+        matches = {name: LAYER.match(name) for name in checkpoint.tensors}
+        prefix = next((match["prefix"] for match in matches.values() if match is not None), "model.")
+        for name, match in matches.items():
+            beside = _HEAD if name.startswith("lm_head.") or not name.startswith(prefix) else None
+            self._names.setdefault(int(match["layer"]) if match is not None else beside, []).append(name)
 
     @staticmethod
     def working_dtype(stored: torch.dtype, device: torch.device, precision: str) -> torch.dtype:

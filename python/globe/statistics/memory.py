@@ -72,6 +72,6 @@ def _weights(checkpoint: Checkpoint) -> dict[int | None, int]:
     found: dict[int | None, int] = {}
     for name, info in checkpoint.tensors.items():
         match = LAYER.match(name)
-        key = int(match[1]) if match is not None else None
+        key = int(match["layer"]) if match is not None else None
         found[key] = found.get(key, 0) + math.prod(info.shape)
     return found

@@ -41,7 +41,7 @@ def stream_work(checkpoint: Checkpoint, tokens: int) -> Work:
     beside = read = 0
     for name, info in checkpoint.tensors.items():
         match = LAYER.match(name)
-        if match is not None and int(match[1]) <= last:
+        if match is not None and int(match["layer"]) <= last:
             read += info.nbytes
             beside += 0 if name in routed else math.prod(info.shape)
     experts = gates.layers * choices(checkpoint)
