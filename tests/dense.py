@@ -13,17 +13,19 @@ from globe.compute.blocks import Blocks
 from globe.fit.problem import Problem
 from globe.settings import Settings
 from globe.statistics.metric import Metric
+from globe.statistics.own_columns import OwnColumns
 
 EXPERTS, P, D, RANK, ATOMS = 6, 10, 14, 3, 5
+OWN = 3  # directions of an expert's own moment
 WHOLE = 7  # a rank with which K_i is kept whole in a metric; with RANK it is its basis
-METRICS = ("none", "shared", "scaled", "rows")
+METRICS = ("none", "shared", "scaled", "own", "rows")
 CASES = [*((kind, RANK) for kind in METRICS), *((kind, WHOLE) for kind in METRICS if kind != "none")]
 FOUR = Blocks(experts=4)
 NOWHERE = Path("all shelves are in memory")
 
 
 def random_metric(kind: str, *, experts: int = EXPERTS, p: int = P, d: int = D, layers: int = 2) -> Metric | None:
-    """Diagonal rows and shared columns; per-expert scales on top; full rows without columns; or no metric."""
+    """Diagonal rows and shared columns; scales or own directions on top; full rows without columns; or no metric."""
     if kind == "none":
         return None
     random = torch.Generator().manual_seed(7)
@@ -36,7 +38,11 @@ def random_metric(kind: str, *, experts: int = EXPERTS, p: int = P, d: int = D, 
     rows = tuple(draw(p).abs() + 0.1 for _ in range(experts))
     columns = {layer: torch.eye(d) + 0.5 * draw(d, d).tril() for layer in range(layers)}
     scales = tuple(draw(d).abs() + 0.2 for _ in range(experts)) if kind == "scaled" else None
-    return Metric(rows, columns, scales, tuple(number * layers // experts for number in range(experts)))
+    own = None
+    if kind == "own":  # some as their layer, some of less than it, some of more
+        values = torch.tensor([[0.0] * OWN, [-0.9, 0.5, 8.0], [3.0, -0.5, 0.0]]).repeat(-(-experts // 3), 1)[:experts]
+        own = OwnColumns(torch.linalg.qr(draw(experts, d, OWN))[0], values)
+    return Metric(rows, columns, scales, tuple(number * layers // experts for number in range(experts)), own=own)
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,16 @@ def dense_of(family: Family, metric: Metric | None) -> Dense:
             columns[number] = metric.columns[layer].double()
         if layer is not None and metric.scales is not None:
             columns[number] = metric.scales[number].double()[:, None] * columns[number]
+        if layer is not None and metric.own is not None:
+            columns[number] = columns[number] @ dense_own(metric.own, number)
     return Dense(weights, rows, columns)
+
+
+def dense_own(own: OwnColumns, number: int) -> torch.Tensor:
+    """R_i (d, d) in fp64: the root of I + U_i Λ_i U_iᵀ."""
+    directions, values = own.directions[number].double(), own.values[number].double()
+    values, vectors = torch.linalg.eigh(torch.eye(len(directions)) + directions @ values.diag() @ directions.T)
+    return vectors @ values.sqrt().diag() @ vectors.T
 
 
 def small_family(directory: Path, *, noise: float = 0.5, seed: int = 0) -> Family:

@@ -195,7 +195,10 @@ STAGES: dict[str, Callable[[Family, Metric | None], list[Array]]] = {
     "curvature, columns whole": lambda family, metric: curvature(family, metric, WHOLE),
 }
 CASES = [
-    (stage, kind) for stage in STAGES for kind in ("none", "scaled", "rows") if stage != "dictionary" or kind != "none"
+    (stage, kind)
+    for stage in STAGES
+    for kind in ("none", "scaled", "own", "rows")
+    if stage != "dictionary" or kind != "none"
 ]
 
 

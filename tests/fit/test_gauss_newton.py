@@ -264,7 +264,7 @@ def test_a_minimum_takes_no_step(tmp_path: Path) -> None:
     assert not found.step.bank.any() and not found.step.codes.any()
 
 
-@pytest.mark.parametrize("kind", ["shared", "scaled", "rows"])
+@pytest.mark.parametrize("kind", ["shared", "scaled", "own", "rows"])
 @pytest.mark.parametrize("rank", [RANK, WHOLE])
 def test_both_forms_of_the_columns_agree(rank: int, kind: str, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     metric, point = random_metric(kind), sparse_point(rank, False)

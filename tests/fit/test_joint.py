@@ -73,7 +73,7 @@ def value_at(family: Family, metric: Metric | None, state: State) -> float:
     return float(dense_of(family, metric).shares(state.bank.double(), torch.from_numpy(state.codes)).sum())
 
 
-@pytest.mark.parametrize("kind", ["none", "shared", "scaled", "rows"])
+@pytest.mark.parametrize("kind", ["none", "shared", "scaled", "own", "rows"])
 @pytest.mark.parametrize("codes", ["signed", "nnls", "simplex"])
 def test_the_error_falls(codes: str, kind: str, family: Family) -> None:
     found = fit(family, metric_of(kind), codes=codes)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dense import dense_own
 from fake_mps import MPS, FakeMps
 from families import Array, make_family, make_job, make_pool, make_rows, planted, random_state, silent
 from globe.checkpoint.family import Family
@@ -23,12 +24,13 @@ from globe.fit.training import train
 from globe.runs.store import RunStore
 from globe.settings import Settings
 from globe.statistics.metric import Metric
+from globe.statistics.own_columns import OwnColumns
 
 EXPERTS, ROWS, WIDTH, RANK, ATOMS = 14, 64, 20, 6, 5
 
 
-def make_metric(seed: int, *, full: bool = False, scaled: bool = False, plain: bool = False) -> Metric:
-    """Random D_i and L of two layers; `plain`: ones and identities."""
+def make_metric(seed: int, *, full: bool = False, kind: str = "shared", plain: bool = False) -> Metric:
+    """Random D_i and L of two layers, experts ``scaled`` or with ``own`` directions; `plain`: ones and identities."""
     rng = np.random.default_rng(seed)
 
     def tensor(array: Array) -> torch.Tensor:
@@ -42,14 +44,21 @@ def make_metric(seed: int, *, full: bool = False, scaled: bool = False, plain: b
     rows = tuple(tensor(np.eye(ROWS) + some if full else rng.uniform(0.5, 2, ROWS)) for some in noise)
     columns = {0: tensor(np.tril(np.eye(WIDTH) + 0.3 * rng.standard_normal((WIDTH, WIDTH))))}
     columns[1] = tensor(np.diag(rng.uniform(0.3, 3, WIDTH)) + 0.2 * rng.standard_normal((WIDTH, WIDTH)))
-    scales = tuple(tensor(rng.uniform(0.5, 2, WIDTH)) for _ in layers) if scaled else None
-    return Metric(rows, columns, scales, layers)
+    scales = tuple(tensor(rng.uniform(0.5, 2, WIDTH)) for _ in layers) if kind == "scaled" else None
+    own = None
+    if kind == "own":
+        directions = tensor(np.linalg.qr(rng.standard_normal((EXPERTS, WIDTH, 4)))[0])
+        own = OwnColumns(directions, tensor(rng.uniform(-0.8, 4, (EXPERTS, 4))))
+    return Metric(rows, columns, scales, layers, own=own)
 
 
 def dense(metric: Metric) -> tuple[Array, Array, Array]:
     """D_i (N, p, p), L_i (N, d, d), and the layer's L without scales."""
     rows = np.stack([(torch.diag(some) if some.ndim == 1 else some).double().numpy() for some in metric.rows])
     common = np.stack([metric.columns[layer].double().numpy() for layer in metric.layers if layer is not None])
+    if metric.own is not None:
+        own = np.stack([dense_own(metric.own, number).numpy() for number in range(EXPERTS)])
+        return rows, common @ own, common
     if metric.scales is None:
         return rows, common, common
     return rows, np.stack([some.double().numpy() for some in metric.scales])[:, :, None] * common, common
@@ -80,12 +89,12 @@ def close(found: Array, wanted: Array, tolerance: float = 2e-4) -> None:
 
 
 @pytest.mark.parametrize("mod", ["exact", "aligned"])
-@pytest.mark.parametrize(("full", "scaled"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize(("full", "kind"), [(False, "shared"), (False, "scaled"), (False, "own"), (True, "shared")])
 @pytest.mark.parametrize("experts", [3, 100])
 def test_a_sweep_is_what_numpy_finds(
-    experts: int, full: bool, scaled: bool, mod: str, weights: Array, family: Family, state: State
+    experts: int, full: bool, kind: str, mod: str, weights: Array, family: Family, state: State
 ) -> None:
-    metric = make_metric(2, full=full, scaled=scaled)
+    metric = make_metric(2, full=full, kind=kind)
     settings = settings_for(mod, validation_share=0.0 if full else 0.1)
     rows = make_rows(family, RANK, settings)
     found, sums = sweep(
@@ -172,10 +181,10 @@ def dense_solution(problem: tuple[Array, ...], ridge: float) -> Array:
     return np.linalg.solve(matrix, right.ravel()).reshape(bank.shape)
 
 
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("kind", ["shared", "scaled", "own"])
 @pytest.mark.parametrize("ridge", [1e-4, 0.1])
-def test_the_dictionary_step_is_the_dense_solve(ridge: float, scaled: bool) -> None:
-    metric = make_metric(3, scaled=scaled)
+def test_the_dictionary_step_is_the_dense_solve(ridge: float, kind: str) -> None:
+    metric = make_metric(3, kind=kind)
     problem = step_problem(4, metric)
     wanted = dense_solution(problem, ridge)
     found = solve(metric, problem, ridge, 2000, blocks=Blocks(experts=4))
@@ -203,8 +212,8 @@ def test_without_columns_the_step_is_the_plain_one() -> None:
     assert torch.equal(found, mod_exact(second, tensors[2], Solving(1e-4, 8)))
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-def test_a_planted_bank_is_found_again_from_nearby(scaled: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["shared", "scaled", "own"])
+def test_a_planted_bank_is_found_again_from_nearby(kind: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     planted_state = random_state(6, experts=EXPERTS, atoms=3, rank=4, d=WIDTH)
     mixtures = np.einsum("ij,jrd->ird", planted_state.codes, planted_state.bank.double())
@@ -212,7 +221,7 @@ def test_a_planted_bank_is_found_again_from_nearby(scaled: bool, tmp_path: Path)
     settings = Settings(codes="nnls", outer_loops=60, patience=1000, precision="fp32")
     bank = planted_state.bank + 0.01 * torch.from_numpy(rng.standard_normal((3, 4, WIDTH)).astype(np.float32))
     start = State(bank, rng.uniform(0.1, 1, (EXPERTS, 3)), 1.0)
-    metric = make_metric(7, scaled=scaled)
+    metric = make_metric(7, kind=kind)
     found = train(make_pool(family, make_rows(family, 4, settings), metric), start, make_job(settings), silent)
     assert found.initial is not None and found.measure is not None
     assert found.measure.relative_error < 1e-3 * found.initial.relative_error
@@ -233,7 +242,7 @@ def test_rows_that_mix_are_not_held_out(mod: str, family: Family, state: State) 
 @pytest.mark.parametrize("mod", ["exact", "aligned"])
 def test_threads_change_no_bit(mod: str, family: Family) -> None:
     settings = settings_for(mod, outer_loops=2)
-    rows, metric, before = make_rows(family, RANK, settings), make_metric(9, scaled=True), torch.get_num_threads()
+    rows, metric, before = make_rows(family, RANK, settings), make_metric(9, kind="scaled"), torch.get_num_threads()
     found = []
     try:
         for threads in (1, 3):
@@ -248,11 +257,11 @@ def test_threads_change_no_bit(mod: str, family: Family) -> None:
     assert torch.equal(found[0].state.bank, found[1].state.bank)
 
 
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("kind", ["shared", "scaled", "own"])
 @pytest.mark.parametrize("mod", ["exact", "aligned"])
-def test_mps_has_all_that_the_metric_takes(mod: str, scaled: bool, family: Family, tmp_path: Path) -> None:
+def test_mps_has_all_that_the_metric_takes(mod: str, kind: str, family: Family, tmp_path: Path) -> None:
     settings = settings_for(mod, outer_loops=2, coherence=0.1, duplicate=0.0)
-    rows, metric = make_rows(family, RANK, settings), make_metric(10, scaled=scaled)
+    rows, metric = make_rows(family, RANK, settings), make_metric(10, kind=kind)
     start = random_state(1, experts=EXPERTS, atoms=ATOMS, rank=RANK, d=WIDTH)
     here = train(
         make_pool(family, rows, metric), State(start.bank.clone(), start.codes, 1.0), make_job(settings), silent
@@ -263,6 +272,7 @@ def test_mps_has_all_that_the_metric_takes(mod: str, scaled: bool, family: Famil
             {layer: factor.to(MPS) for layer, factor in metric.columns.items()},
             tuple(some.to(MPS) for some in metric.scales) if metric.scales is not None else None,
             metric.layers,
+            own=OwnColumns(metric.own.directions.to(MPS), metric.own.values.to(MPS)) if metric.own else None,
         )
         on_device = State(start.bank.to(MPS), start.codes, 1.0)
         states = States(RunStore(tmp_path / "store", {}, {}, lambda line: None), "gate", MPS)

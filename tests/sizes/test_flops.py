@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dense import ATOMS, CASES, EXPERTS, D, P, problem_of, random_metric, random_point, small_family
+from dense import ATOMS, CASES, EXPERTS, OWN, D, P, problem_of, random_metric, random_point, small_family
 from families import CPU, silent
 from forms import form
 from globe.checkpoint.family import Family
@@ -26,6 +26,10 @@ from globe.sizes.flops import (
     error_flops,
     iteration_flops,
     keeps_columns,
+    own_error_flops,
+    own_iteration_flops,
+    own_pass_flops,
+    own_sample_flops,
     pass_flops,
     preconditioner_flops,
     sample_flops,
@@ -73,6 +77,9 @@ def test_a_pass(sampled: int, kind: str, rank: int, family: Family, monkeypatch:
     with counted() as found:
         problem.look(point.bank, point.codes, 0, silent)
     whole = EXPERTS * pass_flops(P, D, rank, ATOMS, weighed) + sampled * sample_flops(D, rank, weighed)
+    if kind == "own":
+        apart = 0 if keeps_columns(True, rank, D) else sampled
+        whole += EXPERTS * own_pass_flops(D, rank, OWN) + apart * own_sample_flops(D, rank, OWN)
     assert found == [whole + sum(codes_flops(D, rank, np.count_nonzero(row)) for row in point.codes)]
 
 
@@ -82,7 +89,8 @@ def test_f_alone(kind: str, rank: int, family: Family, monkeypatch: pytest.Monke
     problem, point = looked(family, kind, rank)
     with counted() as found:
         problem.look(point.bank, point.codes, None, silent)
-    assert found == [EXPERTS * (error_flops(P, D, rank, ATOMS, kind != "none") + 2 * rank * rank * D)]
+    own = own_error_flops(D, rank, OWN) if kind == "own" else 0
+    assert found == [EXPERTS * (error_flops(P, D, rank, ATOMS, kind != "none") + 2 * rank * rank * D + own)]
 
 
 @counted_cases
@@ -91,7 +99,8 @@ def test_a_product_with_the_gauss_newton_matrix(kind: str, rank: int, family: Fa
     given = Vector(torch.ones_like(point.bank), np.ones_like(point.codes))
     with counted() as found, engine(CPU) as workers:
         Operator(problem, point, 1.0, workers)(given)
-    assert found == [EXPERTS * iteration_flops(D, rank, ATOMS, kind != "none")]
+    own = own_iteration_flops(D, rank, OWN) if kind == "own" else 0
+    assert found == [EXPERTS * (iteration_flops(D, rank, ATOMS, kind != "none") + own)]
 
 
 @counted_cases

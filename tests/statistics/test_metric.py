@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dense import dense_own
 from families import CPU, planted, write_checkpoint
 from globe.checkpoint.family import Family
 from globe.checkpoint.index import Checkpoint
@@ -16,6 +17,7 @@ from globe.errors import GlobeError
 from globe.settings import Settings
 from globe.statistics.calibration import Calibration, LayerStatistics, save_calibration
 from globe.statistics.metric import Metric, build_metric
+from globe.statistics.own_columns import OwnColumns
 
 LAYERS, EXPERTS, P, D = 2, 3, 6, 8
 
@@ -38,6 +40,17 @@ def statistics(seed: int, *, full: bool = True) -> LayerStatistics:
         up_rows=torch.rand(EXPERTS, P, generator=generator) + 0.1,
         hidden=hidden.diagonal(dim1=1, dim2=2),
         hidden_moment=hidden if full else None,
+    )
+
+
+def with_own(found: LayerStatistics, seed: int) -> LayerStatistics:
+    """With two directions of the first two experts; the third is as its layer."""
+    generator = torch.Generator().manual_seed(seed)
+    return replace(
+        found,
+        own_directions=torch.linalg.qr(torch.randn(EXPERTS, D, 2, generator=generator))[0],
+        own_values=torch.tensor([[4.0, -0.5], [0.7, 0.0], [0.0, 0.0]]),
+        own_sizes=torch.tensor([2.0, 0.5, 1.0]),
     )
 
 
@@ -135,6 +148,30 @@ def test_shrinkage(families: dict[str, Family], calibration: Calibration) -> Non
     assert build(families["gate"], calibration, metric_shrinkage=1e12).scales is None  # all as the layer
 
 
+@pytest.mark.parametrize("name", ["gate", "up"])
+def test_experts_have_moments_of_their_own(name: str, families: dict[str, Family], tmp_path: Path) -> None:
+    mine = with_own(statistics(0), 0)
+    assert mine.own_directions is not None and mine.own_values is not None and mine.own_sizes is not None
+    found = build(families[name], saved(tmp_path, {0: mine, 1: statistics(1)}))  # layer 1: nothing that is its own
+    plain = build(families[name], saved(tmp_path, {0: statistics(0), 1: statistics(1)}))
+    assert found.scales is None and not found.shared and plain.own is None
+    moments, whole = found.moment(slice(0, 6), D), plain.columns
+    for number in range(6):
+        factor = whole[number // EXPERTS]
+        inner, size = torch.eye(D), torch.tensor(1.0)
+        if number < EXPERTS:
+            directions, size = mine.own_directions[number], mine.own_sizes[number]
+            inner = inner + directions * mine.own_values[number] @ directions.T
+        torch.testing.assert_close(moments[number], factor @ inner @ factor.T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.rows[number], plain.rows[number] * size.sqrt())
+
+
+def test_down_takes_none_of_them(families: dict[str, Family], tmp_path: Path) -> None:
+    own = build(families["down"], saved(tmp_path, {k: with_own(statistics(k), k) for k in range(LAYERS)}))
+    plain = build(families["down"], saved(tmp_path, {k: statistics(k) for k in range(LAYERS)}))
+    assert own.own is None and all(map(torch.equal, own.rows, plain.rows))
+
+
 def test_no_token_and_no_shrinkage(families: dict[str, Family], calibration: Calibration) -> None:
     found = build(families["gate"], calibration, metric_shrinkage=0.0)
     assert found.scales is not None and torch.equal(found.scales[2], torch.ones(D))
@@ -175,7 +212,7 @@ def test_damaged_statistics(families: dict[str, Family], tmp_path: Path) -> None
         build(families["gate"], saved(tmp_path, {0: statistics(0), 1: bad}))
 
 
-@pytest.mark.parametrize("kind", ["none scaled", "scaled", "rows", "mixed"])
+@pytest.mark.parametrize("kind", ["none scaled", "scaled", "own", "rows", "mixed"])
 def test_several_experts_are_seen_as_each_of_them_is(kind: str) -> None:
     generator = torch.Generator().manual_seed(1)
     count, layers = 7, (0, 0, 1, 1, 1, None, 2)
@@ -187,7 +224,11 @@ def test_several_experts_are_seen_as_each_of_them_is(kind: str) -> None:
         rows = full
     elif kind == "mixed":
         rows = (*rows[:3], *full[3:])
-    metric = Metric(rows, columns, scales, layers)
+    own = None
+    if kind == "own":
+        directions = torch.linalg.qr(torch.randn(count, D, 3, generator=generator))[0]
+        own = OwnColumns(directions, 4 * torch.rand(count, 3, generator=generator) - 0.9)
+    metric = Metric(rows, columns, scales, layers, own=own)
     weights, moved = torch.randn(2, count, P, D, generator=generator)
     some = slice(1, 7)
     for name in ("seen", "unseen", "common", "weigh", "weigh_rows"):
@@ -200,6 +241,8 @@ def test_several_experts_are_seen_as_each_of_them_is(kind: str) -> None:
         factor = torch.eye(D) if layer is None else columns[layer]
         if scales is not None and layer is not None:
             factor = scales[number][:, None] * factor
+        if own is not None and layer is not None:
+            factor = factor @ dense_own(own, number).float()
         mine = rows[number]
         expected = (torch.diag(mine) if mine.ndim == 1 else mine) @ weights[number] @ factor
         torch.testing.assert_close(metric.weigh(one, weights[one])[0], expected, rtol=1e-4, atol=1e-4)

@@ -10,7 +10,8 @@ import torch
 
 from globe.statistics.calibration import MOMENTS, LayerStatistics
 from globe.statistics.experts import Experts
-from globe.statistics.moments import Moments, mirrored, upper_gram
+from globe.statistics.grams import mirrored, upper_gram
+from globe.statistics.moments import Moments
 
 SILU = torch.nn.functional.silu
 

@@ -15,6 +15,7 @@ from globe.compute.forms import per_core
 from globe.compute.rates import Rates, probe
 from globe.correction.work import correction_work
 from globe.settings import Settings
+from globe.sizes.budget import memory_limit
 from globe.sizes.kept import fits_jointly, kept
 from globe.sizes.ratios import Shape
 from globe.sizes.work import (
@@ -30,7 +31,7 @@ from globe.sizes.work import (
     step_work,
     sweep_work,
 )
-from globe.statistics.memory import calibration_bytes
+from globe.statistics.memory import calibration_bytes, own_plan
 from globe.statistics.mixture import tokens_for
 from globe.statistics.row_moments import moments_for
 from globe.statistics.work import calibration_work, sampling_work
@@ -170,7 +171,8 @@ def _peaks(planned: Plan, settings: Settings) -> dict[str, int]:
     if calibration_work(planned.checkpoint, settings).flops:
         gates = planned.checkpoint.family("gate")
         kinds, tokens = moments_for(settings.families, gates), tokens_for(settings, gates.d)
-        needed = calibration_bytes(planned.checkpoint, tokens, len(kinds))
+        own = own_plan(planned.checkpoint, tokens, len(kinds), memory_limit(settings), planned.device)
+        needed = calibration_bytes(planned.checkpoint, tokens, len(kinds), own.directions)
         found = {"calibrate": needed, **found}
     unused = "loops" if fits_jointly(settings) else "joint"
     return {stage: size for stage, size in found.items() if stage != unused}

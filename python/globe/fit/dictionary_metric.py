@@ -80,7 +80,7 @@ def mod_metric(
 
 
 class Moments:
-    """M_i = L_i L_iᵀ of every expert: S_i M_l S_i with M_l its layer's and S_i its scale."""
+    """M_i = L_i L_iᵀ of every expert: S_i M_l S_i, or L_l R_i² L_lᵀ, with M_l = L_l L_lᵀ its layer's."""
 
     def __init__(self, metric: Metric, workers: Engine) -> None:
         self._metric = metric
@@ -89,6 +89,8 @@ class Moments:
 
     def apply(self, some: slice, matrices: torch.Tensor) -> torch.Tensor:
         """X_i M_i for X (n, k, d)."""
+        if self._metric.own is not None:
+            return self._metric.unseen(some, self._metric.seen(some, matrices))
 
         def product(run: slice, found: torch.Tensor) -> torch.Tensor:
             layer, scales = self._metric.layers[run.start], self._metric.scales
@@ -109,6 +111,9 @@ class Moments:
             if layer is None:
                 return ones
             diagonal = self._whole[layer].diagonal()
+            if self._metric.own is not None:
+                gains = self._metric.own.gains(run, self._metric.columns[layer])
+                return diagonal.mean() + gains / len(diagonal)
             if scales is None:
                 return ones * diagonal.mean()
             return (diagonal * stacked(scales, run).square()).mean(1)
@@ -128,12 +133,15 @@ class Moments:
     def _inverse_columns(self, weights: Array) -> torch.Tensor:
         there = next(iter(self._whole.values())).device
         place = there if wide_dtype(there) == torch.float64 else torch.device("cpu")
-        layers, scales = self._metric.layers, self._metric.scales
+        layers, scales, own = self._metric.layers, self._metric.scales, self._metric.own
         total: torch.Tensor | None = None
         for layer, whole in self._whole.items():
             numbers = [number for number, found in enumerate(layers) if found == layer]
             moment, shares = whole.to(place).double(), torch.from_numpy(weights[numbers]).to(place)
-            if scales is None:
+            if own is not None and layer is not None:
+                factor = self._metric.columns[layer].to(place).double()
+                moment = moment * shares.sum() + factor @ own.summed(numbers, shares) @ factor.mT
+            elif scales is None:
                 moment = moment * shares.sum()
             else:
                 mine = torch.stack([scales[number] for number in numbers]).to(place).double()

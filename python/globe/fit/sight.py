@@ -23,7 +23,7 @@ class Sight:
     """How one sweep sees a bank (m, r, d) and its experts.
 
     Coding is argmin over α_i of ‖(T_i − Σ_j α_ij B_j) L_l‖², T_i = (D_i A_i)⁺ D_i W_i, with L_l the layer's: what
-    `Metric.scales` adds for each expert would take a Gram for each, and is left out of Gram and correlations alike.
+    `Metric` adds for each expert would take a Gram for each, and is left out of Gram and correlations alike.
     With `mod: fixed` the targets are proxies and coding is not weighed.
     """
 
@@ -58,7 +58,7 @@ class Sight:
             W_i, and what `look` made of it.
         """
         metric = self.metric
-        if metric is None or (self._exact and metric.scales is None):
+        if metric is None or (self._exact and metric.shared):
             moved = matmul(transposed, seen)
             if metric is not None:  # the factor on the left commutes with what is done to the columns
                 moved = metric.unseen(some, moved)

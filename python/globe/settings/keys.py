@@ -152,7 +152,7 @@ class Settings:
     metric_layers : float
         Power of the inverse residual stream by which layers are weighed.
     metric_shrinkage : float
-        Tokens that the layer's own moments count for beside an expert's.
+        Tokens that the layer's diagonal counts for beside an expert's own, where a calibration has no more of it.
     """
 
     rank: float | int = 0.75

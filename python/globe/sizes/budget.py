@@ -13,6 +13,7 @@ from globe.machine import control_groups
 from globe.settings import Settings
 from globe.sizes.flops import PROBED, SKETCHED, keeps_columns
 from globe.sizes.kept import fits_jointly, kept
+from globe.sizes.own import own_directions
 from globe.sizes.ratios import Shape
 
 BASE = 768 << 20  # the interpreter with torch, and freed memory that the allocator keeps
@@ -173,7 +174,8 @@ class _Cost:
         if self.settings.calibrate == "none":
             return 0
         p, d, layers = self.family.p, self.family.d, len({expert.layer for expert in self.family.experts})
-        return 4 * layers * d * d + 4 * len(self.family) * (d + p * (p if "down" in self.family.families else 1))
+        each = d + p * (p if "down" in self.family.families else 1) + own_directions(len(self.family), d) * (d + 1)
+        return 4 * layers * d * d + 4 * len(self.family) * each
 
     def workers(self, blocks: Blocks) -> int:
         """What each worker, or a batch on a device, makes of experts: W, W B̃ᵀ, A, A⁺W, r × r matrices in fp64."""

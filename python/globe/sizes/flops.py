@@ -94,3 +94,29 @@ def preconditioner_flops(d: int, r: int, m: int, weighed: bool) -> int:
     """Of the whole bank in a step of conjugate gradients, whatever the number of experts."""
     each = 2 * (2 * r * r * d) + (2 * r * d * d if weighed else 0)
     return m * each + 2 * m * m * r * d
+
+
+def own_pass_flops(d: int, r: int, own: int) -> int:
+    """What `own` directions of an expert add to a pass; as in :func:`pass_flops`, of one for which K_i is kept too."""
+    through = 2 * _own_flops(r, d, own) + _own_flops(SKETCHED, d, own)
+    return through + (own_sample_flops(d, r, own) if keeps_columns(True, r, d) else 0)
+
+
+def own_error_flops(d: int, r: int, own: int) -> int:
+    """What they add to a pass that asks for f alone."""
+    return _own_flops(r, d, own)
+
+
+def own_sample_flops(d: int, r: int, own: int) -> int:
+    """What they add to K_i: to its rows, and L U_i Λ_i U_iᵀ Lᵀ."""
+    return _own_flops(r, d, own) + 2 * (2 * d * d * own)
+
+
+def own_iteration_flops(d: int, r: int, own: int) -> int:
+    """What they add to a product with the Gauss-Newton matrix: nothing where K_i is kept."""
+    return 0 if keeps_columns(True, r, d) else 2 * _own_flops(r, d, own)
+
+
+def _own_flops(rows: int, d: int, own: int) -> int:
+    """Of X R_i for X (rows, d); where X is W_i, too."""
+    return 2 * (2 * rows * d * own)

@@ -10,12 +10,15 @@ from globe.sizes.flops import (
     SAMPLED,
     codes_flops,
     iteration_flops,
+    own_iteration_flops,
+    own_pass_flops,
     pass_flops,
     preconditioner_flops,
     sample_flops,
     weighing_flops,
 )
 from globe.sizes.kept import Kept
+from globe.sizes.own import own_directions
 from globe.sizes.ratios import Shape
 
 
@@ -63,6 +66,11 @@ class Task:
     def weighed(self) -> bool:
         """Whether a metric is expected."""
         return self.settings.calibrate != "none"
+
+    @property
+    def own(self) -> int:
+        """Directions of an expert's own moment that may be expected."""
+        return own_directions(len(self.family), self.family.d) if self.weighed else 0
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -125,7 +133,7 @@ def joint_pass_work(task: Task, held: Kept) -> Work:
     n, p, d, r, m = task.sizes
     flops: float = pass_flops(p, d, r, m, task.weighed) - 4 * r * r * d
     flops += sample_flops(d, r, task.weighed) * min(n, SAMPLED) / n
-    flops += codes_flops(d, r, min(m, task.settings.support) if task.sparse else m)
+    flops += own_pass_flops(d, r, task.own) + codes_flops(d, r, min(m, task.settings.support) if task.sparse else m)
     wide = 4 * r * r * d + 4 * r**3 / 3
     if task.sparse:
         flops -= 2 * (2 * m * r * d) + 2 * m * r * r
@@ -138,7 +146,7 @@ def joint_pass_work(task: Task, held: Kept) -> Work:
 def iteration_work(task: Task, held: Kept) -> Work:
     """Of one product with the Gauss-Newton matrix, and what comes with it in an iteration."""
     n, _, d, r, m = task.sizes
-    flops = iteration_flops(d, r, m, task.weighed)
+    flops = iteration_flops(d, r, m, task.weighed) + own_iteration_flops(d, r, task.own)
     mixed = Work()
     if task.sparse:
         flops -= 3 * 2 * m * r * d

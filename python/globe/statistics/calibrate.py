@@ -16,7 +16,9 @@ from globe.settings import Settings
 from globe.sizes.budget import memory_limit
 from globe.statistics.calibration import Calibration, load_calibration
 from globe.statistics.layerwise import NotFinite
-from globe.statistics.measure import Manner, measure, products, require_place
+from globe.statistics.manner import Manner
+from globe.statistics.measure import measure, products, require_place
+from globe.statistics.memory import own_plan
 from globe.statistics.mixture import AUTO, MEASURED, PYDOC, Text, mixture, tokens_for, usual_tokens
 from globe.statistics.row_moments import RowMoments, kept_moments, moments_for
 from globe.statistics.sampled import Means, with_own_samples
@@ -94,12 +96,13 @@ def calibrate(
     keep_memory()
     place, stages = Path(path), Stages(progress)
     gates = checkpoint.family("gate")
-    manner = Manner(find_device(device), kept_moments(row_moments, gates), precision)
     require_place(place)
-    wanted = tokens if tokens is not None else usual_tokens(gates.d)
+    wanted, limit = tokens if tokens is not None else usual_tokens(gates.d), memory_limit(Settings())
+    where, kept = find_device(device), kept_moments(row_moments, gates)
+    manner = Manner(where, kept, precision, own_plan(checkpoint, wanted, len(kept), limit, where))
     ask = Ask(_texts(text), wanted, window, trust_remote_code)
     reading = read_windows(checkpoint, ask, stages.display.log)
-    means = Means(manner, memory_limit(Settings()), stages)
+    means = Means(manner, limit, stages)
     reading, _ = with_own_samples(reading, ask, means, text is None)
     return measure(reading, manner, place, stages)
 
@@ -177,7 +180,9 @@ def _asked(checkpoint: Checkpoint, job: Job, trust_remote_code: bool) -> tuple[A
     settings, gates = job.settings, checkpoint.family("gate")
     tokens, longest = tokens_for(settings, gates.d), checkpoint.config.get("max_position_embeddings")
     window = min(WINDOW, longest if isinstance(longest, int) else WINDOW, tokens // 2)
-    manner = Manner(job.device, moments_for(settings.families, gates), settings.precision)
+    kept = moments_for(settings.families, gates)
+    own = own_plan(checkpoint, tokens, len(kept), memory_limit(settings), job.device)
+    manner = Manner(job.device, kept, settings.precision, own)
     return Ask(mixture({settings.calibrate: 1}), tokens, window, trust_remote_code), manner
 
 

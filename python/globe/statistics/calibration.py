@@ -49,6 +49,13 @@ class LayerStatistics:
         E[h hᵀ].
     gate_moment, up_moment : torch.Tensor, shape (E, p, p), optional
         The matrices whose diagonals are `gate_rows` and `up_rows`: E[s sᵀ] ∘ downᵀdown, s the factor of the row.
+    own_directions : torch.Tensor, shape (E, d, k), optional
+        U_e of E[x xᵀ] of each expert's own tokens as c_e L (I + U_e Λ_e U_eᵀ) Lᵀ, L the Cholesky factor of `moment`
+        with 10⁻³ of its mean diagonal added; columns are orthonormal.
+    own_values : torch.Tensor, shape (E, k), optional
+        Λ_e, shrunk towards zero; all zero where an expert's tokens say nothing that the layer's do not.
+    own_sizes : torch.Tensor, shape (E,), optional
+        c_e; 1 there.
     """
 
     moment: torch.Tensor
@@ -62,6 +69,9 @@ class LayerStatistics:
     hidden_moment: torch.Tensor | None = None
     gate_moment: torch.Tensor | None = None
     up_moment: torch.Tensor | None = None
+    own_directions: torch.Tensor | None = None
+    own_values: torch.Tensor | None = None
+    own_sizes: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,28 +13,10 @@ from globe.errors import GlobeError, UsageError
 from globe.runs.stages import Stages
 from globe.statistics.calibration import TOKENS, Calibration, LayerStatistics, save_calibration
 from globe.statistics.layerwise import Arguments, Layerwise, own_code
+from globe.statistics.manner import Manner
 from globe.statistics.moments import Moments
 from globe.statistics.stand_in import in_place_of, layer_experts
 from globe.statistics.windows import Reading
-
-
-@dataclass(frozen=True)
-class Manner:
-    """How statistics are measured.
-
-    Parameters
-    ----------
-    device : torch.device
-        Where layers run.
-    kept : tuple of str
-        Which p × p moments are gathered: names out of `MOMENTS`.
-    precision : str
-        ``auto``: in bf16 on a CPU that has such products, of a checkpoint in bf16; anything else: in fp32 on a CPU.
-    """
-
-    device: torch.device
-    kept: tuple[str, ...]
-    precision: str
 
 
 def measure(reading: Reading, manner: Manner, path: Path, stages: Stages) -> Calibration:
@@ -73,11 +55,14 @@ def measure(reading: Reading, manner: Manner, path: Path, stages: Stages) -> Cal
         warnings = _warnings(layers, reading.about["tokens"], gates.d)
         for line in warnings:
             stages.display.log(line)
+        own = _own_report(layers, manner)
+        stages.display.log(own["text"])
         about = {
             **reading.about,
             "globe_version": __version__,
             "device": str(manner.device),
             "products": products(reading, manner),
+            "own_moments": own,
             "warnings": warnings,
         }
         tokens = dict(zip(TOKENS, (reading.windows, reading.samples, reading.held_out), strict=True))
@@ -113,11 +98,11 @@ def _stream(
     for number in range(last + 1):
         if number < last:
             streamed.expect(number + 1)
-        yield number, _pass(streamed, number, states, manner.kept)
+        yield number, _pass(streamed, number, states, manner)
 
 
 def _pass(
-    streamed: Layerwise, number: int, states: list[tuple[torch.Tensor, Arguments]], kept: tuple[str, ...]
+    streamed: Layerwise, number: int, states: list[tuple[torch.Tensor, Arguments]], manner: Manner
 ) -> LayerStatistics | None:
     """Let all windows through a layer, in place."""
     with streamed.layer(number) as layer:
@@ -128,13 +113,27 @@ def _pass(
                     hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
             return None
         experts, (count, d, p) = layer_experts(streamed, module), module.down_proj.shape
-        moments = Moments(count, d, p, kept)
+        moments = Moments(count, d, p, manner.kept, manner.own.directions)
         with in_place_of(module, experts, streamed) as calls:
             for hidden, arguments in states:
                 for span in streamed.batches(hidden):
                     hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
                     moments.add(calls.pop(), hidden[span].flatten(0, -2), span.start * hidden.shape[1])
         return moments.statistics(experts.down)
+
+
+def _own_report(layers: dict[int, LayerStatistics], manner: Manner) -> dict[str, Any]:
+    """How many experts have a moment of their own, and how many have their layer's; and that in words."""
+    count = sum(len(found.counts) for found in layers.values())
+    own = sum(int(found.own_values.any(1).sum()) for found in layers.values() if found.own_values is not None)
+    kept = manner.own.directions
+    if kept == 0:
+        text = f"experts have their layer's moments, and of their own the diagonals: {manner.own.why_not}"
+    else:
+        text = f"own moments of {own} of {count} experts, in {kept} directions each"
+        if own < count:
+            text += f"; {count - own} have their layer's: no tokens, or halves of them that agree on nothing else"
+    return {"directions": kept, "own": own, "as_layer": count - own, "text": text}
 
 
 def _warnings(layers: dict[int, LayerStatistics], tokens: int, d: int) -> list[str]:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from globe.checkpoint.index import Checkpoint
+from globe.compute.devices import device_room
 from globe.errors import UsageError
 from globe.settings import Settings
 from globe.sizes.budget import BASE, memory_limit, size_text
+from globe.sizes.own import own_directions
 from globe.statistics.experts import FACTORS
 from globe.statistics.layerwise import LAYER, TOKENS_AT_ONCE
+from globe.statistics.manner import OwnPlan
 from globe.statistics.mixture import MEASURED, tokens_for
 from globe.statistics.row_moments import moments_for
 
 _STACKING = 4  # stacks of an expert's matrix, as stored, beside the layer's weights while they are loaded
+_ESTIMATES = 12  # d × d matrices in hand while an expert's own moment is shrunk
 ACTIVATIONS = 16  # of a token, each as wide as the widest side of an expert
 
 
@@ -37,21 +43,49 @@ def require_memory(checkpoint: Checkpoint, settings: Settings) -> None:
         )
 
 
-def calibration_bytes(checkpoint: Checkpoint, tokens: int, kept_moments: int = 0) -> int:
+def own_plan(checkpoint: Checkpoint, tokens: int, kept_moments: int, limit: int, device: torch.device) -> OwnPlan:
+    """Whether the experts' own moments are gathered: where routing makes them differ, and there is memory.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    tokens, kept_moments
+        As for `calibration_bytes`.
+    limit : int
+        Bytes that the process may take.
+    device : torch.device
+        Where layers run, which is where the sums are.
+    """
+    gates = checkpoint.family("gate")
+    each, choices = len(gates) // gates.layers, checkpoint.text_config.get("num_experts_per_tok")
+    if isinstance(choices, int) and choices >= each:
+        return OwnPlan(0, "every token goes to all experts of its layer")
+    kept, room = own_directions(len(gates), gates.d), device_room(device)
+    needed, there = calibration_bytes(checkpoint, tokens, kept_moments, kept), 8 * each * gates.d**2
+    if kept == 0 or needed > limit:
+        return OwnPlan(0, f"they need about {size_text(needed)} of memory, and {size_text(limit)} may be used")
+    if room is not None and there > room // 2:
+        return OwnPlan(0, f"they need {size_text(there)} on {device}, which has {size_text(room)} free for all")
+    return OwnPlan(kept)
+
+
+def calibration_bytes(checkpoint: Checkpoint, tokens: int, kept_moments: int = 0, own: int = 0) -> int:
     """Peak memory of a calibration in float32: a layer, the states of all tokens, statistics of all layers.
 
-    `kept_moments` of the p × p kinds of every expert are among the statistics.
+    `kept_moments` of the p × p kinds of every expert are among the statistics, and `own` directions of its own moment.
     """
     gates = checkpoint.family("gate")
     count, p, d = len(gates), gates.p, gates.d
     layers = len({expert.layer for expert in gates.experts})
     embedding, layer = embedding_bytes(checkpoint), layer_bytes(checkpoint)
     kept = layers * d * d + count * (d + 3 * p) + kept_moments * count * p * p
+    sums = 4 * (2 * count // layers + _ESTIMATES * torch.get_num_threads()) * d * d if own else 0
     summed = 4 * kept // layers  # fp64, and its symmetric part
     choices = checkpoint.config.get("num_experts_per_tok")  # of a token; at most all experts of the layer
     pair = (choices if isinstance(choices, int) else count // layers) * (FACTORS * p + d)
     activations = 4 * min(tokens, TOKENS_AT_ONCE) * (ACTIVATIONS * max(p, d) + pair)
-    return BASE + 4 * tokens * d + max(embedding, layer + 4 * summed + activations) + 4 * kept
+    stored = kept + own * count * d
+    return BASE + 4 * tokens * d + max(embedding, layer + 4 * summed + activations + sums) + 4 * stored
 
 
 def layer_bytes(checkpoint: Checkpoint) -> int:

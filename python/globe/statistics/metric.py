@@ -15,13 +15,13 @@ from globe.checkpoint.powers import times_power, usual_exponent
 from globe.compute.forms import per_core
 from globe.compute.gemm import matmul, times_lower, times_upper
 from globe.compute.passes import Engine
-from globe.compute.spd import ridged_factor
 from globe.settings import Settings
 from globe.statistics.calibration import Calibration, LayerStatistics
+from globe.statistics.own_columns import OwnColumns
+from globe.statistics.shrinkage import DAMPING, damped_factor
 
 _ALIKE = 1e-3
 _LEAST_ROW = 1e-4  # of the mean weight
-_DAMPING = 1e-3  # of the mean diagonal: inputs that the text never shows stay worth something
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Metric:
         The layer of every expert; None where its columns are not weighed.
     exponent : int
         The power of two that all D_i were divided by, to be of a usual size.
+    own : OwnColumns or None
+        R_i: L_i = L R_i; there are no scales then.
 
     Methods take the experts' numbers as a slice, and matrices of as many of them, (n, k, d) in fp32; experts of one
     layer that follow each other share one product.
@@ -53,6 +55,7 @@ class Metric:
     scales: torch.Tensor | tuple[torch.Tensor, ...] | None
     layers: tuple[int | None, ...]
     exponent: int = 0
+    own: OwnColumns | None = None
 
     def seen(self, some: slice, matrices: torch.Tensor) -> torch.Tensor:
         """X_i L_i: mixtures as the fit sees them."""
@@ -62,7 +65,8 @@ class Metric:
             if factor is None:
                 return found
             scaled = found if scales is None else found * scales[:, None]
-            return times_lower(scaled, factor) if self._is_lower(run) else matmul(scaled, factor)
+            whitened = times_lower(scaled, factor) if self._is_lower(run) else matmul(scaled, factor)
+            return whitened if self.own is None else self.own.times(run, whitened)
 
         return by_runs(self.layers[some], some, matrices, product)
 
@@ -73,7 +77,8 @@ class Metric:
             factor, scales = self._columns(run)
             if factor is None:
                 return found
-            moved = times_upper(found, factor) if self._is_lower(run) else matmul(found, factor.mT)
+            turned = found if self.own is None else self.own.times(run, found)
+            moved = times_upper(turned, factor) if self._is_lower(run) else matmul(turned, factor.mT)
             return moved if scales is None else moved * scales[:, None]
 
         return by_runs(self.layers[some], some, gradients, product)
@@ -100,6 +105,8 @@ class Metric:
                 return found
             layer = self.layers[run.start]
             whole = (known[layer] if layer in known else matmul(factor, factor.mT)).expand_as(found)
+            if self.own is not None:
+                whole = whole + self.own.beyond(run, factor)
             return whole if scales is None else whole * scales[:, :, None] * scales[:, None]
 
         return by_runs(self.layers[some], some, unit, product)
@@ -112,6 +119,11 @@ class Metric:
             return found if factor is None else matmul(matmul(found, factor), factor.mT)
 
         return by_runs(self.layers[some], some, matrices, product)
+
+    @property
+    def shared(self) -> bool:
+        """Whether all experts of a layer have the layer's own L."""
+        return self.scales is None and self.own is None
 
     @property
     def mixes_rows(self) -> bool:
@@ -170,11 +182,11 @@ def by_runs(
 def build_metric(family: Family, calibration: Calibration, settings: Settings, device: torch.device) -> Metric:
     """The metric of a pool from activation statistics.
 
-    Columns of gate and up: the second moments of the layer's inputs, per expert with the diagonal of its own tokens
-    where there are enough, (n_e diag_e + κ diag) / (n_e + κ) with κ = `metric_shrinkage`. Rows of gate and up: what
-    an error there does to the expert's output, through the other product, the activation and the column of down. Rows
-    of down (which is taken transposed): E[h hᵀ]. Layers: the output's error relative to the residual stream behind it,
-    to the power `metric_layers`; 0 gives every layer the error of its own output.
+    Columns of gate and up: the second moments of the layer's inputs, per expert with what the calibration says of its
+    own tokens; where that is a diagonal alone, (n_e diag_e + κ diag) / (n_e + κ) with κ = `metric_shrinkage`. Rows of
+    gate and up: what an error there does to the expert's output, through the other product, the activation and the
+    column of down. Rows of down (which is taken transposed): E[h hᵀ]. Layers: the output's error relative to the
+    residual stream behind it, to the power `metric_layers`; 0 gives every layer the error of its own output.
 
     Raises
     ------
@@ -184,6 +196,7 @@ def build_metric(family: Family, calibration: Calibration, settings: Settings, d
     columns: dict[int, torch.Tensor] = {}
     rows: list[torch.Tensor] = []
     scales: list[torch.Tensor] = []
+    own: OwnColumns | None = None
     layers: list[int | None] = []
     number, statistics = -1, None
     for expert in family.experts:
@@ -191,15 +204,20 @@ def build_metric(family: Family, calibration: Calibration, settings: Settings, d
             number, statistics = expert.layer, calibration.layer(expert.layer)
         weighed = expert.family != "down"
         if weighed and number not in columns:
-            columns[number] = _factor(statistics.moment).to(device)
+            columns[number] = damped_factor(statistics.moment).to(device)
         layers.append(number if weighed else None)
         weight = statistics.share[expert.expert].clamp(min=1e-6) * statistics.residual**-settings.metric_layers
+        if weighed and statistics.own_sizes is not None:
+            weight = weight * statistics.own_sizes[expert.expert]
         rows.append((_row_factor(statistics, expert.family, expert.expert, settings) * weight.sqrt()).to(device))
         scales.append(_scale(statistics, expert.expert, settings.metric_shrinkage).to(device))
-    alike = all(bool((scale - 1).abs().max() < _ALIKE) for scale in scales)
+        if weighed:
+            own = _set_own(own, (len(layers) - 1, len(family)), statistics, expert.expert, device)
+    alike = own is not None or all(bool((scale - 1).abs().max() < _ALIKE) for scale in scales)
     exponent = _exponent(rows)
     rows = [times_power(factor, -exponent) for factor in rows]
-    return Metric(_together(rows), columns, None if alike else _together(scales), tuple(layers), exponent)
+    scaled = None if alike else _together(scales)
+    return Metric(_together(rows), columns, scaled, tuple(layers), exponent, own)
 
 
 def _together(tensors: list[torch.Tensor]) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -217,11 +235,6 @@ def _exponent(rows: list[torch.Tensor]) -> int:
     return usual_exponent(math.frexp(max(float(factor.abs().max()) for factor in rows))[1])
 
 
-def _factor(moment: torch.Tensor) -> torch.Tensor:
-    """L of the damped moment; of one near the end of fp32, which its rounding may leave indefinite, too."""
-    return ridged_factor(moment.double(), _DAMPING).float()
-
-
 _DIAGONALS: Mapping[str, Callable[[LayerStatistics], torch.Tensor]] = {
     "gate": lambda found: found.gate_rows,
     "up": lambda found: found.up_rows,
@@ -234,7 +247,7 @@ def _row_factor(statistics: LayerStatistics, family: str, expert: int, settings:
     if family == "down" and statistics.hidden_moment is not None:
         moments = statistics.hidden_moment
         moment = moments[expert] if bool(moments[expert].diagonal().any()) else moments.mean(0)
-        return _factor(moment).mT.contiguous()
+        return damped_factor(moment).mT.contiguous()
     power = settings.metric_rows
     diagonals = _DIAGONALS[family](statistics).double()
     diagonal = diagonals[expert] if bool(diagonals[expert].any()) else diagonals.mean(0)
@@ -249,8 +262,23 @@ def _scale(statistics: LayerStatistics, expert: int, shrinkage: float) -> torch.
     common = statistics.moment.diagonal().double()
     own = statistics.diagonal[expert].double()
     count = float(statistics.counts[expert])
-    floor = _DAMPING * common.mean()
+    floor = DAMPING * common.mean()
     if floor <= 0 or count + shrinkage <= 0:
         return torch.ones_like(common).float()
     shrunk = (count * (own + floor) + shrinkage * (common + floor)) / (count + shrinkage)
     return (shrunk / (common + floor)).sqrt().float()
+
+
+def _set_own(
+    own: OwnColumns | None, place: tuple[int, int], statistics: LayerStatistics, expert: int, device: torch.device
+) -> OwnColumns | None:
+    """The experts' own columns with those of one more, `place` being its number and how many there are."""
+    if statistics.own_directions is None or statistics.own_values is None:
+        return own
+    number, count = place
+    directions, values = statistics.own_directions[expert], statistics.own_values[expert]
+    if own is None:
+        shapes = (count, *directions.shape), (count, *values.shape)
+        own = OwnColumns(*(torch.zeros(shape, device=device) for shape in shapes))
+    own.directions[number], own.values[number] = directions, values
+    return own

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from globe.compute.gemm import matmul
 from globe.compute.passes import engine
 from globe.statistics.calibration import MOMENTS, LayerStatistics
 from globe.statistics.experts import FACTORS, Seen, row_blocks
+from globe.statistics.grams import mirrored, upper_gram
+from globe.statistics.own_moments import OwnMoments
 
 _STRETCH = 128  # tokens
-_PANELS = 4  # of columns of a symmetric product: 5/8 of it are computed
 
 
 class Moments:
@@ -26,9 +26,11 @@ class Moments:
         The width of the layer's inputs, and of its experts.
     kept : sequence of str
         Which p × p moments are gathered too: names out of `MOMENTS`.
+    own : int
+        Directions of the experts' own d × d moments to keep; 0 to gather none.
     """
 
-    def __init__(self, experts: int, d: int, p: int, kept: Sequence[str]) -> None:
+    def __init__(self, experts: int, d: int, p: int, kept: Sequence[str], own: int = 0) -> None:
         self.tokens = 0
         self.worth = 0.0
         self.moment = _zeros(d, d)  # its panels below the diagonal are zero, as those of `products`
@@ -37,6 +39,7 @@ class Moments:
         self.diagonals = _zeros(2, experts, d)
         self.squares = _zeros(experts, FACTORS, p)
         self.products = {name: _zeros(experts, p, p) for name in kept}
+        self.own = OwnMoments(experts, d, own)
 
     def add(self, seen: Seen, stream: torch.Tensor, first: int) -> None:
         """Take a call of the layer's experts.
@@ -59,6 +62,7 @@ class Moments:
         roots = routing.weights * worth.index_select(0, routing.rows).sqrt()
         second = (places // _STRETCH % 2).float().index_select(0, routing.rows)
         halves = torch.stack((1 - second, second))
+        gathers_own = self.own.takes(routing.places.shape[1], x.device)
 
         def add_expert(expert: int) -> None:
             span = routing.spans[expert]
@@ -69,6 +73,8 @@ class Moments:
                 self.halves[:, expert] += _double(halves[:, rows] @ root.square())[:, 0]
                 self.diagonals[:, expert] += _double(halves[:, rows] @ inputs)
                 self.squares[expert] += _double((seen.factors[:, rows] * root).square_().sum(1))
+            if gathers_own:
+                self.own.add(expert, x.index_select(0, routing.rows[span]) * roots[span, None], second[span])
             for name, total in self.products.items():
                 factor = seen.factors[MOMENTS.index(name), span]
                 if len(factor) > 0:
@@ -89,7 +95,10 @@ class Moments:
         ValueError
             If the other's are of another shape, or keep other moments.
         """
-        mine, theirs = ([*shapes.diagonals.shape, *shapes.squares.shape, *shapes.products] for shapes in (self, other))
+        mine, theirs = (
+            [*shapes.diagonals.shape, *shapes.squares.shape, *shapes.products, shapes.own.kept]
+            for shapes in (self, other)
+        )
         if mine != theirs:
             raise ValueError(f"other: found sums of {theirs}; expected {mine}, as here")
         self.tokens += other.tokens
@@ -98,6 +107,7 @@ class Moments:
             getattr(self, name).add_(getattr(other, name))
         for name, total in self.products.items():
             total += other.products[name]
+        self.own.merge(other.own)
 
     def statistics(self, down: torch.Tensor) -> LayerStatistics:
         """The means over the tokens taken, with the down matrices (E, d, p)."""
@@ -116,6 +126,7 @@ class Moments:
             up_rows=(up * norms).float(),
             hidden=hidden.float(),
             **{name: self._row_moments(name, down, scale) for name in self.products},
+            **self.own.statistics(moment, self.halves, self.counts),
         )
 
     def _row_moments(self, name: str, down: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -137,21 +148,6 @@ class Moments:
         believed = (self.halves > 0).all(0) & (apart < away)
         whole = self.diagonals.sum(0) / self.halves.sum(0)[:, None]
         return torch.where(believed[:, None], whole, common)
-
-
-def upper_gram(x: torch.Tensor) -> torch.Tensor:
-    """xᵀ x (k, k) of x (n, k) in fp32, with zeros in most of what lies below its diagonal (see `mirrored`)."""
-    columns = x.shape[1]
-    width = max(64, -(-columns // _PANELS))
-    total = torch.zeros(columns, columns, device=x.device)
-    for first in range(0, columns, width):
-        total[first : first + width, first:] = matmul(x[:, first : first + width].T, x[:, first:])
-    return total
-
-
-def mirrored(upper: torch.Tensor) -> torch.Tensor:
-    """The symmetric matrix of which this one is right on its diagonal and above."""
-    return upper.triu() + upper.triu(1).T
 
 
 def _zeros(*shape: int) -> torch.Tensor:

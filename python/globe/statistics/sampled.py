@@ -10,7 +10,7 @@ from globe.compute.devices import device_room
 from globe.errors import GlobeError
 from globe.runs.stages import Stages
 from globe.statistics.layerwise import Layerwise, NotFinite
-from globe.statistics.measure import Manner
+from globe.statistics.manner import Manner
 from globe.statistics.mixture import PYDOC, mixture
 from globe.statistics.own import Wanted, own_samples
 from globe.statistics.windows import Ask, Reading, read_windows

@@ -7,6 +7,7 @@ import math
 from globe.checkpoint.index import Checkpoint
 from globe.settings import Settings
 from globe.sizes.budget import memory_limit
+from globe.sizes.own import own_directions
 from globe.sizes.work import Work
 from globe.statistics.layerwise import LAYER
 from globe.statistics.mixture import AUTO, MEASURED, SELF, tokens_for
@@ -14,6 +15,8 @@ from globe.statistics.own import AT_ONCE, LENGTH
 from globe.statistics.row_moments import moments_for
 from globe.statistics.sampling_memory import sampling_bytes
 from globe.statistics.windows import WINDOW
+
+_SHRUNK = 6  # d³ operations of whitening an expert's own moment in halves, and of its leading directions
 
 
 def calibration_work(checkpoint: Checkpoint, settings: Settings) -> Work:
@@ -23,7 +26,12 @@ def calibration_work(checkpoint: Checkpoint, settings: Settings) -> Work:
     gates = checkpoint.family("gate")
     tokens, experts = tokens_for(settings, gates.d), gates.layers * choices(checkpoint)
     kept = len(moments_for(settings.families, gates)) * experts * 2 * gates.p * gates.p
-    summed = Work(flops=tokens * (gates.layers * 5 * gates.d * gates.d / 4 + kept), calls=len(gates))
+    own = 0.0
+    if experts < len(gates) and own_directions(len(gates), gates.d):
+        own = experts * 5 * gates.d * gates.d / 4
+    flops = tokens * (gates.layers * 5 * gates.d * gates.d / 4 + kept + own)
+    flops += len(gates) * _SHRUNK * gates.d**3 if own else 0
+    summed = Work(flops=flops, calls=len(gates))
     return stream_work(checkpoint, tokens) + summed
 
 
