@@ -48,7 +48,7 @@ MANY = {
     "globe.artifact.push.push": "public: globe.push",
     "globe.evaluation.evaluate.evaluate": "public: globe.evaluate",
     "globe.evaluation.evaluate.evaluate_texts": "public: globe.evaluate on several texts",
-    "globe.evaluation.evaluate.evaluate_models": "public: judges models that are loaded already",
+    "globe.evaluation.perplexity.evaluate_models": "public: judges models that are loaded already",
     "globe.evaluation.harness.evaluate_tasks": "public: lm-eval's tasks",
     "globe.healing.heal.heal": "public: globe.heal",
     "globe.hf.save.save_pretrained": "transformers calls it so",

@@ -5,27 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoints import make_tiny
+from checkpoints import calibrate_tiny, make_tiny
 from families import CPU, make_family, make_job, planted, random_state, silent, whole_pool
 from forms import form
 from globe.checkpoint.family import Family
 from globe.choice.choose import ORDER
 from globe.choice.estimate import estimate, measured_rates, seconds_of
 from globe.choice.inspect import inspect
-from globe.choice.plan import Plan, plan
+from globe.choice.plan import Plan, peaks, plan, require_correction_memory
 from globe.compute.rates import Rates, probe
+from globe.correction.work import correction_bytes, correction_work
 from globe.errors import UsageError
 from globe.fit.dictionary import Equations, Solving, mod_exact
 from globe.fit.dictionary_metric import mod_metric
 from globe.fit.problem import Problem
 from globe.fit.stored_lefts import Fit, solve_lefts
 from globe.fit.sweep import sweep
+from globe.pipeline import compress as pipeline
 from globe.settings import Settings
 from globe.sizes.kept import Kept
 from globe.sizes.ratios import Shape
@@ -40,7 +43,8 @@ from globe.sizes.work import (
     sweep_work,
 )
 from globe.statistics.metric import Metric
-from globe.statistics.work import calibration_work, sampling_work
+from globe.statistics.texts import evaluation_text
+from globe.statistics.work import calibration_work, sampling_work, stream_work
 
 EXPERTS, P, D, RANK, ATOMS = 6, 40, 56, 24, 5
 UNIT = Rates(1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
@@ -146,6 +150,10 @@ def planned_for(source: Path, **changed: object) -> tuple[Plan, Settings]:
     return plan(source, settings), settings
 
 
+def tasks_of(planned: Plan, settings: Settings, *, sparse: bool = True) -> list[Task]:
+    return [Task(family, planned.shapes[name], settings, sparse) for name, family in planned.families.items()]
+
+
 def test_an_estimate_follows_rates_and_settings(source: Path) -> None:
     rates = Rates(1e9, 1e8, 1e9, 1e-4)
     base = estimate(*planned_for(source, calibrate="none"), rates)
@@ -202,6 +210,64 @@ def test_operations_of_sampling(source: Path) -> None:
     cramped = replace(settings, max_memory=1 << 20)
     assert sampling_work(planned.checkpoint, cramped) == Work()
     assert "sample" not in [stage.name for stage in estimate(planned, cramped, UNIT).stages]
+
+
+def test_an_estimate_counts_corrections(source: Path, tmp_path: Path) -> None:
+    planned, settings = planned_for(source, calibrate="pydoc", correct="down")
+    without = replace(settings, correct="none")
+    found = estimate(planned, settings, UNIT)
+    names = [stage.name for stage in found.stages]
+    assert names[-2:] == ["correct", "write"] and found.of("correct").least == found.of("correct").seconds > 0
+    assert found.seconds == pytest.approx(estimate(planned, without, UNIT).seconds + found.of("correct").seconds)
+    told = inspect(source, settings, estimated=True)["estimate"]
+    assert "correct" in told["peaks"] and told["stages"][-2]["name"] == "correct"
+
+    calibrate_tiny(source, tmp_path / "statistics", tokens=640)
+    from_file = replace(settings, calibrate=str(tmp_path / "statistics"))
+    few, tasks = replace(settings, calibration_tokens=640), tasks_of(planned, settings)
+    works = {each: correction_work(planned.checkpoint, tasks_of(planned, each)) for each in (settings, few, from_file)}
+    assert works[few] == works[from_file]
+    assert 30 < (works[settings].flops - works[few].flops) / works[few].flops < 32768 / 640
+    assert works[settings].flops > 2 * stream_work(planned.checkpoint, 32768).flops
+    assert works[settings].wide == works[few].wide > sum(lefts_work(task).wide for task in tasks)
+    assert correction_work(planned.checkpoint, tasks_of(planned, without)) == Work()
+
+
+def test_memory_of_corrections(source: Path) -> None:
+    planned, settings = planned_for(source, calibrate="pydoc", correct="down")
+    found = peaks(planned, settings, planned.blocks)
+    assert list(found)[-2:] == ["correct", "write"]
+    gates, tokens, wide = planned.checkpoint.family("gate"), 32768, 2048
+    states, sums = 2 * 4 * tokens * gates.d, 2 * 8 * min(wide, gates.p * len(gates) // gates.layers) ** 2
+    assert found["correct"] - found["write"] == correction_bytes(planned.checkpoint, settings) > states + sums
+    assert "correct" not in peaks(planned, replace(settings, correct="none"), planned.blocks)
+    require_correction_memory(planned, replace(settings, max_memory=found["correct"]))
+    with pytest.raises(UsageError, match=r"corrections need about .*GiB: use --max-memory .* or --correct none$"):
+        require_correction_memory(planned, replace(settings, max_memory=found["correct"] - 1))
+
+
+def test_operations_of_corrections_are_those_of_the_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch counts products, neither factors with what they solve nor all of attention on a CPU."""
+    calibrate_tiny(source, tmp_path / "statistics", text=evaluation_text("calibration"), tokens=4096, window=512)
+    changed = {"calibrate": str(tmp_path / "statistics"), "correct": "down", "joint_steps": 1}
+    planned, settings = planned_for(source, **changed)
+    seen, correct = [], pipeline.correct
+
+    def count(checkpoint: Any, fits: dict[str, Fit], *rest: Any, **options: Any) -> Any:
+        states = {name: replace(fit.state, bank=fit.state.bank.float()) for name, fit in fits.items()}
+        with FlopCounterMode(display=False) as counter:
+            wide = {name: replace(fit, state=states[name]) for name, fit in fits.items()}  # as on a device
+            correct(checkpoint, wide, *rest, **options)
+        seen.append(counter.get_total_flops())
+        raise KeyboardInterrupt  # what is written comes after
+
+    monkeypatch.setattr(pipeline, "correct", count)
+    with form("batched"), pytest.raises(KeyboardInterrupt):
+        pipeline.compress(source, tmp_path / "out", settings)
+    expected = correction_work(planned.checkpoint, tasks_of(planned, settings, sparse=False))
+    assert 0.6 < seen[0] / (expected.flops + expected.wide) < 1.2
 
 
 def test_inspect_says_nothing_of_time_unless_asked(source: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,9 +12,15 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from click.testing import CliRunner
+from rich.console import Console
 
 from checkpoints import make_tiny
+from globe import UsageError
 from globe.cli import cli
+from globe.demo.run import COSTS, PROMPTS, Choices
+from globe.demo.show import cost_line, demo_table, sentences_table
+
+FAST = ("--joint-steps", "1", "--max-tokens", "128", "--calibration-tokens", "2048")
 
 
 @pytest.fixture(scope="module")
@@ -23,20 +30,49 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def test_the_demo_compresses_and_judges(home: Path) -> None:
-    ran = CliRunner().invoke(cli, ["demo", str(home), "--joint-steps", "1", "--max-tokens", "256", "--json"])
+@pytest.fixture(scope="module")
+def found(home: Path) -> dict[str, Any]:
+    ran = CliRunner().invoke(cli, ["demo", str(home), *FAST, "--families", "gate,up", "--json"])
+    assert ran.exit_code == 0, ran.output
+    told: dict[str, Any] = json.loads(ran.stdout)
+    return told
+
+
+def test_the_demo_compresses_and_judges(home: Path, found: dict[str, Any]) -> None:
+    names = [stage["name"] for stage in found["stages"]]
+    assert names[0] == "model" and names[-1] == "evaluate"
+    assert {"index", "sample", "calibrate", "gate: joint", "up: joint", "correct", "write"} <= set(names)
+    assert set(found["relative_error"]) == {"gate", "up"} and 0 < found["ratio"]["touched"] < 1
+    assert len(found["texts"]) >= 2 and all(row["calibrated"] for row in found["texts"])
+    for row in found["texts"]:
+        assert row["ratio"] == pytest.approx(row["perplexity"] / row["reference_perplexity"])
+    assert [each["prompt"] for each in found["sentences"]] == list(PROMPTS) and len(PROMPTS) == 3
+    assert set(found["seconds"]) == set(COSTS) and found["seconds"]["healing"] == 0 < found["seconds"]["corrections"]
+    assert sum(found["seconds"].values()) == pytest.approx(sum(stage["seconds"] for stage in found["stages"]))
+    assert (home / "factored" / "evaluation.json").is_file()
+    assert 'id="judged"' in (home / "factored" / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_demo_heals(tmp_path: Path, home: Path) -> None:
+    (tmp_path / "model").symlink_to(home / "model")
+    options = ("--correct", "none", "--heal-minutes", "0.02")
+    ran = CliRunner().invoke(cli, ["demo", str(tmp_path), *FAST, *options, "--json"])
     assert ran.exit_code == 0, ran.output
     found = json.loads(ran.stdout)
-    names = [stage["name"] for stage in found["stages"]]
-    assert names[0] == "model" and names[-2:] == ["export", "evaluate"]
-    assert {"index", "calibrate", "gate: joint", "up: joint", "write"} <= set(names)
-    assert set(found["relative_error"]) == {"gate", "up"} and 0 < found["ratio"]["touched"] < 1
-    assert found["perplexity"]["before"] > 1 and found["perplexity"]["after"] > 1
-    assert (home / "factored" / "globe.json").is_file() and not (home / "dense").exists()
+    assert found["seconds"]["healing"] > 0 == found["seconds"]["corrections"]
+    assert "healing" in json.loads((tmp_path / "factored" / "metrics.json").read_text(encoding="utf-8")) or (
+        "heal" in [stage["name"] for stage in found["stages"]]
+    )
+    with pytest.raises(UsageError, match="heal_minutes is -1"):
+        Choices(heal_minutes=-1)
 
 
-def test_the_demo_says_what_it_found(home: Path) -> None:
-    ran = CliRunner().invoke(cli, ["demo", str(home), "--joint-steps", "1", "--max-tokens", "256"])
-    assert ran.exit_code == 0, ran.output
-    for word in ("relative error, gate", "perplexity", "seconds, write", "peak memory", "before:", "after:"):
-        assert word in ran.output
+def test_the_demo_says_what_it_found(found: dict[str, Any]) -> None:
+    console = Console(width=160, record=True, file=None, quiet=False)
+    with console.capture() as captured:
+        for each in (demo_table(found), sentences_table(found), cost_line(found)):
+            console.print(each)
+    said = captured.get()
+    for word in ("gate and up factored", "relative error, gate", "perplexity, pydoc:topics, held-out half",
+                 "geometric mean", "The capital of France is …", "corrections", "in all", "at the peak"):  # fmt: skip
+        assert word in said, word

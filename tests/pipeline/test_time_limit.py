@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from displays import Lines  # noqa: E402
 from globe import Settings, compress, export  # noqa: E402
 from globe.artifact.factored import MANIFEST  # noqa: E402
 from globe.checkpoint.index import Checkpoint  # noqa: E402
+from globe.choice.estimate import Estimate, Expected  # noqa: E402
 from globe.cli import cli  # noqa: E402
 from globe.compute.rates import Rates  # noqa: E402
 from globe.errors import UsageError  # noqa: E402
@@ -32,6 +34,7 @@ from globe.pipeline.batch import batch  # noqa: E402
 from globe.pipeline.compress import Result  # noqa: E402
 from globe.runs.stages import Stage  # noqa: E402
 from globe.runs.store import FOLDER  # noqa: E402
+from globe.runs.turn import Turn  # noqa: E402
 from trips import digests  # noqa: E402
 
 PASS, PRODUCT = 10.0, 1.0
@@ -143,11 +146,36 @@ def test_what_is_done_already_does_not_count(tmp_path: Path) -> None:
     folder.mkdir()
     for name in ("key", "gate.scan", "calibration", "plan", "gate.layer-0.fit", "gate.layer-1.joint-3", "up.warm"):
         (folder / f"{name}.json").write_text("{}", encoding="utf-8")
-    assert schedule.done_stages(folder) == {
+    assert schedule.done_stages(folder, 2) == {
         "gate: scan", "sample", "calibrate", "plan", "gate.layer-0: seeds", "gate.layer-0: joint",
         "gate.layer-0: loops", "gate.layer-1: seeds", "up: seeds",
     }  # fmt: skip
-    assert schedule.done_stages(tmp_path / "none") == set()
+    assert schedule.done_stages(tmp_path / "none", 2) == set()
+    for layer, whole in ((0, False), (1, True)):
+        (folder / f"corrected-{layer}.json").write_text("{}", encoding="utf-8")
+        assert ("correct" in schedule.done_stages(folder, 2)) == whole
+
+
+def test_fits_leave_time_for_corrections() -> None:
+    clock, rates = Clock(), Rates(1.0, 1.0, 1.0, 1.0)
+    fits = [Expected(f"{name}: joint", 30.0, 10.0) for name in ("gate", "up")]
+    job: Any = SimpleNamespace(store=SimpleNamespace(names=list), stages=SimpleNamespace(records=[]))
+    left = {}
+    for correcting in (0.0, 20.0):
+        stages = (*fits, Expected("correct", correcting, correcting), Expected("write", 5.0, 5.0))
+        timed = schedule.Schedule(Turn(clock() + 100, clock), Estimate(stages, {}, 0, rates))
+        left[correcting] = timed.turn_of("gate", job).left
+    assert left[0.0] - left[20.0] == pytest.approx(schedule._RESERVED * 20.0 / 2)
+
+
+def test_a_limit_without_room_for_corrections(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "measured_rates", lambda planned, settings: Rates(1e7, 1e6, 1e6, 1e-3))
+    calibrated: dict[str, Any] = {"calibrate": "pydoc", "correct": "down"}
+    with pytest.raises(UsageError, match="one pass of every fit, corrections and writing are estimated") as refusal:
+        run(source, tmp_path / "out", time_limit=10, **calibrated)
+    enough = int(re.search(r"--time-limit (\d+)s", str(refusal.value))[1])  # type: ignore[index]
+    with pytest.raises(UsageError, match=r"--correct none \(.*\) or --calibrate none --correct none \(.*\)$"):
+        run(source, tmp_path / "out", time_limit=int(enough / 1.4), **calibrated)
 
 
 def test_a_stopped_run_goes_on_under_a_limit_of_its_own(

@@ -23,7 +23,7 @@ from globe.settings import Settings  # noqa: E402
 from globe.statistics.calibration import load_calibration  # noqa: E402
 from globe.statistics.diversity import most_diverse  # noqa: E402
 from globe.statistics.documents import Document, half_of, read_documents  # noqa: E402
-from globe.statistics.held_out import held_out_texts  # noqa: E402
+from globe.statistics.held_out import HeldOut, held_out_texts, read_held_out  # noqa: E402
 from globe.statistics.mixture import deal, mixture, parse_texts, tokens_for, usual_tokens  # noqa: E402
 from globe.statistics.python_texts import PARTS, python_documents  # noqa: E402
 from globe.statistics.texts import evaluation_text  # noqa: E402
@@ -249,8 +249,23 @@ def test_what_is_held_out(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     made = calibrate_tiny(tiny("mixtral"), tmp_path / "file", text=given, tokens=1280)
     files[1].unlink()
     notes: list[str] = []
-    found = held_out_texts(made, byte_tokenizer(), notes.append)
+    file = tmp_path / "held-out.json"
+    assert read_held_out(file) is None
+    file.write_text(HeldOut.of(made).text(), encoding="utf-8")
+    recorded = read_held_out(file)
+    assert recorded is not None
+    found = held_out_texts(recorded, byte_tokenizer(), notes.append)
     assert list(found) == [*(f"pydoc:{part}" for part in PARTS), "self", str(files[0])]
     assert found[str(files[0])] == "cd" * 500 and found["pydoc:topics"] == evaluation_text("evaluation")
     assert torch.equal(found["self"], made.tokens("held_out_samples"))
     assert len(notes) == 1 and "not judged on the held-out half of" in notes[0] and "goes.txt" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "content", ['{"texts": ["self"]}', '{"texts": [1], "samples": null}', '{"texts": [], "samples": [[1], [1, 2]]}']
+)
+def test_damaged_record_of_what_is_held_out(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "held-out.json"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(GlobeError, match="held-out.json: damaged; expected texts"):
+        read_held_out(file)

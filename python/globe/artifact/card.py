@@ -10,6 +10,8 @@ import yaml
 
 from globe.checkpoint.companions import SETTINGS_FILE
 
+JUDGED = "Judged on text"  # the heading of what `globe eval` found
+
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _OF_THE_SOURCE = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
@@ -92,6 +94,16 @@ Made by GloBE {metrics["globe_version"]}, from a directory MODEL that holds {mod
 globe compress MODEL OUT --config {SETTINGS_FILE}
 ```
 """
+
+
+def with_section(card: str, title: str, body: str | None) -> str:
+    """A card with a section of this heading, in place of the one that it has, or at its end; None takes it away."""
+    section = "" if body is None else f"## {title}\n\n{body.strip()}\n"
+    before, heading, after = card.partition(f"\n## {title}\n")
+    if not heading:
+        return card if not section else f"{card.rstrip()}\n\n{section}"
+    rest = after.find("\n## ")
+    return "\n".join(part for part in (before, section, after[rest + 1 :] if rest >= 0 else "") if part)
 
 
 def _calibrated_on(calibration: dict[str, Any] | None) -> str:

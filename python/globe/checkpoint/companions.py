@@ -10,8 +10,20 @@ from pathlib import Path
 LOADER_FILE = "modeling_globe.py"
 SETTINGS_FILE = "globe-settings.yaml"
 REPORT = "report.html"
+HELD_OUT = "globe-held-out.json"
+EVALUATION = "evaluation.json"
 # Written by GloBE, whatever the source has under these names.
-OWN = ("config.json", "globe.json", "metrics.json", "README.md", LOADER_FILE, SETTINGS_FILE, REPORT)
+OWN = (
+    "config.json",
+    "globe.json",
+    "metrics.json",
+    "README.md",
+    LOADER_FILE,
+    SETTINGS_FILE,
+    REPORT,
+    HELD_OUT,
+    EVALUATION,
+)
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack"}
 _REPLACED = {"config.json", "globe.json", "README.md", LOADER_FILE}  # by what says the same of the output
 _RUNS = "runs"  # of trackers

@@ -13,6 +13,7 @@ from globe.choice.ratio_plan import probes
 from globe.compute.devices import thread_count
 from globe.compute.forms import per_core
 from globe.compute.rates import Rates, probe
+from globe.correction.work import correction_work
 from globe.settings import Settings
 from globe.sizes.budget import memory_limit
 from globe.sizes.kept import fits_jointly, kept
@@ -102,7 +103,7 @@ def estimate(planned: Plan, settings: Settings, rates: Rates) -> Estimate:
         stages.append(_stage("sample", sampling, rates))
     if calibrating.flops:
         stages.append(_more(_stage("calibrate", calibrating, rates), _STARTING))
-    scratch, writing = 0, Work()
+    scratch, writing, tasks = 0, Work(), []
     for name, family in planned.families.items():
         task = Task(family, planned.shapes[name], settings, sparse)
         held = kept(family, planned.shapes[name], settings, cached)
@@ -117,6 +118,10 @@ def estimate(planned: Plan, settings: Settings, rates: Rates) -> Estimate:
             stages.append(_stage(f"{name}: loops", loops, rates, sweep_work(task)))
         stages.append(_stage(f"{name}: proxies", proxies_work(task), rates))
         writing += lefts_work(task)
+        tasks.append(task)
+    correcting = correction_work(planned.checkpoint, tasks)
+    if correcting.flops:
+        stages.append(_more(_stage("correct", correcting, rates), _STARTING))
     everything = sum(info.nbytes for info in planned.checkpoint.tensors.values())
     rest = everything - sum(family.stored_bytes for family in planned.families.values())
     stages.append(_stage("write", writing + Work(read=rest, written=rest), rates))

@@ -18,11 +18,12 @@ from globe.compute.blocks import Blocks
 from globe.compute.devices import device_room, pick_device, thread_count
 from globe.compute.forms import per_core
 from globe.compute.gemm import dictionary_dtype
+from globe.correction.work import correction_bytes
 from globe.errors import UsageError
 from globe.runs.job import Job
 from globe.seeds.proxies import Scan
 from globe.settings import Settings
-from globe.sizes.budget import Room, fit_device, plan_blocks, stage_peaks
+from globe.sizes.budget import Room, fit_device, memory_limit, plan_blocks, size_text, stage_peaks
 from globe.sizes.pools import Size, groups, pools, sizes, units
 from globe.sizes.ratios import Shape, ratios
 
@@ -94,7 +95,28 @@ def _threads(settings: Settings, device: torch.device) -> int | None:
 def peaks(planned: Plan, settings: Settings, blocks: Blocks) -> dict[str, int]:
     """Bytes of resident memory that every stage is to stay below in these blocks, of all pools."""
     found = stage_peaks(planned.families, planned.shapes, settings, _threads(settings, planned.device), blocks)
-    return {stage: max(each[stage] for each in found.values()) for stage in next(iter(found.values()))}
+    highest = {stage: max(each[stage] for each in found.values()) for stage in next(iter(found.values()))}
+    correcting = correction_bytes(planned.checkpoint, settings)
+    if not correcting:
+        return highest
+    writing = highest.pop("write")
+    return {**highest, "correct": writing + correcting, "write": writing}
+
+
+def require_correction_memory(planned: Plan, settings: Settings) -> None:
+    """Refuse corrections that would not fit below `max_memory`.
+
+    Raises
+    ------
+    UsageError
+        Says what would.
+    """
+    limit, needed = memory_limit(settings), peaks(planned, settings, planned.blocks).get("correct", 0)
+    if needed > limit:
+        raise UsageError(
+            f"max_memory is {size_text(limit)}; corrections need about {size_text(needed)}: use --max-memory "
+            f"{size_text(needed)}, a calibration of fewer tokens (--calibration-tokens), or --correct none"
+        )
 
 
 def _fits(whole: dict[str, Family], settings: Settings, device: torch.device) -> Callable[[str, Size], bool]:

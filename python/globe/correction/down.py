@@ -21,6 +21,7 @@ from globe.statistics.experts import Experts, Seen
 from globe.statistics.layerwise import Arguments, Layerwise
 from globe.statistics.stand_in import in_place_of, layer_experts
 
+CORRECTED = "corrected-"  # and the layer: the name of a result in a job's store
 WIDEST = 2048  # inputs of one regression: experts are refitted together while theirs are no more
 _HELD = 4  # every so many windows one is held out
 _LINEAR = {torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.1}  # of the experts' part: rounding of the stream
@@ -155,7 +156,7 @@ def _stream(
 
 
 def _key(layer: int | str) -> str:
-    return f"corrected-{layer}"
+    return f"{CORRECTED}{layer}"
 
 
 def _found_before(job: Job, layers: Mapping[int, Any]) -> list[Corrected] | None:

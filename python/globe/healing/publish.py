@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from globe.artifact.card import JUDGED, with_section
 from globe.artifact.factored import MANIFEST, Factored
 from globe.checkpoint.json_file import read_json
 from globe.checkpoint.powers import saturated
@@ -41,6 +42,7 @@ def write_aside(factored: Factored, parts: list[Moving], told: dict[str, Any], f
         _write_json(aside / _METRICS, {**metrics, "healing": [*metrics.get("healing", ()), told]})
     if _CARD in names:
         card = (factored.directory / _CARD).read_text(encoding="utf-8")
+        card = with_section(card, JUDGED, None)  # of the weights of before
         write_text(aside / _CARD, card.rstrip("\n") + "\n\n" + _paragraph(told, len(healed)))
     write_text(aside / _CONFIG, (factored.directory / _CONFIG).read_text(encoding="utf-8"))
     _write_json(folder / _READY, {"names": names})

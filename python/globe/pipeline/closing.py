@@ -16,7 +16,7 @@ from globe.artifact.card import model_card, settings_file
 from globe.artifact.factored import INDEX_FILE, MANIFEST
 from globe.artifact.manifest import manifest
 from globe.artifact.write import Written
-from globe.checkpoint.companions import LOADER_FILE, REPORT, SETTINGS_FILE, copy_companions
+from globe.checkpoint.companions import HELD_OUT, LOADER_FILE, REPORT, SETTINGS_FILE, copy_companions
 from globe.checkpoint.family import Family
 from globe.checkpoint.json_file import read_json
 from globe.checkpoint.tensorfile import write_text
@@ -30,6 +30,7 @@ from globe.report import report as draw
 from globe.runs.job import Job
 from globe.sizes.ratios import Ratios, Shape, ratios
 from globe.statistics.calibration import Calibration
+from globe.statistics.held_out import HeldOut
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ def publish(target: Path, opened: Opened, made: Made, metrics: dict[str, Any], j
     write_text(target / "README.md", model_card(opened.source, checkpoint.config, metrics))
     write_text(target / SETTINGS_FILE, settings_file(metrics))
     write_text(target / LOADER_FILE, LOADER)
+    if made.calibration is not None:
+        write_text(target / HELD_OUT, HeldOut.of(made.calibration).text())
     decoded = [matrix.name for matrix in checkpoint.encoded]
     _write_json(target / "config.json", loading_config(checkpoint.config, told, INDEX_FILE, decoded))
 

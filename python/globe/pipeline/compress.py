@@ -134,7 +134,8 @@ def _run(run: Run, stages: Stages) -> Result:
         timed = schedule(run.turn, planned, settings)
         if timed is not None:
             anew = existing.overwrite or existing.fresh
-            timed.refuse(settings, set() if anew else done_stages(target / FOLDER))
+            layers = planned.checkpoint.family("down").layers
+            timed.refuse(settings, set() if anew else done_stages(target / FOLDER, layers))
     directory = run_directory(target, opened.claim(settings), identity, existing, show)
     with working_precision(pick_precision(settings.precision, planned.device)), directory as store:
         if store is None:

@@ -15,7 +15,7 @@ from globe.artifact.owned import Claim, Scratch, factored_names
 from globe.checkpoint.companions import companions
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.quantised import KEY, quantised_dtypes, told
-from globe.choice.plan import Plan, peaks, plan
+from globe.choice.plan import Plan, peaks, plan, require_correction_memory
 from globe.compute.blocks import BLOCKS
 from globe.compute.devices import check_device, keep_memory, set_threads
 from globe.compute.gemm import precision_report
@@ -77,6 +77,7 @@ def open_source(source: Path, settings: Settings, stages: Stages, *, trust_remot
         keep_memory()
         check_device(planned.device)
         require_memory(checkpoint, settings)
+        require_correction_memory(planned, settings)
         for line in _formats(checkpoint):
             log(f"{source}: {line}")
         return Opened(source, planned, checkpoint.fingerprint(), trust_remote_code)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from globe.choice.estimate import Estimate, estimate, measured_rates
 from globe.choice.plan import Plan
+from globe.correction.down import CORRECTED
 from globe.errors import UsageError
 from globe.runs.job import Job
 from globe.runs.stages import Stage, Stages
@@ -43,19 +44,27 @@ class Schedule:
         UsageError
             Says what would do.
         """
-        least, calibrating = self.estimate.least(done) + _CLOSING, self.estimate.of("calibrate")
-        if least <= self.turn.left:
+        least, left = self.estimate.least(done) + _CLOSING, self.turn.left
+        if least <= left:
             return
         remedies = [f"--time-limit {math.ceil(1.3 * least + self._spent(settings))}s or more"]
-        measuring = calibrating.least + self.estimate.of("sample").least
-        uncalibrated = least - (measuring if "calibrate" not in done else 0.0)
-        if uncalibrated < min(least, self.turn.left):
-            remedies.append(f"--calibrate none ({seconds_text(uncalibrated)})")
-        parts = "calibration, seeds" if calibrating.seconds else "seeds"
+        measuring, correcting = self._least_of({"sample", "calibrate"}, done), self._least_of({"correct"}, done)
+        if correcting > 0 and least - correcting < left:
+            remedies.append(f"--correct none ({seconds_text(least - correcting)})")
+        without = least - measuring - correcting
+        if measuring > 0 and without < left:
+            also = " --correct none" if correcting > 0 else ""
+            remedies.append(f"--calibrate none{also} ({seconds_text(without)})")
+        calibrated = "calibration, " if self.estimate.of("calibrate").seconds else ""
+        corrected = "corrections " if correcting > 0 else ""
         raise UsageError(
-            f"time_limit is {seconds_text(settings.time_limit or 0.0)}; reading, {parts}, one pass of every fit and "
-            f"writing are estimated to take {seconds_text(least)} here; use {' or '.join(remedies)}"
+            f"time_limit is {seconds_text(settings.time_limit or 0.0)}; reading, {calibrated}seeds, one pass of every "
+            f"fit{', ' if corrected else ' '}{corrected}and writing are estimated to take {seconds_text(least)} here; "
+            f"use {' or '.join(remedies)}"
         )
+
+    def _least_of(self, names: set[str], done: set[str]) -> float:
+        return sum(self.estimate.of(name).least for name in names - done)
 
     def _spent(self, settings: Settings) -> float:
         return max(0.0, (settings.time_limit or 0.0) - self.turn.left)
@@ -93,9 +102,11 @@ def measured(before: Schedule | None, planned: Plan, settings: Settings, stages:
     return replace(before, estimate=estimate(planned, settings, rates))
 
 
-def done_stages(folder: Path) -> set[str]:
-    """The stages whose results lie in a run's folder."""
-    return set(_stages_of(path.stem for path in folder.glob("*.json")))
+def done_stages(folder: Path, layers: int) -> set[str]:
+    """The stages whose results lie in a run's folder; corrections are done with those of so many layers."""
+    results = [path.stem for path in folder.glob("*.json")]
+    corrected = sum(name.startswith(CORRECTED) for name in results) == layers
+    return {*_stages_of(results), *(["correct"] if corrected else [])}
 
 
 def _stages_of(results: Iterable[str]) -> Iterable[str]:

@@ -9,11 +9,14 @@ from globe.checkpoint.companions import REPORT
 from globe.checkpoint.tensorfile import write_text
 from globe.errors import GlobeError, UsageError
 from globe.report.data import read_run
+from globe.report.judged import write_card
 from globe.report.page import render
 
 
 def report(out_dir: Path | str, other: Path | str | None = None, *, output: Path | str | None = None) -> Path:
     """Write one self-contained HTML page about a finished output, or about two side by side.
+
+    What `globe eval` left in the output's evaluation.json is drawn, and stands in its model card from then on.
 
     Parameters
     ----------
@@ -50,4 +53,8 @@ def report(out_dir: Path | str, other: Path | str | None = None, *, output: Path
         with suppress(OSError):
             target.with_name(f".{target.name}.partial").unlink(missing_ok=True)
         raise GlobeError(f"report {target}: cannot be written ({error.strerror}); name another with --output") from None
+    try:
+        write_card(directory, runs[0].judged)
+    except (OSError, UnicodeDecodeError) as error:
+        raise GlobeError(f"{directory}: its model card (README.md) cannot be rewritten ({error})") from None
     return target

@@ -15,6 +15,8 @@ from globe.artifact.factored import BANK_FILE, Factored, bank_name, open_factore
 from globe.checkpoint.json_file import read_json
 from globe.checkpoint.tensorfile import read_tensor
 from globe.errors import GlobeError
+from globe.evaluation.perplexity import Evaluation
+from globe.evaluation.record import read_record
 
 Array = NDArray[np.float64]
 _METRICS = "metrics.json"
@@ -82,12 +84,13 @@ class PoolView:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished output as the report sees it."""
+    """A finished output as the report sees it; `judged` is what its evaluation.json has of its weights."""
 
     name: str
     metrics: dict[str, Any]
     families: list[FamilyView]
     pools: list[PoolView]
+    judged: tuple[Evaluation, ...] = ()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -115,7 +118,7 @@ def read_run(directory: Path) -> Run:
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
         raise GlobeError(f"{directory / _METRICS}: does not go with globe.json ({what}); compress again") from None
-    return Run(directory.resolve().name, metrics, families, pools)
+    return Run(directory.resolve().name, metrics, families, pools, tuple(read_record(directory)))
 
 
 def _experts(family: dict[str, Any]) -> list[tuple[int, int, str]]:

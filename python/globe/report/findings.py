@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from globe.evaluation.record import warning
 from globe.fit.codes import TEMPERATURE_BOUNDS
 from globe.fit.describe import COHERENT
 from globe.report.data import Array, FamilyView, PoolView, Run
@@ -29,6 +30,8 @@ def findings(run: Run) -> list[Finding]:
     """Warnings first, then notes."""
     found = [one for pool in run.pools for one in _of_pool(pool, run)]
     found += [one for family in run.families for one in _of_family(family)]
+    narrow = warning(run.judged)
+    found += [Finding(narrow)] if narrow is not None else []
     calibration = run.metrics.get("calibration")
     if calibration is None:
         found.append(

@@ -10,6 +10,7 @@ from typing import Any
 from globe.report.costs import costs_section
 from globe.report.data import Run
 from globe.report.findings import findings
+from globe.report.judged import judged_section
 from globe.report.sections import LETTERS, badge, banks_section, experts_section
 from globe.report.svg import duration, escape, number, size, tag
 from globe.settings import Settings
@@ -37,11 +38,13 @@ def render(runs: Sequence[Run]) -> str:
     sections = [
         ("summary", "What was compressed", _summary(runs)),
         ("warnings", "Worth a look", _warnings(runs)),
+        ("judged", "Beside the original, on text", judged_section(runs)),
         ("experts", "Error of layers and experts", experts_section(runs)),
         ("banks", "Banks: what layers share, and how they were trained", banks_section(runs)),
         ("costs", "Time and memory", costs_section(runs)),
         ("settings", "Settings and source", _settings(runs)),
     ]
+    sections = [section for section in sections if section[2]]
     links = "".join(tag("a", escape(name), href=f"#{key}") for key, name, _ in sections)
     names = "".join(
         tag("p", badge(place, runs) + escape(run.name), class_="which")

@@ -20,7 +20,7 @@ from globe.statistics.row_moments import moments_for
 
 _STACKING = 4  # stacks of an expert's matrix, as stored, beside the layer's weights while they are loaded
 _ESTIMATES = 12  # d × d matrices in hand while an expert's own moment is shrunk
-_ACTIVATIONS = 16  # of a token, each as wide as the widest side of an expert
+ACTIVATIONS = 16  # of a token, each as wide as the widest side of an expert
 
 
 def require_memory(checkpoint: Checkpoint, settings: Settings) -> None:
@@ -75,20 +75,37 @@ def calibration_bytes(checkpoint: Checkpoint, tokens: int, kept_moments: int = 0
     `kept_moments` of the p × p kinds of every expert are among the statistics, and `own` directions of its own moment.
     """
     gates = checkpoint.family("gate")
-    count, p, d, width = len(gates), gates.p, gates.d, gates.bytes_per_weight
+    count, p, d = len(gates), gates.p, gates.d
     layers = len({expert.layer for expert in gates.experts})
-    weights: dict[int | None, int] = {}
-    for name, info in checkpoint.tensors.items():
-        match = LAYER.match(name)
-        key = int(match["layer"]) if match is not None else None
-        weights[key] = weights.get(key, 0) + math.prod(info.shape)
-    embedding = (4 + width) * weights.pop(None, 0)
-    layer = (4 + width) * max(weights.values(), default=0) + _STACKING * width * (count // layers) * p * d
+    embedding, layer = embedding_bytes(checkpoint), layer_bytes(checkpoint)
     kept = layers * d * d + count * (d + 3 * p) + kept_moments * count * p * p
     sums = 4 * (2 * count // layers + _ESTIMATES * torch.get_num_threads()) * d * d if own else 0
     summed = 4 * kept // layers  # fp64, and its symmetric part
     choices = checkpoint.config.get("num_experts_per_tok")  # of a token; at most all experts of the layer
     pair = (choices if isinstance(choices, int) else count // layers) * (FACTORS * p + d)
-    activations = 4 * min(tokens, TOKENS_AT_ONCE) * (_ACTIVATIONS * max(p, d) + pair)
+    activations = 4 * min(tokens, TOKENS_AT_ONCE) * (ACTIVATIONS * max(p, d) + pair)
     stored = kept + own * count * d
     return BASE + 4 * tokens * d + max(embedding, layer + 4 * summed + activations + sums) + 4 * stored
+
+
+def layer_bytes(checkpoint: Checkpoint) -> int:
+    """Of the largest layer in float32 while it is loaded: its weights as stored, and stacks of its experts."""
+    gates = checkpoint.family("gate")
+    weights = {key: count for key, count in _weights(checkpoint).items() if key is not None}
+    width, experts = gates.bytes_per_weight, len(gates) // len({expert.layer for expert in gates.experts})
+    return (4 + width) * max(weights.values(), default=0) + _STACKING * width * experts * gates.p * gates.d
+
+
+def embedding_bytes(checkpoint: Checkpoint) -> int:
+    """Of what lies beside the layers, in float32 while it is loaded."""
+    return (4 + checkpoint.family("gate").bytes_per_weight) * _weights(checkpoint).get(None, 0)
+
+
+def _weights(checkpoint: Checkpoint) -> dict[int | None, int]:
+    """Weights of every layer, and under None of all that lies beside the layers."""
+    found: dict[int | None, int] = {}
+    for name, info in checkpoint.tensors.items():
+        match = LAYER.match(name)
+        key = int(match["layer"]) if match is not None else None
+        found[key] = found.get(key, 0) + math.prod(info.shape)
+    return found

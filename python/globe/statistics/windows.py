@@ -162,7 +162,7 @@ def _cut(text: Text, ask: Ask, tokenizer: Any, note: Note) -> _Cut:
     for document in documents:
         content = document.render(tokenizer)
         digest.update(content.encode(errors="surrogatepass"))
-        ids += _tokens(tokenizer, content, most - len(ids))
+        ids += first_tokens(tokenizer, content, most - len(ids))
         if len(ids) >= most:
             break
     count = len(ids) // ask.window
@@ -171,7 +171,7 @@ def _cut(text: Text, ask: Ask, tokenizer: Any, note: Note) -> _Cut:
     )
 
 
-def _tokens(tokenizer: Any, content: str, most: int) -> list[int]:
+def first_tokens(tokenizer: Any, content: str, most: int) -> list[int]:
     """The first tokens of a text, which need not be read to its end."""
     ids: list[int] = []
     for characters in (_CHARACTERS * most, len(content)):

@@ -24,7 +24,26 @@ def calibration_work(checkpoint: Checkpoint, settings: Settings) -> Work:
     if settings.calibrate not in MEASURED:
         return Work()
     gates = checkpoint.family("gate")
-    tokens = tokens_for(settings, gates.d)
+    tokens, experts = tokens_for(settings, gates.d), gates.layers * choices(checkpoint)
+    kept = len(moments_for(settings.families, gates)) * experts * 2 * gates.p * gates.p
+    own = 0.0
+    if experts < len(gates) and own_directions(len(gates), gates.d):
+        own = experts * 5 * gates.d * gates.d / 4
+    flops = tokens * (gates.layers * 5 * gates.d * gates.d / 4 + kept + own)
+    flops += len(gates) * _SHRUNK * gates.d**3 if own else 0
+    summed = Work(flops=flops, calls=len(gates))
+    return stream_work(checkpoint, tokens) + summed
+
+
+def choices(checkpoint: Checkpoint) -> int:
+    """Experts that a token is sent to; all of a layer where the configuration does not tell."""
+    gates, found = checkpoint.family("gate"), checkpoint.config.get("num_experts_per_tok")
+    return found if isinstance(found, int) else len(gates) // gates.layers
+
+
+def stream_work(checkpoint: Checkpoint, tokens: int) -> Work:
+    """Of letting so many tokens through the layers up to the last one with experts."""
+    gates = checkpoint.family("gate")
     p, d, last = gates.p, gates.d, max(expert.layer for expert in gates.experts)
     routed = {expert.tensor for name in ("gate", "up", "down") for expert in checkpoint.family(name).experts}
     beside = read = 0
@@ -33,18 +52,11 @@ def calibration_work(checkpoint: Checkpoint, settings: Settings) -> Work:
         if match is not None and int(match["layer"]) <= last:
             read += info.nbytes
             beside += 0 if name in routed else math.prod(info.shape)
-    choices = checkpoint.config.get("num_experts_per_tok")
-    chosen = choices if isinstance(choices, int) else len(gates) // gates.layers
-    experts = gates.layers * chosen
-    kept = len(moments_for(settings.families, gates)) * experts * 2 * p * p
-    own = 0.0
-    if chosen < len(gates) // gates.layers and own_directions(len(gates), d):
-        own = experts * 5 * d * d / 4
+    experts = gates.layers * choices(checkpoint)
     attention = 4 * (last + 1) * WINDOW * d
-    flops = tokens * (2 * beside + 6 * experts * p * d + attention + gates.layers * 5 * d * d / 4 + kept + own)
-    flops += len(gates) * _SHRUNK * d**3 if own else 0
+    flops = tokens * (2 * beside + 6 * experts * p * d + attention)
     moved = 4 * tokens * (12 * (last + 1) * d + experts * (16 * p + 4 * d)) + 3 * read
-    return Work(flops=flops, moved=moved, read=read, calls=len(gates))
+    return Work(flops=flops, moved=moved, read=read)
 
 
 def sampling_work(checkpoint: Checkpoint, settings: Settings) -> Work:
@@ -58,11 +70,8 @@ def sampling_work(checkpoint: Checkpoint, settings: Settings) -> Work:
         return Work()
     routed = {expert.tensor for name in ("gate", "up", "down") for expert in checkpoint.family(name).experts}
     sizes = {name: math.prod(info.shape) for name, info in checkpoint.tensors.items()}
-    choices = checkpoint.config.get("num_experts_per_tok")
-    chosen = choices if isinstance(choices, int) else len(gates) // gates.layers
-    active = (
-        sum(size for name, size in sizes.items() if name not in routed) + 3 * gates.layers * chosen * gates.p * gates.d
-    )
+    chosen = 3 * gates.layers * choices(checkpoint) * gates.p * gates.d
+    active = sum(size for name, size in sizes.items() if name not in routed) + chosen
     steps = -(-tokens // (AT_ONCE * LENGTH)) * LENGTH
     read = sum(info.nbytes for info in checkpoint.tensors.values())
     moved = 4.0 * steps * sum(sizes.values()) + 3 * read
