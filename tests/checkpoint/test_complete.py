@@ -168,7 +168,7 @@ BROKEN: dict[str, tuple[Callable[[Tensors], object], tuple[str, ...]]] = {
     "GPTQ": (quantised((".qweight", ".qzeros", ".scales")), ("quantised as by GPTQ or AWQ", "qweight", "start from")),
     "compressed-tensors": (
         quantised((".weight_packed", ".weight_scale", ".weight_shape")),
-        ("quantised by compressed-tensors", "start from"),
+        ("weight is stored as I32", "no quantization_config that says how", "start from"),
     ),
     "MLX": (mlx, ("as MLX stores them", "switch_mlp", "start from")),
     "other names": (

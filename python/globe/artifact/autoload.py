@@ -8,9 +8,11 @@ alone ends with an error that shows it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from globe.checkpoint.companions import LOADER_FILE
+from globe.checkpoint.formats.left_out import leaving_out, modules_of
 from globe.checkpoint.layouts import read_layouts
 from globe.checkpoint.quantised import KEY, quantised_dtypes
 from globe.errors import GlobeError
@@ -28,8 +30,13 @@ __all__ = ["GlobeForCausalLM", "GlobeModelConfig"]
 '''
 
 
-def loading_config(config: dict[str, Any], manifest: dict[str, Any], index: str) -> dict[str, Any]:
-    """config.json of a factored directory, made of the source's and of globe.json."""
+def loading_config(
+    config: dict[str, Any], manifest: dict[str, Any], index: str, decoded: Iterable[str] = ()
+) -> dict[str, Any]:
+    """config.json of a factored directory, made of the source's and of globe.json.
+
+    `decoded` are the tensors of experts that are stored as codes, and decoded in an export.
+    """
     quantization: dict[str, Any] = {
         "quant_method": METHOD,
         "format_version": manifest["format_version"],
@@ -38,6 +45,9 @@ def loading_config(config: dict[str, Any], manifest: dict[str, Any], index: str)
     dtypes = (entry["dtype"] for shard in manifest["source"]["shards"] for entry in shard["tensors"].values())
     keys = ("auto_map", "transformers_weights", *([KEY] if quantised_dtypes(dtypes) else []))
     replaced = {key: config[key] for key in keys if key in config}
+    modules = modules_of(decoded)
+    if modules and isinstance(replaced.get(KEY), dict):
+        replaced[KEY] = leaving_out(replaced[KEY], modules)
     if replaced:
         quantization["replaced"] = replaced
     return marked(config, quantization, index)

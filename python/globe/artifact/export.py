@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from globe.artifact.as_source import as_stored, requantised, require_fp8
 from globe.artifact.autoload import source_config
 from globe.artifact.factored import Bank, Factored, left_name, open_factored, rest_name, shard_name
 from globe.artifact.output import output_directory
 from globe.artifact.owned import Claim, recorded
 from globe.checkpoint.companions import companions, copy_companions
+from globe.checkpoint.formats.tensors import described, recalled
 from globe.checkpoint.index import FAMILIES, INDEX_NAME, Checkpoint
 from globe.checkpoint.json_file import read_json
 from globe.checkpoint.powers import saturated
+from globe.checkpoint.quantised import KEY
 from globe.checkpoint.tensorfile import TORCH_DTYPES, TensorWriter, copy_chunks, read_tensor, tensor_bytes, write_text
 from globe.errors import GlobeError, UsageError
-from globe.runs.stages import Display, Stages
+from globe.runs.stages import Advance, Display, Stages
 
 
 def export(
-    source: Path | str, target: Path | str, *, overwrite: bool = False, progress: Display | None = None
+    source: Path | str,
+    target: Path | str,
+    *,
+    overwrite: bool = False,
+    as_source: bool = False,
+    progress: Display | None = None,
 ) -> dict[str, Any]:
     """Write the dense checkpoint Ŵ_i = A_i Σ_j α_ij B_j with the source's own names, dtype and shards.
+
+    Routed experts that the source stores as codes are decoded, the factored ones and the others: transformers builds
+    the experts of a layer in one format.
 
     Parameters
     ----------
@@ -36,6 +47,9 @@ def export(
     overwrite : bool
         Replace the files of a target that is not empty: those of the names that are written now, and those that its
         own index or GloBE's records there name. Others stay.
+    as_source : bool
+        Routed experts that the source stores in fp8 come out in fp8 again, with scales made anew where they are
+        factored, and config.json has the source's own `quantization_config`.
     progress : Display, optional
         Shows the stage.
 
@@ -47,6 +61,8 @@ def export(
 
     Raises
     ------
+    UsageError
+        If `as_source` is asked for and the source is not fp8.
     GlobeError
         If `source` is not a whole factored directory, or `target` cannot be written.
     """
@@ -55,8 +71,10 @@ def export(
     config = read_json(source / "config.json")
     record = factored.manifest["source"]
     _refuse_the_source(target, record)
-    entries = [entry for shard in record["shards"] for entry in shard["tensors"].values()]
-    total = sum(tensor_bytes(entry["dtype"], entry["shape"]) for entry in entries)
+    if as_source:
+        require_fp8(source, record)
+    written = {shard["file"]: _entries(shard, as_source) for shard in record["shards"]}
+    total = sum(tensor_bytes(*entry) for entries in written.values() for entry in entries.values())
     stages, beyond = Stages(progress), 0
     shards = [shard["file"] for shard in record["shards"]]
     claim = Claim(source, ("config.json", INDEX_NAME, *shards, *companions(source).carried), total)
@@ -64,23 +82,25 @@ def export(
     if left:
         stages.display.log(f"left behind: {', '.join(left)}")
     with output_directory(target, claim, overwrite=overwrite, log=stages.display.log) as directory:
-        with stages.stage("export", len(entries)) as advance:
+        with stages.stage("export", sum(len(shard["tensors"]) for shard in record["shards"])) as advance:
             banks = {name: factored.bank(name) for name in factored.manifest["banks"]}
+            work = _Work(factored, banks, directory, as_source)
             for shard in record["shards"]:
-                beyond += _export_shard(factored, banks, shard, directory, advance)
+                beyond += _export_shard(work, shard, advance)
         if beyond:
             stages.display.log(
                 f"{beyond:,} values are beyond the dtype of their tensors and were written as its largest"
             )
         copy_companions(source, directory)
         if record["index_metadata"] is not None:
-            weight_map = {name: shard["file"] for shard in record["shards"] for name in shard["tensors"]}
+            weight_map = {name: file for file, entries in written.items() for name in entries}
             index = {"metadata": record["index_metadata"], "weight_map": dict(sorted(weight_map.items()))}
             write_text(directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
-        write_text(directory / "config.json", json.dumps(source_config(config), indent=2) + "\n")
+        told = source_config(config) | ({KEY: record[KEY]} if as_source else {})
+        write_text(directory / "config.json", json.dumps(told, indent=2) + "\n")
     return {
         "output": str(target),
-        "tensors": len(entries),
+        "tensors": sum(map(len, written.values())),
         "bytes": total,
         "saturated": beyond,
         "stages": stages.as_list(),
@@ -99,20 +119,48 @@ def _refuse_the_source(target: Path, record: dict[str, Any]) -> None:
         raise UsageError(f"output {target} is the checkpoint that was compressed; name another directory")
 
 
-def _export_shard(
-    factored: Factored, banks: dict[str, Bank], shard: dict[str, Any], directory: Path, advance: Callable[[int], None]
-) -> int:
+def _entries(shard: dict[str, Any], as_source: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The tensors that are written of a shard, with dtypes and shapes."""
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, entry in shard["tensors"].items():
+        if as_source and entry.keys() & {"encoded", "origin"}:
+            found |= as_stored(name, entry)
+        else:
+            found[name] = (entry["dtype"], tuple(entry["shape"]))
+    return found
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What an export makes its shards of, where, and whether experts come out in the source's codes."""
+
+    factored: Factored
+    banks: dict[str, Bank]
+    directory: Path
+    as_source: bool
+
+
+def _export_shard(work: _Work, shard: dict[str, Any], advance: Advance) -> int:
     """Write a shard; the number of values that its dtype does not hold."""
-    beyond = 0
+    beyond, factored = 0, work.factored
     stored = factored.shards[shard_name(shard["file"])].tensors
-    entries = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in shard["tensors"].items()}
-    with TensorWriter(directory / shard["file"], entries, shard["metadata"]) as writer:
+    entries = _entries(shard, work.as_source)
+    with TensorWriter(work.directory / shard["file"], entries, shard["metadata"]) as writer:
         for name, entry in shard["tensors"].items():
-            if name in stored:
+            if "encoded" in entry and work.as_source:
+                for tensor in as_stored(name, entry):
+                    writer.write_chunks(tensor, copy_chunks(factored.tensors[tensor]))
+            elif "encoded" in entry:
+                writer.write(name, recalled(name, entry, factored.tensors).read())
+            elif name in stored:
                 writer.write_chunks(name, copy_chunks(stored[name]))
             else:
-                tensor, count = reconstruct(factored, banks, name, entry)
-                writer.write(name, tensor)
+                values, count = reconstruct(factored, work.banks, name, entry)
+                made = {name: values}
+                if work.as_source and "origin" in entry:
+                    made = requantised(described(name, entry), values)
+                for tensor, value in made.items():
+                    writer.write(tensor, value)
                 beyond += count
             advance(1)
     return beyond

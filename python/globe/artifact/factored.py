@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import numpy as np
 import scipy.sparse
 import torch
 
+from globe.checkpoint.formats.tensors import described, recalled
 from globe.checkpoint.index import FAMILIES
 from globe.checkpoint.json_file import read_json
-from globe.checkpoint.tensorfile import FileHeader, read_header, read_tensor
+from globe.checkpoint.tensorfile import FileHeader, TensorInfo, read_header, read_tensor
 from globe.compute.gemm import mixtures
 from globe.errors import GlobeError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # experts that stay stored as codes
+PLAIN_VERSION = 2  # without
 MANIFEST = "globe.json"
 BANK_FILE = "globe-bank.safetensors"
 INDEX_FILE = "globe.safetensors.index.json"
@@ -66,6 +69,11 @@ class Factored:
     directory: Path
     manifest: dict[str, Any]
     shards: dict[str, FileHeader]
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """All tensors of all its files."""
+        return {name: info for header in self.shards.values() for name, info in header.tensors.items()}
 
     def bank_of(self, family: str, tensor: str) -> str:
         """The name of the bank of which the experts of a family in a source tensor are made."""
@@ -176,12 +184,15 @@ def _check(factored: Factored) -> None:
             f"bank {bank} has {count} experts and the tensors of others",
         )
     missing = {tensor for family in families.values() for tensor in family["tensors"]}
+    codes = _check_codes(factored)
     for shard in source["shards"]:
         header = factored.shards[shard_name(shard["file"])]
         _require(all(isinstance(text, str) for text in shard["metadata"].values()), "metadata is not text")
-        unnamed = set(header.tensors)
+        unnamed = set(header.tensors) - codes
         for tensor, entry in shard["tensors"].items():
             _require(all(type(n) is int for n in entry["shape"]), f"tensor {tensor} has shape {entry['shape']}")
+            if "encoded" in entry:
+                continue
             for stored, (dtype, shape) in _promised(families, tensor, entry["dtype"], tuple(entry["shape"])).items():
                 _expect(header, stored, dtype, shape)
                 unnamed.discard(stored)
@@ -200,6 +211,25 @@ def _check_banks(factored: Factored) -> dict[str, list[int]]:
         _expect(header, bank_name(name, "codes.indices"), "I32", (nonzeros,))
         _expect(header, bank_name(name, "codes.values"), "F32", (nonzeros,))
     return {name: [] for name in banks}
+
+
+def _check_codes(factored: Factored) -> set[str]:
+    """Check the tensors of experts that stay stored as codes; their names."""
+    found, parts = factored.tensors, set()
+    for shard in factored.manifest["source"]["shards"]:
+        for tensor, entry in shard["tensors"].items():
+            if "origin" in entry:
+                described(tensor, entry)
+            if "encoded" not in entry:
+                continue
+            told = entry["encoded"]["parts"].values()
+            for part in told:
+                info = found.get(part["tensor"])
+                stored = (info.dtype, list(info.shape)) if info is not None else "missing"
+                _require(stored == (part["dtype"], part["shape"]), f"tensor {part['tensor']} is {stored}")
+            recalled(tensor, entry, found)
+            parts |= {part["tensor"] for part in told}
+    return parts
 
 
 def _promised(

@@ -6,10 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from globe._version import __version__
-from globe.artifact.factored import FORMAT_VERSION
+from globe.artifact.factored import FORMAT_VERSION, PLAIN_VERSION
 from globe.checkpoint.companions import companions
 from globe.checkpoint.family import Family
+from globe.checkpoint.formats.encoded import Encoded
+from globe.checkpoint.formats.tensors import as_decoded
 from globe.checkpoint.index import Checkpoint
+from globe.checkpoint.quantised import KEY
+from globe.checkpoint.tensorfile import TensorInfo
 from globe.settings import Settings
 from globe.sizes.ratios import Shape
 
@@ -25,7 +29,7 @@ def manifest(
 
     `told` is what is said of the source, and which of the tensors that are not factored are no longer the source's.
     """
-    source, changed = told
+    source, changed = told[0], sorted(told[1])
     described: dict[str, dict[str, Any]] = {}
     for name, pool in pools.items():
         for family in pool.families:
@@ -39,11 +43,17 @@ def manifest(
     banks = {
         name: {"experts": len(pools[name]), "rank": shape.rank, "bank": shape.bank} for name, shape in shapes.items()
     }
+    kept = {matrix.name for matrix in checkpoint.encoded} - {
+        tensor for f in described.values() for tensor in f["tensors"]
+    }
+    kept -= set(changed)
     shards = [
         {
             "file": shard.path.name,
             "metadata": shard.metadata,
-            "tensors": {key: {"dtype": info.dtype, "shape": list(info.shape)} for key, info in shard.tensors.items()},
+            "tensors": {
+                key: _entry(key, info, kept) for key, info in as_decoded(shard.tensors, checkpoint.encoded).items()
+            },
         }
         for shard in checkpoint.shards
     ]
@@ -51,13 +61,22 @@ def manifest(
     if checkpoint.index is not None:
         stated = checkpoint.index.get("metadata")
         index_metadata = stated if isinstance(stated, dict) else {}
+    quantization = {KEY: checkpoint.config[KEY]} if checkpoint.encoded else {}
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if kept else PLAIN_VERSION,
         "globe_version": __version__,
         "settings": settings.as_dict(),
         "families": described,
         "banks": banks,
         "companions": list(companions(checkpoint.directory).carried),
-        "changed": sorted(changed),
-        "source": {**source, "index_metadata": index_metadata, "shards": shards},
+        "changed": changed,
+        "source": {**source, **quantization, "index_metadata": index_metadata, "shards": shards},
     }
+
+
+def _entry(name: str, info: TensorInfo | Encoded, kept: set[str]) -> dict[str, Any]:
+    """What an export has under a name; of a matrix of codes also how they are decoded, or how the source had them."""
+    entry: dict[str, Any] = {"dtype": info.dtype, "shape": list(info.shape)}
+    if isinstance(info, Encoded):
+        entry["encoded" if name in kept else "origin"] = info.as_dict()
+    return entry

@@ -22,6 +22,8 @@ from globe.artifact.factored import (
     rest_name,
     shard_name,
 )
+from globe.checkpoint.formats.encoded import Encoded
+from globe.checkpoint.formats.tensors import as_decoded
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.powers import saturated, shared, times_power
 from globe.checkpoint.tensorfile import DTYPE_NAMES, TensorInfo, TensorWriter, copy_chunks, file_sha256, write_text
@@ -55,10 +57,10 @@ def write_weights(
 ) -> Written:
     """Write every shard, the bank's file and the index.
 
-    Each source shard becomes one factored shard, with the left factors in place of the expert tensors and
-    all other tensors byte for byte, but for those `changed`, each with the store's result that has it under its own
-    name. What is measured of a shard goes to the job's store
-    with the shard's SHA-256; a shard that is there and has it is not written again.
+    Each source shard becomes one factored shard, with the left factors in place of the expert tensors (of those that
+    are stored as codes in place of the codes, without their scales) and all other tensors byte for byte, but for those
+    `changed`, each with the store's result that has it under its own name. What is measured of a shard goes to the
+    job's store with the shard's SHA-256; a shard that is there and has it is not written again.
     """
     places: dict[str, list[tuple[str, int]]] = {}
     for name, fit in fits.items():
@@ -72,15 +74,17 @@ def write_weights(
         dict.fromkeys(fits, 0),
     )
     weight_map: dict[str, str] = {}
+    replaced = [matrix for matrix in checkpoint.encoded if matrix.name in places or matrix.name in changed]
     total = sum(len(fit.family) for fit in fits.values())
     with job.stages.stage("write", total, _written_before(job.store)) as advance:
         for count, shard in enumerate(checkpoint.shards):
             file, result = shard_name(shard.path.name), f"shard-{count}"
             entries: dict[str, tuple[str, tuple[int, ...]]] = {}
-            for tensor, info in shard.tensors.items():
+            tensors = as_decoded(shard.tensors, replaced)
+            for tensor, info in tensors.items():
                 entries.update(_entries(fits, info, tensor, places.get(tensor, [])))
             weight_map.update(dict.fromkeys(entries, file))
-            there = [place for tensor in shard.tensors for place in places.get(tensor, ())]
+            there = [place for tensor in tensors for place in places.get(tensor, ())]
             meta = job.store.check(result)
             if meta is not None and _is_whole(target / file, meta):
                 _recall(written, there, meta)
@@ -91,11 +95,11 @@ def write_weights(
             before, clipped = dict(written.ridged), dict(written.saturated)
             solutions = _recorded(there, solve_lefts(fits, there, job.settings, job.blocks), written, advance)
             with TensorWriter(target / file, entries, shard.metadata) as writer:
-                for tensor, info in shard.tensors.items():
+                for tensor, info in tensors.items():
                     if tensor in changed:
                         writer.write(tensor, _changed(job.store, changed[tensor], tensor))
                         continue
-                    if tensor not in places:
+                    if isinstance(info, TensorInfo) and tensor not in places:
                         writer.write_chunks(tensor, copy_chunks(info))
                         continue
                     parts = _parts(fits, places[tensor])
@@ -184,7 +188,7 @@ def _kept_halves(fused: bool, parts: list[_Part]) -> list[str]:
 
 
 def _entries(
-    fits: dict[str, Fit], info: TensorInfo, tensor: str, there: list[tuple[str, int]]
+    fits: dict[str, Fit], info: TensorInfo | Encoded, tensor: str, there: list[tuple[str, int]]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     if not there:
         return {tensor: (info.dtype, info.shape)}

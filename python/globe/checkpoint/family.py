@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from globe.checkpoint.formats.encoded import Encoded
 from globe.checkpoint.powers import times_power
 from globe.checkpoint.tensorfile import TORCH_DTYPES, TensorInfo, read_tensor
 
@@ -19,13 +21,13 @@ from globe.checkpoint.tensorfile import TORCH_DTYPES, TensorInfo, read_tensor
 class Expert:
     """One expert matrix W_i: its place in the model, its tensor, and the part of it (fused layouts).
 
-    A family takes it as W_i · 2^-exponent; `read` gives it as stored.
+    A family takes it as W_i · 2^-exponent; `read` gives it as stored, or decoded where it is stored as codes.
     """
 
     layer: int
     expert: int
     tensor: str
-    info: TensorInfo
+    info: TensorInfo | Encoded
     index: int | None
     first_row: int
     family: str = "gate"
@@ -44,11 +46,23 @@ class Expert:
         """Whether W_i is the transpose of what is stored: down, whose left factor then has the expert's width."""
         return self.family == "down"
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of W_i in the checkpoint; of one that is stored as codes those of its scales too."""
+        return self.info.nbytes * math.prod(self.matrix) // math.prod(self.info.shape)
+
+    @property
+    def counted(self) -> float:
+        """Weights that W_i counts for in a ratio: its own, or where it is stored as codes two bytes as one."""
+        return self.stored_bytes / 2 if isinstance(self.info, Encoded) else math.prod(self.matrix)
+
     def read(self, rows: tuple[int, int], out: torch.Tensor | None = None) -> torch.Tensor:
         """Read rows of W_i from the first to before the last, contiguous and in the checkpoint's dtype.
 
         Of a transposed expert all is read, whatever the rows: they lie scattered.
         """
+        if isinstance(self.info, Encoded):
+            return self._decode(self.info, rows, out)
         if not self.transposed:
             first, last = rows
             return read_tensor(self.info, (self.first_row + first, self.first_row + last), self.index, out)
@@ -58,6 +72,20 @@ class Expert:
         if len(out) == stored.shape[1]:
             return out.copy_(stored.T)
         np.copyto(_bits(out), _bits(stored).T[slice(*rows)])  # on this thread; torch would wake its pool
+        return out
+
+    def _decode(self, info: Encoded, rows: tuple[int, int], out: torch.Tensor | None) -> torch.Tensor:
+        """`read`, a block of the stored rows at a time."""
+        if out is None:
+            out = torch.empty(rows[1] - rows[0], self.matrix[1], dtype=TORCH_DTYPES[info.dtype])
+        bits = _bits(out)
+        origin = self.first_row + (0 if self.transposed else rows[0])
+        span = (0, info.shape[-2]) if self.transposed else (origin, self.first_row + rows[1])
+        for first, last, decoded in info.blocks(span, self.index):
+            if self.transposed:
+                bits[:, first:last] = decoded.T[slice(*rows)]
+            else:
+                bits[first - origin : last - origin] = decoded
         return out
 
 
@@ -91,10 +119,15 @@ class Family:
         """2 for bf16 and fp16, 4 for fp32: in memory."""
         return self.dtype.itemsize
 
-    @property
+    @cached_property
     def stored_bytes(self) -> int:
-        """Bytes of all its matrices in the checkpoint, each in its tensor's own dtype."""
-        return sum(self.p * self.d * TORCH_DTYPES[expert.info.dtype].itemsize for expert in self.experts)
+        """Bytes of all its matrices in the checkpoint, each as its tensor is stored."""
+        return sum(expert.stored_bytes for expert in self.experts)
+
+    @cached_property
+    def counted(self) -> float:
+        """Weights that its matrices count for in a ratio."""
+        return sum(expert.counted for expert in self.experts)
 
     def read(self, number: int, rows: tuple[int, int] | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """Read W_i (or its rows from the first to before the last), in the family's dtype, into `out` if given."""
@@ -106,7 +139,7 @@ class Family:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The checkpoint's dtype of the experts; fp32 where they have several, or fp16 that is scaled."""
+        """The dtype that experts have or are decoded to; fp32 where they have several, or fp16 that is scaled."""
         stored = {expert.info.dtype for expert in self.experts}
         if len(stored) > 1 or (stored == {"F16"} and any(expert.exponent for expert in self.experts)):
             return torch.float32

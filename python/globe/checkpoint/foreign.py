@@ -15,8 +15,6 @@ _EXPERT_LIKE = re.compile(r"\.(?:experts|switch_mlp)\.")
 # Of names of experts, the form that they show.
 _FORMS = (
     (re.compile(r"\.experts\..*\.(?:qweight|qzeros|scales|g_idx)$"), "quantised as by GPTQ or AWQ"),
-    (re.compile(r"\.experts\..*\.weight_(?:packed|shape)$"), "quantised by compressed-tensors"),
-    (re.compile(r"\.experts\..*_(?:blocks|scales)$"), "quantised as MXFP4"),
     (re.compile(r"\.switch_mlp\."), "as MLX stores them"),
 )
 _LOAD = "from transformers import AutoModelForCausalLM as M; M.from_pretrained"

@@ -15,9 +15,12 @@ from globe.checkpoint.companions import companions
 from globe.checkpoint.completeness import Source, require_complete
 from globe.checkpoint.family import Expert, Family
 from globe.checkpoint.foreign import missing_directory, missing_weights, unknown_layout
+from globe.checkpoint.formats.encoded import Encoded
+from globe.checkpoint.formats.tensors import open_encoded, plain_name
 from globe.checkpoint.json_file import read_json
 from globe.checkpoint.layouts import Layout, read_layouts
-from globe.checkpoint.tensorfile import TORCH_DTYPES, FileHeader, TensorInfo, read_header
+from globe.checkpoint.quantised import quantised_dtypes
+from globe.checkpoint.tensorfile import FileHeader, TensorInfo, read_header
 from globe.errors import GlobeError
 
 FAMILIES = ("gate", "up", "down")
@@ -54,6 +57,7 @@ class Checkpoint:
             raise GlobeError(f"{directory}: this is a factored checkpoint already; pass the dense source instead")
         self.index, names = self._shard_names()
         self._noted: list[str] = []
+        self._encoded: dict[str, Encoded] = {}
         self.shards, self.tensors = self._open(names)
         self._check_index()
 
@@ -118,7 +122,7 @@ class Checkpoint:
         model_type = self.config.get("model_type")
         for layout in read_layouts():
             if layout.is_of(model_type) and any(
-                layout.place(family, name) is not None for name in self.tensors for family in FAMILIES
+                layout.place(family, plain_name(name)) is not None for name in self.tensors for family in FAMILIES
             ):
                 return layout
         raise unknown_layout(self.directory, self.config, self.tensors)
@@ -154,11 +158,12 @@ class Checkpoint:
         held: dict[str, dict[tuple[int, int], str]] = {family: {} for family in FAMILIES}
         layers = self.layers
         for tensor, info in self.tensors.items():
+            name = plain_name(tensor)
             for family in FAMILIES:
-                place = self.layout.place(family, tensor)
+                place = self.layout.place(family, name)
                 if place is None or (layers is not None and place[0] >= layers):
                     continue  # a layer past num_hidden_layers predicts further tokens and is left alone
-                for expert in _experts_of(tensor, info, family, *place):
+                for expert in _experts_of(name, self._matrix(tensor, info), family, *place):
                     known = held[family].setdefault((expert.layer, expert.expert), tensor)
                     if known != tensor:
                         raise GlobeError(
@@ -170,6 +175,20 @@ class Checkpoint:
             experts.sort(key=lambda expert: (expert.layer, expert.expert))
         source = Source(self.directory, self.text_config, self.layout, layers, self.tensors)
         return found, require_complete(source, held)
+
+    def _matrix(self, tensor: str, info: TensorInfo) -> TensorInfo | Encoded:
+        """A tensor of experts, or what it is decoded to."""
+        if not quantised_dtypes([info.dtype]):
+            return info
+        if tensor not in self._encoded:
+            self._encoded[tensor] = open_encoded(tensor, self.tensors, self.config)
+        return self._encoded[tensor]
+
+    @property
+    def encoded(self) -> tuple[Encoded, ...]:
+        """What is stored as codes of the routed experts, each read as the matrix that it decodes to."""
+        assert self._experts is not None
+        return tuple(self._encoded.values())
 
     def family(self, name: str) -> Family:
         """Collect one family's experts and check their shapes against each other and config.json."""
@@ -213,19 +232,24 @@ class Checkpoint:
                 )
         return Family(name, tuple(experts), p, d)
 
-    def elements(self) -> int:
-        """The number of weights in the whole checkpoint."""
-        return sum(math.prod(info.shape) for info in self.tensors.values())
+    @cached_property
+    def elements(self) -> float:
+        """The weights of the whole checkpoint; of what is stored as codes, scales and all, two bytes count as one."""
+        parts = {part.tensor for matrix in self.encoded for part in matrix.parts.values()}
+        counted = sum(matrix.nbytes / 2 for matrix in self.encoded)
+        for name, info in self.tensors.items():
+            if name not in parts:
+                counted += info.nbytes / 2 if quantised_dtypes([info.dtype]) else math.prod(info.shape)
+        return counted
 
-    def expert_elements(self) -> int:
-        """The number of weights in all routed experts: gate, up and down."""
-        return sum(math.prod(expert.matrix) for expert in self._all_experts())
+    @cached_property
+    def expert_elements(self) -> float:
+        """The weights of all routed experts, gate, up and down, counted as in `elements`."""
+        return sum(expert.counted for expert in self._all_experts())
 
     def expert_bytes(self) -> int:
-        """The bytes of all routed experts, each tensor in its own dtype."""
-        return sum(
-            math.prod(expert.matrix) * TORCH_DTYPES[expert.info.dtype].itemsize for expert in self._all_experts()
-        )
+        """The bytes of all routed experts, as they are stored."""
+        return sum(expert.stored_bytes for expert in self._all_experts())
 
     def _all_experts(self) -> Iterator[Expert]:
         for experts in self._experts[0].values():
@@ -244,7 +268,9 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def _experts_of(tensor: str, info: TensorInfo, family: str, layer: int, number: int | None) -> Iterator[Expert]:
+def _experts_of(
+    tensor: str, info: TensorInfo | Encoded, family: str, layer: int, number: int | None
+) -> Iterator[Expert]:
     """The experts of a family that a tensor holds: one, or where it has no number all of a layer."""
     axes, halves = (2, 1) if number is not None else (3, 1 if family == "down" else 2)
     if len(info.shape) != axes or info.shape[-2] % halves:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from globe.checkpoint.family import Family
+from globe.checkpoint.formats.encoded import stored_as
 from globe.checkpoint.hub import headers
 from globe.checkpoint.index import FAMILIES, Checkpoint
 from globe.choice.estimate import estimate, measured_rates
@@ -70,7 +71,7 @@ def _described(directory: Path, settings: Settings, estimated: bool) -> dict[str
             "layers": family.layers,
             "p": family.p,
             "d": family.d,
-            "dtype": ", ".join(sorted({expert.info.dtype for expert in family.experts})),
+            "dtype": ", ".join(sorted({stored_as(expert.info) for expert in family.experts})),
             "bytes": family.stored_bytes,
             "floor": settings.resolve_rank(family.p, family.d) / family.d,
         }

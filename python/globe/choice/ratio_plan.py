@@ -108,7 +108,7 @@ def candidates(unit: Family, ratio: float, scope: str | int = "global") -> list[
         if bank <= len(unit) and rank >= 1:
             found[bank] = Size(rank, bank)
     if not found:
-        lowest = stored_elements(unit, _shape(unit, Size(1, least))) / (len(unit) * unit.p * unit.d)
+        lowest = stored_elements(unit, _shape(unit, Size(1, least))) / unit.counted
         raise UsageError(
             f"ratio is {ratio:g}, but rank 1 and {least} atoms store {lowest:.3f} of family {unit.name} already: it is "
             "not worth compressing at that ratio; raise --ratio or leave it out of --families"
@@ -214,7 +214,7 @@ def _probe_unit(unit: Family, energy: Array, sized: list[Size], probing: Probing
     best, best_errors = next(found[k] for k in sorted(found) if found[k][0].error <= bound)
     step = -(-len(sampled) * len(sampled[0][0]) // _TRUNCATED)  # a few of every pool
     few = [(replace(sample, experts=sample.experts[::step]), energies[::step]) for sample, energies in sampled]
-    rank = max(1, math.floor(ratio * unit.p * unit.d / (unit.p + unit.d)))
+    rank = max(1, math.floor(ratio * unit.counted / len(unit) / (unit.p + unit.d)))
     truncated = _mean([prober.truncated(sample, rank) for sample, _ in few], few)
     probing.advance(1)
     ours, size = _mean([errors[::step] for errors in best_errors], few), Size(best.rank, best.bank)
@@ -240,7 +240,7 @@ def _split(
     """Split the bytes: ratios on a grid within what was probed, all together at most the one asked for."""
     steps = round(_REACH / _STEP)
     grid = [ratio + _STEP * step for step in range(-steps, steps + 1)]
-    dense = {name: len(unit) * unit.p * unit.d for name, unit in whole.items()}
+    dense = {name: unit.counted for name, unit in whole.items()}
     options: list[list[tuple[float, float, Size]]] = []
     for name, unit in whole.items():
         chosen = seen[name]
@@ -290,14 +290,14 @@ def _shape(unit: Family, size: Size) -> Shape:
 
 
 def _ratio(unit: Family, size: Size) -> float:
-    return stored_elements(unit, _shape(unit, size)) / (len(unit) * unit.p * unit.d)
+    return stored_elements(unit, _shape(unit, size)) / unit.counted
 
 
 def _rank(unit: Family, bank: int, ratio: float) -> int:
     """The largest rank that stores at most `ratio` with such a bank; 0 if none does."""
     count = len(unit)
     codes = stored_elements(unit, _shape(unit, Size(0, bank)))
-    rank = math.floor((ratio * count * unit.p * unit.d - codes) / (count * unit.p + bank * unit.d) + 1e-9)
+    rank = math.floor((ratio * unit.counted - codes) / (count * unit.p + bank * unit.d) + 1e-9)
     return max(0, min(rank, unit.p, unit.d))
 
 

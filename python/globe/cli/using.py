@@ -44,12 +44,13 @@ def report(out: Path, other: Path | None, output: Path | None, as_json: bool, qu
 @click.argument("out", type=PATH)
 @click.argument("dense", type=PATH)
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint in a DENSE that is not empty; the rest stays.")
+@click.option("--as-source", is_flag=True, help="Routed experts in fp8 again, where the source has them so.")
 @common
-def export(out: Path, dense: Path, overwrite: bool, as_json: bool, quiet: bool) -> None:
+def export(out: Path, dense: Path, overwrite: bool, as_source: bool, as_json: bool, quiet: bool) -> None:
     """Write the dense checkpoint that OUT stands for, with the source's names, dtype and shards."""
     from globe.artifact.export import export as run
 
-    done = run(out, dense, overwrite=overwrite, progress=display_for(quiet))
+    done = run(out, dense, overwrite=overwrite, as_source=as_source, progress=display_for(quiet))
     if as_json:
         click.echo(json.dumps(done))
     elif not quiet:

@@ -88,7 +88,8 @@ def publish(target: Path, opened: Opened, made: Made, metrics: dict[str, Any], j
     write_text(target / LOADER_FILE, LOADER)
     if made.calibration is not None:
         write_text(target / HELD_OUT, HeldOut.of(made.calibration).text())
-    _write_json(target / "config.json", loading_config(checkpoint.config, told, INDEX_FILE))
+    decoded = [matrix.name for matrix in checkpoint.encoded]
+    _write_json(target / "config.json", loading_config(checkpoint.config, told, INDEX_FILE, decoded))
 
 
 def draw_report(target: Path, log: Callable[[str], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from globe._version import __version__
 from globe.artifact.output import Identity, run_key
 from globe.artifact.owned import Claim, Scratch, factored_names
 from globe.checkpoint.companions import companions
+from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.quantised import KEY, quantised_dtypes, told
 from globe.choice.plan import Plan, peaks, plan, require_correction_memory
 from globe.compute.blocks import BLOCKS
@@ -76,10 +78,20 @@ def open_source(source: Path, settings: Settings, stages: Stages, *, trust_remot
         check_device(planned.device)
         require_memory(checkpoint, settings)
         require_correction_memory(planned, settings)
-        dtypes = [info.dtype for info in checkpoint.tensors.values()]
-        if quantised_dtypes(dtypes):
-            log(f"{source}: {told(dtypes, checkpoint.config.get(KEY))}: kept as they are")
+        for line in _formats(checkpoint):
+            log(f"{source}: {line}")
         return Opened(source, planned, checkpoint.fingerprint(), trust_remote_code)
+
+
+def _formats(checkpoint: Checkpoint) -> Iterator[str]:
+    """What is stored as codes, and what becomes of it."""
+    formats = sorted({matrix.scheme.text for matrix in checkpoint.encoded})
+    if formats:
+        yield f"experts are {' and '.join(formats)}: decoded as they are read, and in an export"
+    parts = {part.tensor for matrix in checkpoint.encoded for part in matrix.parts.values()}
+    dtypes = [info.dtype for name, info in checkpoint.tensors.items() if name not in parts]
+    if quantised_dtypes(dtypes):
+        yield f"{told(dtypes, checkpoint.config.get(KEY))}: kept as they are"
 
 
 def environment(planned: Plan, settings: Settings) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Sizes before and after, on three axes, counted in weights of equal precision."""
+"""Sizes before and after, on three axes, counted in weights of equal precision; of codes two bytes are a weight."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def stored_elements(family: Family, shape: Shape) -> int:
 
 def ratios(checkpoint: Checkpoint, families: Mapping[str, Family], shapes: Mapping[str, Shape]) -> Ratios:
     """The three ratios of compressing `families` with `shapes`."""
-    dense = sum(len(family) * family.p * family.d for family in families.values())
+    dense = sum(family.counted for family in families.values())
     stored = sum(stored_elements(families[name], shapes[name]) for name in families)
-    experts, everything = checkpoint.expert_elements(), checkpoint.elements()
+    experts, everything = checkpoint.expert_elements, checkpoint.elements
     return Ratios(stored / dense, (experts - dense + stored) / experts, (everything - dense + stored) / everything)
