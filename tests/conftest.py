@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Before torch is imported: its threads spin between products, and on a busy machine tiny ones then take seconds.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_ENDPOINT", "http://127.0.0.1:9")  # where no hub is: no test leaves this machine
 hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is not a bug
 hypothesis.settings.load_profile("unhurried")
 

@@ -82,4 +82,6 @@ def test_a_factored_directory_speaks_like_its_export(source, factored, tmp_path)
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)(tokens).logits
     assert float((ours - theirs).norm() / theirs.norm()) < 0.02
     judged = json.loads(run("eval", factored, "--against", source, "--max-tokens", 128, "--window", 64, "--json"))
-    assert judged["perplexity"] > 1 and judged["kl"] >= 0
+    told = {row["text"] for row in judged["texts"]}
+    assert {"pydoc:topics, held-out half", "pydoc:licence, held-out half"} <= told
+    assert all(row["perplexity"] > 1 and row["kl"] >= 0 for row in judged["texts"])

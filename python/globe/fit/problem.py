@@ -142,11 +142,20 @@ class Problem:
                 yield span, room[: len(batch)]
         self._made = True
 
-    def _atoms(self, codes: Array) -> list[torch.Tensor]:
-        """Of every expert the atoms whose codes' curvature is asked for: its own, or all where others may come in."""
+    def _atoms(self, codes: Array) -> torch.Tensor:
+        """Of every expert the atoms whose codes' curvature is asked for: its own, or all where others may come in.
+
+        (N, a), filled up with an expert's first atom.
+        """
+        count, atoms = codes.shape
         if self._settings.codes == "signed" or above_target(codes, self._settings):
-            return [torch.arange(codes.shape[1], device=self.device)] * len(codes)
-        return [torch.from_numpy(np.flatnonzero(row)).to(self.device) for row in codes]
+            return torch.arange(atoms, device=self.device).expand(count, -1)
+        own = [np.flatnonzero(row) for row in codes]
+        found = np.zeros((count, max(1, *map(len, own))), np.int64)
+        for numbers, mine in zip(found, own, strict=True):
+            numbers[:] = mine[0] if len(mine) else 0
+            numbers[: len(mine)] = mine
+        return torch.from_numpy(found).to(self.device)
 
     def _columns(self, sketch: Sketch, numbers: slice, basis: torch.Tensor, some: slice) -> torch.Tensor:
         """K_i of the sampled experts among those of these numbers; nothing without a metric, which asks for none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -46,9 +46,7 @@ class Sketch:
         free = self._random - matmul(basis.mT, matmul(basis, self._random))
         return free if self._metric is None else self._metric.unseen(numbers, free.mT.contiguous()).mT
 
-    def codes(
-        self, lefts: torch.Tensor, free: torch.Tensor, atoms: Sequence[torch.Tensor], workers: Engine
-    ) -> torch.Tensor:
+    def codes(self, lefts: torch.Tensor, free: torch.Tensor, atoms: torch.Tensor, workers: Engine) -> torch.Tensor:
         """⟨A_i B_j F_i, A_i B_k F_i⟩ (n, m, m) of experts, zero but for some atoms of each.
 
         Parameters
@@ -57,18 +55,24 @@ class Sketch:
             C_i = A_iᵀA_i.
         free : torch.Tensor, shape (n, d, 16)
             F_i, as `free` makes it.
-        atoms : sequence of torch.Tensor
-            Of every expert the numbers of its atoms, which lie where the bank does.
+        atoms : torch.Tensor, shape (n, a)
+            Of every expert the numbers of its atoms; one may stand there several times.
         workers : Engine
         """
         found = torch.zeros(len(lefts), len(self._bank), len(self._bank), device=free.device)
 
         def multiply(part: slice) -> None:
-            for number in range(part.start, part.stop):
-                some = atoms[number]
-                probes = torch.cat([matmul(self._bank[few], free[number]) for few in some.split(PROBED)])  # (a, r, 16)
-                weighed = matmul(lefts[number], probes)
-                found[number, some[:, None], some] = probes.flatten(1) @ weighed.flatten(1).T
+            some = atoms[part]
+            probes = torch.cat([self._probed(few, free[part]) for few in some.split(PROBED, 1)], 1)  # (n, a, r, 16)
+            weighed = matmul(lefts[part, None], probes)
+            products = matmul(probes.flatten(2), weighed.flatten(2).mT)
+            places = torch.arange(part.start, part.stop, device=some.device)[:, None, None]
+            found[places, some[:, :, None], some[:, None]] = products
 
         workers.run(multiply, len(lefts))
         return found
+
+    def _probed(self, atoms: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
+        """B_j F_i (n, a, r, 16) of some atoms (n, a) of experts with F_i (n, d, 16)."""
+        chosen = self._bank[atoms]
+        return matmul(chosen.flatten(1, 2), free).view(*chosen.shape[:3], -1)
