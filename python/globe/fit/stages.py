@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from globe.errors import GlobeError
+from globe.fit.codes import one_atom_each
 from globe.fit.describe import proxy_error, training_report
 from globe.fit.joint import drop_joint, fit_joint, joint_before
 from globe.fit.problem import Problem
@@ -81,13 +82,13 @@ def fit_jointly(pool: Pool, job: Job) -> None:
     warm = store.check(f"{name}.warm")
     if warm is None:
         raise _damaged(name)
-    stage = job.stages.stage(
-        f"{name}: joint", (job.settings.joint_steps + 1) * len(pool.family), joint_before(store, name)
-    )
+    state = _warm_start(pool, job)
+    passes = job.settings.joint_steps + 1 + int(one_atom_each(state.codes))
+    stage = job.stages.stage(f"{name}: joint", passes * len(pool.family), joint_before(store, name))
     with stage as advance, store.scratch() as folder:
         sizes = (pool.shape.bank, pool.shape.rank, pool.family.d)
         problem = Problem(pool, sizes, job, Path(folder))
-        state, steps = fit_joint(problem, _warm_start(pool, job), job, advance)
+        state, steps = fit_joint(problem, state, job, advance)
         if steps.lost:
             job.log(f"{name}: the joint fit was too short for codes that were spread: its start is kept")
             del state
