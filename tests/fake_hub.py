@@ -30,24 +30,25 @@ class Hub:
 
 
 @contextmanager
-def fake_hub() -> Iterator[Hub]:
-    """Serve a hub on a free port of the loopback interface."""
-    hub = Hub()
-
-    class Handler(_Handler):
-        pass
-
-    Handler.hub = hub
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Serve on a free port of the loopback interface; the address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield hub
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def fake_hub() -> Iterator[Hub]:
+    """Serve a hub that is uploaded to."""
+    hub = Hub()
+    with listening(type("Handler", (_Handler,), {"hub": hub})) as hub.endpoint:
+        yield hub
 
 
 class _Handler(BaseHTTPRequestHandler):

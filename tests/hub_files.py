@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
+
+from fake_hub import listening
 
 COMMIT = "c" * 40
 
@@ -28,23 +29,10 @@ class Served:
 
 @contextmanager
 def serving(repositories: dict[str, Path]) -> Iterator[Served]:
-    """Serve directories as repositories on a free port of the loopback interface."""
+    """Serve directories as repositories."""
     served = Served("", repositories)
-
-    class Handler(_Handler):
-        pass
-
-    Handler.served = served
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    served.endpoint = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with listening(type("Handler", (_Handler,), {"served": served})) as served.endpoint:
         yield served
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 class _Handler(BaseHTTPRequestHandler):
