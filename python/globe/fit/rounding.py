@@ -1,4 +1,4 @@
-"""Factors rounded to integers with a scale for each group: to the nearest, or with feedback of the errors made so far."""
+"""Factors rounded to integers with a scale a group: to the nearest, or with feedback of the errors made so far."""
 
 from __future__ import annotations
 
