@@ -23,11 +23,13 @@ from globe.artifact.factored import (
     shard_name,
 )
 from globe.checkpoint.formats.encoded import Encoded
+from globe.checkpoint.formats.packed import packed
 from globe.checkpoint.formats.tensors import as_decoded
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.powers import saturated, shared, times_power
 from globe.checkpoint.tensorfile import DTYPE_NAMES, TensorInfo, TensorWriter, copy_chunks, file_sha256, write_text
 from globe.errors import GlobeError
+from globe.fit.rounding import LEAST_SCALE, Rounded
 from globe.fit.stored_lefts import Fit, Solved, solve_lefts
 from globe.runs.job import Job
 from globe.runs.stages import Advance
@@ -196,8 +198,10 @@ def _entries(
     entries: dict[str, tuple[str, tuple[int, ...]]] = {}
     parts = _parts(fits, there)
     for part in parts:
-        shape = (fits[part.pool].family.p, fits[part.pool].state.bank.shape[1])
-        entries[left_name(tensor, part.family)] = ("BF16", (info.shape[0], *shape) if fused else shape)
+        fit, name = fits[part.pool], left_name(tensor, part.family)
+        shape: tuple[int, ...] = (fit.family.p, fit.state.bank.shape[1])
+        shape = (info.shape[0], *shape) if fused else shape
+        entries |= {name: ("BF16", shape)} if fit.lefts is None else fit.lefts.entries(name, shape)
     for name in _kept_halves(fused, parts):
         entries[rest_name(tensor, name)] = (info.dtype, (info.shape[0], info.shape[1] // 2, info.shape[2]))
     return entries
@@ -222,15 +226,29 @@ def _write_experts(
     for part in parts:
         lefts = [solved.left for solved in itertools.islice(solutions, len(part.numbers))]
         fused = fits[part.pool].family.experts[part.numbers[0]].index is not None
-        writer.write(left_name(tensor, part.family), torch.stack(lefts) if fused else lefts[0])
+        for name, value in _left_tensors(left_name(tensor, part.family), lefts, fused).items():
+            writer.write(name, value)
+
+
+def _left_tensors(name: str, lefts: list[torch.Tensor | Rounded], fused: bool) -> dict[str, torch.Tensor]:
+    """What the left factors of a source tensor are stored as: stacked where the tensor is."""
+
+    def together(tensors: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(tensors) if fused else tensors[0]
+
+    rounded = [left for left in lefts if isinstance(left, Rounded)]
+    if not rounded:
+        return {name: together([left for left in lefts if isinstance(left, torch.Tensor)])}
+    codes, scales = together([left.codes for left in rounded]), together([left.scales for left in rounded])
+    return packed(name, codes, scales, rounded[0].bits)
 
 
 def _write_bank(fits: dict[str, Fit], path: Path, weight_map: dict[str, str]) -> tuple[str, int]:
     tensors: dict[str, torch.Tensor] = {}
     beyond = 0
     for name, fit in fits.items():
-        atoms = times_power(fit.state.bank.float().cpu(), shared(fit.exponent)[1])
-        tensors[bank_name(name, "atoms")], count = saturated(atoms, torch.bfloat16)
+        found, count = _atom_tensors(bank_name(name, "atoms"), fit)
+        tensors |= found
         beyond += count
         for part, values in csr_parts(fit.state.codes).items():
             tensors[bank_name(name, part)] = values
@@ -240,3 +258,14 @@ def _write_bank(fits: dict[str, Fit], path: Path, weight_map: dict[str, str]) ->
             writer.write(name, value)
     weight_map.update(dict.fromkeys(entries, path.name))
     return writer.sha256, beyond
+
+
+def _atom_tensors(name: str, fit: Fit) -> tuple[dict[str, torch.Tensor], int]:
+    """What a bank's atoms are stored as, and how many values or scales bf16 does not hold."""
+    power, atoms = shared(fit.exponent)[1], fit.atoms
+    if atoms is None:
+        values, beyond = saturated(times_power(fit.state.bank.float().cpu(), power), torch.bfloat16)
+        return {name: values}, beyond
+    scales, beyond = saturated(times_power(atoms.scales, power).clamp(min=LEAST_SCALE), torch.bfloat16)
+    rows = fit.state.bank.shape[:2]
+    return packed(name, atoms.codes.view(*rows, -1), scales.view(*rows, -1), atoms.bits), beyond

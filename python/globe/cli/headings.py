@@ -9,7 +9,7 @@ import click
 # Options stand under the heading that names them; those that no heading names, under the last.
 HEADINGS = {
     "What to compress": ("families", "scope", "share_families"),
-    "Size": ("rank", "ratio", "bank_ratio", "bank_size"),
+    "Size": ("rank", "ratio", "bank_ratio", "bank_size", "factor_bits", "left_bits", "atom_bits", "group_size"),
     "Seeds": ("method", "methods", "seed"),
     "Fit": ("solver", "mod", "outer_loops", "init_codes", "codes", "support", "joint_steps", "correct"),
     "Metric": (

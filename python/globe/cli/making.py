@@ -24,6 +24,10 @@ from globe.settings.yaml_file import read_settings
 @click.argument("model", type=PATH)
 @click.option("--families", help="Any of gate, up and down.  [default: gate,up]")
 @click.option("--ratio", type=float, help="Show the ranks and bank sizes that store this much of these families.")
+@click.option("--factor-bits", type=int, metavar="16|8|4|3", help="Stored bits of a factor's value.  [default: 16]")
+@click.option("--left-bits", type=int, metavar="16|8|4|3", help="Of left factors.  [default: --factor-bits]")
+@click.option("--atom-bits", type=int, metavar="16|8|4|3", help="Of atoms.  [default: --factor-bits]")
+@click.option("--group-size", type=int, help="Values that share a scale below 16 bits, 32 to 128.  [default: 32]")
 @click.option(
     "--estimate", is_flag=True, help="Time products for a second, and say what a compression would take here."
 )
@@ -165,6 +169,10 @@ def calibrate(
 @click.option("--bank-size", type=int, help="Bank size.  [default: 128 from 512 experts, 64 from 256, else N/4]")
 @click.option("--families", help="Any of gate, up and down.  [default: gate,up]")
 @click.option("--ratio", type=float, help="Plan rank and bank sizes to store this share.  [default: not planned]")
+@click.option("--factor-bits", type=int, metavar="16|8|4|3", help="Stored bits of a factor's value.  [default: 16]")
+@click.option("--left-bits", type=int, metavar="16|8|4|3", help="Of left factors.  [default: --factor-bits]")
+@click.option("--atom-bits", type=int, metavar="16|8|4|3", help="Of atoms.  [default: --factor-bits]")
+@click.option("--group-size", type=int, help="Values that share a scale below 16 bits, 32 to 128.  [default: 32]")
 @click.option("--scope", type=Scope(), help="Layers that share a bank: global, layer or a count.  [default: global]")
 @click.option(
     "--share-families", is_flag=True, default=None, help="One bank for all families together.  [default: one each]"

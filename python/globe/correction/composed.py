@@ -41,5 +41,5 @@ def compose_layer(gate_up: torch.Tensor, fits: dict[str, Fit], layer: int, job: 
             expert, solved = fit.family.experts[number], next(solutions)
             mixed = times_power(mixtures(fit.state.codes[number : number + 1], fit.state.bank)[0].float(), power)
             first = width if expert.family == "up" else 0
-            found[expert.expert, first : first + width] = matmul(solved.left.to(mixed.device).float(), mixed)
+            found[expert.expert, first : first + width] = matmul(solved.values.to(mixed.device), mixed)
     return found

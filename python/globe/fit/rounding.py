@@ -10,7 +10,7 @@ from globe.compute.forms import wide_dtype
 from globe.errors import GlobeError
 
 _DAMPING = 0.01  # of the mean diagonal of a Hessian
-_LEAST_SCALE = torch.finfo(torch.bfloat16).tiny
+LEAST_SCALE = torch.finfo(torch.bfloat16).tiny
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _check(matrix: torch.Tensor, group: int) -> None:
 def _scales(values: torch.Tensor, bits: int) -> torch.Tensor:
     """What takes the largest of the last axis to the largest integer, as bf16 holds it; one where all are zero."""
     peaks = values.abs().amax(-1)
-    scales = (peaks / (2 ** (bits - 1) - 1)).clamp(min=_LEAST_SCALE).bfloat16().float()
+    scales = (peaks / (2 ** (bits - 1) - 1)).clamp(min=LEAST_SCALE).bfloat16().float()
     return torch.where(peaks > 0, scales, torch.ones_like(scales))
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from globe.checkpoint.formats.packed import PACKED, SCALE, Packing
 from globe.errors import GlobeError
-from globe.hf.banks import Bank, Banks
+from globe.hf.banks import AsStored, Bank, Banks, register_packed, require_packed, unpacked
 
 FAMILIES = ("gate", "up", "down")
+_NONE: Mapping[str, Packing] = MappingProxyType({})
 Held = dict[str, tuple[torch.Tensor, ...]]  # parameters by name, expert by expert
 
 
@@ -29,11 +33,12 @@ class Place:
         return self.first + self.step * expert
 
 
-class FactoredExperts(nn.Module):
+class FactoredExperts(AsStored):
     """Stands in for an experts module of transformers, of whatever architecture, and is called as it is.
 
     A factored family has parameter `{family}_left` (E, p, r), the left factors; one that is not is dense: `gate_dense`
-    and `up_dense` (E, p, d), or `gate_up_proj` (E, 2p, d) where neither is factored, and `down_proj` (E, d, p).
+    and `up_dense` (E, p, d), or `gate_up_proj` (E, 2p, d) where neither is factored, and `down_proj` (E, d, p). Packed
+    left factors are buffers `{family}_left_packed` and so on, and each is made values of each time it is used.
 
     Parameters
     ----------
@@ -43,17 +48,21 @@ class FactoredExperts(nn.Module):
         The factored families.
     banks : Banks
         Shared by all layers.
+    packings : mapping
+        Of the families whose left factors are packed.
     """
 
     act_fn: Any
 
-    def __init__(self, dense: nn.Module, places: dict[str, Place], banks: Banks) -> None:
+    def __init__(
+        self, dense: nn.Module, places: dict[str, Place], banks: Banks, packings: Mapping[str, Packing] = _NONE
+    ) -> None:
         super().__init__()
         gate_up, down = check_experts(dense)
         experts, width, size = gate_up.shape[0], gate_up.shape[1] // 2, gate_up.shape[2]
         self.num_experts, self.hidden_dim, self.intermediate_dim = experts, size, width
         self.act_fn = dense.act_fn
-        self.places = places
+        self.places, self.packings = places, packings
         self._banks = (banks,)  # in a tuple, so that it is no submodule of every layer
         if "gate" not in places and "up" not in places:
             self.gate_up_proj = gate_up
@@ -61,8 +70,13 @@ class FactoredExperts(nn.Module):
             self.down_proj = down
         for family in FAMILIES:
             if family in places:
-                shape = (experts, width, places[family].bank.rank)
-                self.register_parameter(f"{family}_left", nn.Parameter(gate_up.new_empty(shape)))
+                rank = places[family].bank.rank
+                packing = packings.get(family)
+                if packing is not None:
+                    words, groups = (experts, width, packing.words(rank)), (experts, width, rank // packing.group)
+                    register_packed(self, f"{family}_left", words, groups)
+                    continue
+                self.register_parameter(f"{family}_left", nn.Parameter(gate_up.new_empty(experts, width, rank)))
             elif family != "down" and "gate_up_proj" not in self._parameters:
                 self.register_parameter(f"{family}_dense", nn.Parameter(gate_up.new_empty(experts, width, size)))
 
@@ -98,24 +112,45 @@ class FactoredExperts(nn.Module):
         hidden: torch.Tensor = self.act_fn(gate) * up
         if "down_proj" in held:
             return linear(hidden, held["down_proj"][expert])
-        return (hidden @ held["down_left"][expert]) @ self.mixture("down", expert, hidden)  # W_downᵀ ≈ A B̃
+        left = self.left("down", expert, held, hidden)
+        return (hidden @ left) @ self.mixture("down", expert, hidden)  # W_downᵀ ≈ A B̃
 
     def _rows(self, family: str, expert: int, held: Held, x: torch.Tensor) -> torch.Tensor:
         if family not in self.places:
             return linear(x, held[f"{family}_dense"][expert])
-        return linear(linear(x, self.mixture(family, expert, x)), held[f"{family}_left"][expert])
+        return linear(linear(x, self.mixture(family, expert, x)), self.left(family, expert, held, x))
+
+    def left(self, family: str, expert: int, held: Held, like: torch.Tensor) -> torch.Tensor:
+        """The left factor of an expert; a packed one in the dtype of another tensor."""
+        packing = self.packings.get(family)
+        if packing is None:
+            return held[f"{family}_left"][expert]
+        return unpacked(self, f"{family}_left", expert, packing, like.dtype)
 
     def mixture(self, family: str, expert: int, like: torch.Tensor) -> torch.Tensor:
         """B̃ of an expert, in the dtype and on the device of another tensor."""
         place = self.places[family]
         return self._banks[0].mixture(place.bank, place.row(expert), like)
 
-    def precompose(self) -> None:
-        """Put the mixtures of all experts into the cache."""
+    def precompose(self, dtype: torch.dtype) -> None:
+        """Put the mixtures of all experts into the cache, in the dtype that the model computes in."""
         for family in self.places:
-            left = getattr(self, f"{family}_left")
+            held = f"{family}_left{PACKED}" if family in self.packings else f"{family}_left"
+            like = torch.empty(0, dtype=dtype, device=getattr(self, held).device)
             for expert in range(self.num_experts):
-                self.mixture(family, expert, left)
+                self.mixture(family, expert, like)
+
+    def require_packed(self, name: str) -> None:
+        """Check the scales of what is packed; `name` is the module's.
+
+        Raises
+        ------
+        GlobeError
+            If one is not finite or not above zero.
+        """
+        for family in self.packings.keys() & self.places.keys():
+            if self.get_buffer(f"{family}_left{SCALE}").device.type != "meta":
+                require_packed(self, f"{family}_left", f"{name}.{family}_left")
 
 
 def check_experts(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:

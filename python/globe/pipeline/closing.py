@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from globe.pipeline.metrics import families_report, stored_report
 from globe.pipeline.opening import Opened, environment
 from globe.report import report as draw
 from globe.runs.job import Job
-from globe.sizes.ratios import Ratios, Shape, ratios
+from globe.sizes.ratios import Ratios, ratios
 from globe.statistics.calibration import Calibration
 from globe.statistics.held_out import HeldOut
 
@@ -133,7 +133,7 @@ def _with_stored(report: dict[str, Any], stored: dict[str, Any]) -> dict[str, An
 def _ratios(made: Made) -> Ratios:
     """With the codes that are stored."""
     stored = {
-        name: Shape(shape.rank, shape.bank, int(np.count_nonzero(made.fits[name].state.codes)))
+        name: replace(shape, nonzeros=int(np.count_nonzero(made.fits[name].state.codes)))
         for name, shape in made.plan.shapes.items()
     }
     return ratios(made.plan.checkpoint, made.plan.families, stored)

@@ -15,7 +15,7 @@ from globe.choice.plan import Plan, plan_sizes, usual_size
 from globe.choice.seeding import seed
 from globe.compute.gemm import pick_precision, working_precision
 from globe.correction.down import correct, correction_text
-from globe.fit.stages import alternate, fit_jointly, fit_report, load_fit
+from globe.fit.stages import alternate, fit_jointly, fit_report, load_fit, round_fit
 from globe.pipeline.closing import Made, describe, draw_report, finished, publish
 from globe.pipeline.opening import Opened, open_source
 from globe.pipeline.schedule import Schedule, done_stages, measured, schedule
@@ -155,6 +155,7 @@ def _run(run: Run, stages: Stages) -> Result:
             job = replace(job, turn=timed.turn_of(pool.name, job) if timed is not None else None)
             alternate(pool, seeds, job, measured=False)
             fit_jointly(pool, job)
+            round_fit(pool, job)
             pools[pool.name], reports[pool.name] = pool, fit_report(pool, job)
         fits = {name: load_fit(pool, job) for name, pool in pools.items()}
         corrected = correct(planned.checkpoint, fits, text, job, trust_remote_code=trusted)

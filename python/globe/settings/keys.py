@@ -153,6 +153,15 @@ class Settings:
         Power of the inverse residual stream by which layers are weighed.
     metric_shrinkage : float
         Tokens that the layer's diagonal counts for beside an expert's own, where a calibration has no more of it.
+    factor_bits : {16, 8, 4, 3}
+        Bits that a value of the factors is stored in: 16 is bf16; below, integers with a bf16 scale for each group.
+    left_bits : {16, 8, 4, 3}, optional
+        Of left factors; `factor_bits` if not given.
+    atom_bits : {16, 8, 4, 3}, optional
+        Of atoms; `factor_bits` if not given.
+    group_size : int
+        Values along the rank r of a left factor, or along the d inputs of an atom, that share a scale; has to divide
+        them.
     """
 
     rank: float | int = 0.75
@@ -224,6 +233,10 @@ class Settings:
     metric_rows: float = 1.0
     metric_layers: float = 1.0
     metric_shrinkage: float = 4096.0
+    factor_bits: int = 16
+    left_bits: int | None = None
+    atom_bits: int | None = None
+    group_size: int = 32
 
     def __post_init__(self) -> None:
         if isinstance(self.max_memory, str):
@@ -244,6 +257,9 @@ class Settings:
         for name in self.families:
             _require(name in ("gate", "up", "down"), "families", name, "any of gate, up and down")
         _require(len(set(self.families)) == len(self.families) > 0, "families", self.families, "each family once")
+        for name in ("factor_bits", "left_bits", "atom_bits"):
+            bits = getattr(self, name)
+            _require(bits is None or (type(bits) is int and bits in BITS), name, bits, "16, 8, 4 or 3")
         several = type(self.scope) is int and self.scope >= 1
         _require(
             several or self.scope in ("global", "layer"), "scope", self.scope, "global, layer or a count of layers"
@@ -308,6 +324,12 @@ class Settings:
             raise UsageError(f"bank size is {size}; expected 1 to the family's {experts} experts")
         return size
 
+    @property
+    def stored_bits(self) -> tuple[int, int]:
+        """The bits of left factors, and those of atoms."""
+        left, atoms = self.left_bits, self.atom_bits
+        return self.factor_bits if left is None else left, self.factor_bits if atoms is None else atoms
+
     def expected_support(self, bank: int) -> int:
         """The non-zero codes of an expert that are planned for, on a bank of this size."""
         steered = self.codes in ("entmax", "sparsemax") and self.outer_loops > 0
@@ -320,6 +342,7 @@ class Settings:
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Settings)}
 SIZES = ("rank", "bank_size", "bank_ratio")
+BITS = (16, 8, 4, 3)
 _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("bank_ratio", 0, 1),
     ("bank_size", 1, 1 << 20),
@@ -357,6 +380,7 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("patience", 1, 100_000),
     ("seed", 0, 2**63 - 1),
     ("threads", 1, 4096),
+    ("group_size", 32, 128),
     ("max_memory", 1 << 20, 1 << 50),
     ("time_limit", 1, 1e9),
 )
