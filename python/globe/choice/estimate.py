@@ -14,6 +14,7 @@ from globe.compute.devices import thread_count
 from globe.compute.forms import per_core
 from globe.compute.rates import Rates, probe
 from globe.correction.work import correction_work
+from globe.fit.rounded_bank import passes
 from globe.settings import Settings
 from globe.sizes.budget import memory_limit
 from globe.sizes.kept import fits_jointly, kept
@@ -26,6 +27,7 @@ from globe.sizes.work import (
     joint_start_work,
     lefts_work,
     proxies_work,
+    rounding_work,
     scan_work,
     seeds_work,
     step_work,
@@ -116,6 +118,11 @@ def estimate(planned: Plan, settings: Settings, rates: Rates) -> Estimate:
         elif settings.outer_loops > 0:
             loops = (sweep_work(task) + dictionary_work(task)) * settings.outer_loops + sweep_work(task)
             stages.append(_stage(f"{name}: loops", loops, rates, sweep_work(task)))
+        packing = task.shape.storage.atoms
+        if packing is not None:
+            rounding = rounding_work(task.shape.bank * task.shape.rank, family.d, packing)
+            aligned = replace(task, settings=replace(settings, mod="aligned"))
+            stages.append(_stage(f"{name}: round", rounding + sweep_work(aligned) * passes(packing), rates))
         stages.append(_stage(f"{name}: proxies", proxies_work(task), rates))
         writing += lefts_work(task)
         tasks.append(task)

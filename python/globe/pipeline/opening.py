@@ -108,6 +108,8 @@ def environment(planned: Plan, settings: Settings) -> dict[str, Any]:
 def _needed_bytes(planned: Plan, settings: Settings, scratch: int = 0) -> int:
     """Disk that a run takes: banks in fp32, and scratch files, while a family is fitted, or the output.
 
+    A fitted bank is kept in bf16, and where atoms are packed in integers of 8 bits too.
+
     Of the loops three, the best, the newest and the next; of the joint fit its start, and the newest and the next with
     the step that led there.
     """
@@ -116,9 +118,10 @@ def _needed_bytes(planned: Plan, settings: Settings, scratch: int = 0) -> int:
     touched = sum(family.stored_bytes for family in families.values())
     output = everything - touched + 2 * sum(stored_elements(families[name], shapes[name]) for name in families)
     banks = [shapes[name].bank * shapes[name].rank * family.d for name, family in families.items()]
+    packed = sum(size for name, size in zip(families, banks, strict=True) if shapes[name].storage.atoms is not None)
     saved = 5 if fits_jointly(settings) else 3
     corrected = planned.checkpoint.family("down").stored_bytes if settings.correct == "down" else 0
-    return 2 * sum(banks) + max(output + corrected, saved * 4 * max(banks) + scratch)
+    return 2 * sum(banks) + packed + max(output + corrected, saved * 4 * max(banks) + scratch)
 
 
 def scratch_bytes(planned: Plan, settings: Settings) -> int:

@@ -126,7 +126,10 @@ def _costs(
     threads: int | None,
     exact_bytes: int,
 ) -> list[_Cost]:
-    stored = 2 * sum(shapes[name].bank * shapes[name].rank * family.d for name, family in families.items())
+    stored = sum(
+        (2 if shapes[name].storage.atoms is None else 5) * shapes[name].bank * shapes[name].rank * family.d
+        for name, family in families.items()
+    )
     return [_Cost(family, shapes[name], settings, threads, exact_bytes, stored) for name, family in families.items()]
 
 
@@ -196,7 +199,13 @@ class _Cost:
         """Of every stage."""
         fit = max(self.loop(blocks), self.dictionary(blocks))
         found = {"seeds": self.seeds(blocks), "loops": fit, "joint": self.joint(blocks), "write": self.writing(blocks)}
+        if self.shape.storage.atoms is not None:
+            found["round"] = self.rounding(blocks)
         return {stage: self.base + size for stage, size in found.items()}
+
+    def rounding(self, blocks: Blocks) -> int:
+        """Of atoms: the bank, what is left of it, integers; and passes in which codes are fitted anew."""
+        return max(4 * self.bank + 32 * self.family.d**2 + self.metric, self.loop(blocks) + self.bank)
 
     def writing(self, blocks: Blocks) -> int:
         """Of the stored left factors."""
