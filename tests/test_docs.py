@@ -37,11 +37,12 @@ def dense_part(tensor, family, expert):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize(("layout", "scope"), [("olmoe", "global"), (next(iter(FUSED_ON_DISK)), "layer")])
-def test_the_reader_reads_what_export_writes(layout, scope, tmp_path):
+@pytest.mark.parametrize("bits", [{}, {"left_bits": 3, "atom_bits": 8}, {"left_bits": 8}, {"atom_bits": 4}], ids=str)
+def test_the_reader_reads_what_export_writes(layout, scope, bits, tmp_path):
     reader = runpy.run_path(str(DOCS / "reader.py"))
     source, out = make_tiny(layout, tmp_path / "source", shards=2), tmp_path / "out"
     settings = globe.Settings(
-        outer_loops=1, joint_steps=2, families=("gate", "up", "down"), scope=scope, calibrate="none"
+        rank=32, outer_loops=1, joint_steps=2, families=("gate", "up", "down"), scope=scope, calibrate="none", **bits
     )
     globe.compress(source, out, settings)
     globe.export(out, tmp_path / "dense")

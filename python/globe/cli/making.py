@@ -64,7 +64,11 @@ def inspect(model: Path, config: Path | None, estimate: bool, as_json: bool, qui
         sizes = (family[key] for key in ("experts", "layers", "p", "d", "dtype"))
         held.add_row(name, *map(str, sizes), f"{family['bytes'] / 1e6:,.1f}", f"{family['floor']:.3f}")
     console.print(held)
-    choices = Table(title=f"stored over dense, {' and '.join(found['chosen'])} together")
+    bits = found["bits"]
+    told = (
+        "" if bits["lefts"] == bits["atoms"] == 16 else f" (left factors {bits['lefts']} bits, atoms {bits['atoms']})"
+    )
+    choices = Table(title=f"stored over dense, {' and '.join(found['chosen'])} together{told}")
     for column in ("rank", "bank size", "floor r/d", "touched", "all experts", "checkpoint"):
         choices.add_column(column, justify="right")
     for row in found["choices"]:
@@ -222,6 +226,7 @@ def compress(
 
     began = time.perf_counter() - process_age()
     settings = read_settings(config, {key: value for key, value in options.items() if value is not None})
+    from globe.artifact.card import bits_text
     from globe.pipeline.compress import compress as run
 
     display = display_for(quiet)
@@ -245,6 +250,9 @@ def compress(
             f"stored over dense: {result.ratio.touched:.3f} of the touched matrices, {result.ratio.experts:.3f} of all "
             f"expert weights, {result.ratio.checkpoint:.3f} of the checkpoint"
         )
+        told = bits_text(result.metrics.get("bits"))
+        if told:
+            click.echo(told)
 
 
 @click.command(cls=Headed)

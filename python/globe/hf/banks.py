@@ -15,7 +15,7 @@ from torch import nn
 
 from globe import kernels
 from globe.artifact.factored import bank_name
-from globe.checkpoint.formats.packed import PACKED, SCALE, SHAPE, Packing, dequantised, require_scales, unpack
+from globe.checkpoint.formats.packed import PACKED, SCALE, SHAPE, Packing, dequantised, require_parts, unpack
 from globe.compute.gemm import to_numpy
 from globe.errors import GlobeError
 from globe.fit.rounding import round_nearest
@@ -72,13 +72,13 @@ class Bank(AsStored):
 
     def __init__(self, name: str, shapes: Shapes, packing: Packing | None = None) -> None:
         super().__init__()
-        stored = {part: shapes[bank_name(name, part)] for part in bank_parts(packing)}
-        indptr, indices = stored["codes.indptr"], stored["codes.indices"]
+        indptr, indices = (shapes[bank_name(name, part)] for part in ("codes.indptr", "codes.indices"))
         self.name, self.packing = name, packing
         if packing is None:
-            self.register_buffer("atoms", torch.empty(stored["atoms"], dtype=torch.bfloat16))
+            self.register_buffer("atoms", torch.empty(shapes[bank_name(name, "atoms")], dtype=torch.bfloat16))
         else:
-            register_packed(self, "atoms", stored["atoms" + PACKED], stored["atoms" + SCALE])
+            words, scales = (shapes[bank_name(name, "atoms" + part)] for part in (PACKED, SCALE))
+            register_packed(self, "atoms", words, scales)
         self.codes = _Codes(indptr[0] - 1, indices[0])
         self._rows: scipy.sparse.csr_array | None = None
 
@@ -96,9 +96,8 @@ class Bank(AsStored):
 
     def _chosen(self, numbers: torch.Tensor | slice) -> torch.Tensor:
         """Some atoms: bf16 as stored, or fp32 where they are packed."""
-        words = self._stored[numbers]
         if self.packing is None:
-            return words
+            return self._stored[numbers]
         return unpacked(self, "atoms", numbers, self.packing, torch.float32)
 
     def prepare(self) -> None:
@@ -121,7 +120,7 @@ class Bank(AsStored):
             finite = all(bool(atom.isfinite().all()) for atom in self._stored)
             self._require(finite, "atoms", "finite values")
         else:
-            require_packed(self, "atoms", bank_name(self.name, "atoms"))
+            require_packed(self, "atoms", bank_name(self.name, "atoms"), self.packing)
         self._rows = scipy.sparse.csr_array((values, indices, indptr), shape=(len(indptr) - 1, len(self._stored)))
 
     def _require(self, condition: bool, part: str, expected: str) -> None:
@@ -173,15 +172,16 @@ def unpacked(
     return dequantised(unpack(words, packing.bits, scales.shape[-1] * packing.group), scales, dtype)
 
 
-def require_packed(module: nn.Module, name: str, told: str) -> None:
-    """Check a packed tensor of a module that is loaded; `told` is what its file calls it.
+def require_packed(module: nn.Module, name: str, told: str, packing: Packing) -> None:
+    """Check a packed tensor of a module that is loaded; `told` is what it is called in an error.
 
     Raises
     ------
     GlobeError
-        If a scale is not finite or not above zero.
+        As :func:`globe.checkpoint.formats.packed.require_parts`.
     """
-    require_scales(told, module.get_buffer(name + SCALE).cpu())
+    words, scales, sizes = (module.get_buffer(name + part).cpu() for part in (PACKED, SCALE, SHAPE))
+    require_parts(told, (words, scales, sizes), packing)
 
 
 @dataclass(frozen=True)

@@ -141,16 +141,16 @@ class FactoredExperts(AsStored):
                 self.mixture(family, expert, like)
 
     def require_packed(self, name: str) -> None:
-        """Check the scales of what is packed; `name` is the module's.
+        """Check left factors that are packed; `name` is the module's.
 
         Raises
         ------
         GlobeError
-            If one is not finite or not above zero.
+            As :func:`globe.checkpoint.formats.packed.require_parts`.
         """
-        for family in self.packings.keys() & self.places.keys():
-            if self.get_buffer(f"{family}_left{SCALE}").device.type != "meta":
-                require_packed(self, f"{family}_left", f"{name}.{family}_left")
+        for family, packing in self.packings.items():
+            if family in self.places and self.get_buffer(f"{family}_left{SCALE}").device.type != "meta":
+                require_packed(self, f"{family}_left", f"{name}.{family}_left", packing)
 
 
 def check_experts(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:

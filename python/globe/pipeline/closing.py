@@ -28,6 +28,7 @@ from globe.pipeline.metrics import families_report, stored_report
 from globe.pipeline.opening import Opened, environment
 from globe.report import report as draw
 from globe.runs.job import Job
+from globe.sizes.pools import storage
 from globe.sizes.ratios import Ratios, ratios
 from globe.statistics.calibration import Calibration
 from globe.statistics.held_out import HeldOut
@@ -65,6 +66,7 @@ def describe(opened: Opened, made: Made, written: Written, job: Job) -> dict[str
         **families_report(job.settings.families, reports, made.fits, written),
         **({"plan": made.seen} if made.seen is not None else {}),
         "ratio": asdict(_ratios(made)),
+        "bits": {**storage(job.settings).bits, "group": job.settings.group_size},
         "bytes": _bytes(made.plan, written),
         "files": written.files,
         **{key: told[key] for key in ("device", "threads", "precision", "blocks")},

@@ -121,28 +121,32 @@ def read_codes(tensors: Mapping[str, TensorInfo], name: str, packing: Packing) -
     Raises
     ------
     GlobeError
-        If a scale is not finite or not above zero, or the stored shape is another.
+        As `require_parts`.
     """
-    words, scales = read_tensor(tensors[name + PACKED]), read_tensor(tensors[name + SCALE])
-    columns = scales.shape[-1] * packing.group
-    require_scales(name, scales)
-    sizes = read_tensor(tensors[name + SHAPE])
-    if not bool((sizes == torch.tensor([words.shape[-2], columns])).all()):
-        raise GlobeError(
-            f"tensor {name}{SHAPE} holds {sizes.flatten()[:2].tolist()}; expected {[words.shape[-2], columns]}: "
-            "compress again"
-        )
-    return unpack(words, packing.bits, columns), scales
+    words, scales, sizes = (read_tensor(tensors[name + part]) for part in (PACKED, SCALE, SHAPE))
+    require_parts(name, (words, scales, sizes), packing)
+    return unpack(words, packing.bits, scales.shape[-1] * packing.group), scales
 
 
-def require_scales(name: str, scales: torch.Tensor) -> None:
-    """Refuse scales that are NaN, infinite, or not above zero.
+def require_parts(name: str, parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor], packing: Packing) -> None:
+    """Refuse words, scales and sizes that are not those of one tensor, and scales that are no scales.
 
     Raises
     ------
     GlobeError
-        Names one.
+        If the parts do not go together, or a scale is NaN, infinite, or not above zero.
     """
+    words, scales, sizes = parts
+    rows, columns = words.shape[-2], scales.shape[-1] * packing.group
+    if scales.shape[:-1] != words.shape[:-1] or packing.words(columns) != words.shape[-1]:
+        raise GlobeError(
+            f"tensor {name}{SCALE} has shape {list(scales.shape)}, which does not go with {list(words.shape)} of "
+            f"{name}{PACKED} in {packing.bits} bits and groups of {packing.group}: compress again"
+        )
+    if not bool((sizes == torch.tensor([rows, columns])).all()):
+        raise GlobeError(
+            f"tensor {name}{SHAPE} holds {sizes.flatten()[:2].tolist()}; expected {[rows, columns]}: compress again"
+        )
     fine = scales.isfinite() & (scales > 0)
     if not bool(fine.all()):
         place = torch.nonzero(~fine)[0].tolist()
