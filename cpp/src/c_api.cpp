@@ -119,6 +119,10 @@ globe_status globe_experts(const globe_checkpoint* checkpoint, std::int64_t laye
     return guarded([&] { given(count, "count") = given(checkpoint, "checkpoint").opened.experts(layer); });
 }
 
+globe_status globe_hidden_size(const globe_checkpoint* checkpoint, std::int64_t* size) {
+    return guarded([&] { given(size, "size") = given(checkpoint, "checkpoint").opened.hidden_size(); });
+}
+
 globe_status globe_bank_count(const globe_checkpoint* checkpoint, std::int64_t* count) {
     return guarded([&] {
         given(count, "count") =

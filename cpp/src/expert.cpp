@@ -22,8 +22,10 @@ constexpr std::int64_t piece_entries =
 constexpr std::int64_t columns_at_once = 128;  // of what is summed over rows
 constexpr std::int64_t rows_at_once = 32;      // of a matrix whose rows are multiplied
 
-void require(bool condition, const std::string& message) {
-    if (!condition) throw std::invalid_argument(message);
+// `told` makes the message: nothing is allocated where all is well.
+template <class Message>
+void require(bool condition, const Message& told) {
+    if (!condition) throw std::invalid_argument(told());
 }
 
 std::int64_t rows_of_a_piece(std::int64_t width) {
@@ -42,7 +44,7 @@ struct Sizes {
     Sizes(const FactoredCheckpoint& checkpoint, std::int64_t count, int threads)
         : tokens(std::min(count, tokens_at_once)),
           p(checkpoint.state().p),
-          d(checkpoint.state().d),
+          d(checkpoint.hidden_size()),
           rank(checkpoint.state().rank),
           support(checkpoint.state().support),
           runs(most_runs(threads)) {}
@@ -270,13 +272,18 @@ void project_back(const Call& call, const ExpertMatrix& matrix, const float* h, 
     combine_mixture(call, matrix, call.memory.projected, y);
 }
 
-void check_matrix(const std::string& name, const ConstMatrixView& found, std::int64_t rows,
-                  std::int64_t cols) {
-    require(found.rows == rows && found.cols == cols && found.rows >= 0,
-            name + ": found shape (" + std::to_string(found.rows) + ", " + std::to_string(found.cols) +
-                "); expected (" + std::to_string(rows) + ", " + std::to_string(cols) + ")");
-    require(found.stride == 0 || found.stride >= found.cols, name + ": found rows that overlap");
-    require(found.rows == 0 || found.data != nullptr, name + ": found a null pointer");
+void check_matrix(const char* name, const ConstMatrixView& found, std::int64_t rows, std::int64_t cols) {
+    const auto shape = [](std::int64_t height, std::int64_t width) {
+        return "(" + std::to_string(height) + ", " + std::to_string(width) + ")";
+    };
+    const bool fits = found.rows == rows && found.cols == cols && found.rows >= 0;
+    require(fits, [&] {
+        return name + (": found shape " + shape(found.rows, found.cols)) + "; expected " + shape(rows, cols);
+    });
+    const bool apart = found.stride == 0 || found.stride >= found.cols;
+    require(apart, [&] { return std::string(name) + ": found rows that overlap"; });
+    const bool there = found.rows == 0 || found.data != nullptr;
+    require(there, [&] { return std::string(name) + ": found a null pointer"; });
 }
 
 bool overlap(const ConstMatrixView& a, const ConstMatrixView& b) {
@@ -289,7 +296,7 @@ bool overlap(const ConstMatrixView& a, const ConstMatrixView& b) {
 }  // namespace
 
 std::size_t expert_workspace(const FactoredCheckpoint& checkpoint, std::int64_t tokens, int threads) {
-    require(tokens >= 0, "tokens: found a negative number");
+    require(tokens >= 0, [] { return "tokens: found a negative number"; });
     Memory memory(nullptr);
     const Buffers counted(Sizes(checkpoint, tokens, threads), memory);
     return memory.used() + 64;  // what is needed to start at a cache line
@@ -299,17 +306,20 @@ void expert_forward(const FactoredCheckpoint& checkpoint, ExpertId expert, const
                     const MatrixView& out, const Workspace& workspace, const ExpertOptions& options) {
     const auto matrix = [&](Family family) { return checkpoint.matrix(family, expert.layer, expert.expert); };
     const ExpertMatrix gate = matrix(Family::gate), up = matrix(Family::up), down = matrix(Family::down);
-    const std::int64_t p = gate.stored.rows, d = checkpoint.state().width_of(gate);
+    const std::int64_t p = gate.stored.rows, d = checkpoint.hidden_size();
     const ConstMatrixView written{out.data, out.rows, out.cols, out.dtype, out.stride};
     check_matrix("tokens", tokens, std::max<std::int64_t>(0, tokens.rows), d);
     check_matrix("out", written, tokens.rows, d);
-    require(!overlap(tokens, written), "out: found memory that overlaps the tokens");
+    require(!overlap(tokens, written), [] { return "out: found memory that overlaps the tokens"; });
     const auto activation = static_cast<int>(options.activation);
-    require(activation >= 0 && activation <= 3, "activation: found " + std::to_string(activation));
+    const bool known = activation >= 0 && activation <= 3;
+    require(known, [&] { return "activation: found " + std::to_string(activation) + "; expected 0 to 3"; });
     const std::size_t needed = expert_workspace(checkpoint, tokens.rows, options.threads);
-    require(
-        workspace.data != nullptr && workspace.bytes >= needed,
-        "workspace: found " + std::to_string(workspace.bytes) + " bytes; expected " + std::to_string(needed));
+    const bool enough = workspace.data != nullptr && workspace.bytes >= needed;
+    require(enough, [&] {
+        return "workspace: found " + std::to_string(workspace.bytes) + " bytes; expected " +
+               std::to_string(needed);
+    });
 
     const Sizes sizes(checkpoint, tokens.rows, options.threads);
     Memory memory(workspace.data);

@@ -56,6 +56,10 @@ std::int64_t FactoredCheckpoint::experts(std::int64_t layer) const {
     return found == state_->experts.end() ? 0 : static_cast<std::int64_t>(found->second[0].size());
 }
 
+std::int64_t FactoredCheckpoint::hidden_size() const {
+    return state_->d;
+}
+
 const std::vector<Family>& FactoredCheckpoint::families() const {
     return state_->families;
 }

@@ -72,6 +72,7 @@ class GLOBE_API FactoredCheckpoint {
     // The layers that have routed experts, ascending, and how many a layer has: 0 for other layers.
     const std::vector<std::int64_t>& layers() const;
     std::int64_t experts(std::int64_t layer) const;
+    std::int64_t hidden_size() const;  // d, the width of the model
     // The families of which at least one expert is factored.
     const std::vector<Family>& families() const;
 

@@ -102,6 +102,8 @@ GLOBE_API void globe_close(globe_checkpoint* checkpoint); /* null is fine */
 /* The numbers of the layers that have routed experts, ascending. */
 GLOBE_API globe_status globe_layers(const globe_checkpoint* checkpoint, const int64_t** layers,
                                     int64_t* count);
+/* The width of the model: what a token has. */
+GLOBE_API globe_status globe_hidden_size(const globe_checkpoint* checkpoint, int64_t* size);
 /* How many routed experts a layer has; 0 for other layers. */
 GLOBE_API globe_status globe_experts(const globe_checkpoint* checkpoint, int64_t layer, int64_t* count);
 GLOBE_API globe_status globe_bank_count(const globe_checkpoint* checkpoint, int64_t* count);

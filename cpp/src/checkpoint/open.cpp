@@ -279,7 +279,10 @@ void place_all(State& state, const Manifest& manifest, std::int64_t layers) {
         const ExpertMatrix& gate = state.experts[number][0][0];
         state.layers.push_back(number);
         state.p = std::max(state.p, gate.stored.rows);
-        state.d = std::max(state.d, state.width_of(gate));
+        require(state.layers.size() == 1 || state.d == state.width_of(gate),
+                "layer " + std::to_string(number) + " has experts of another width than layer " +
+                    std::to_string(state.layers[0]));
+        state.d = state.width_of(gate);
     }
     for (const Bank& bank : state.banks) {
         state.rank = std::max(state.rank, bank.rank);
