@@ -3,6 +3,8 @@
 
 #include "globe/compose.hpp"
 #include "globe/entmax.hpp"
+#include "globe/expert.hpp"
+#include "globe/factored.hpp"
 #include "globe/gram.hpp"
 #include "globe/interrupt.hpp"
 #include "globe/isa.hpp"
