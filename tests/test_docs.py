@@ -36,8 +36,16 @@ def dense_part(tensor, family, expert):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize(("layout", "scope"), [("olmoe", "global"), (next(iter(FUSED_ON_DISK)), "layer")])
-@pytest.mark.parametrize("bits", [{}, {"left_bits": 3, "atom_bits": 8}, {"left_bits": 8}, {"atom_bits": 4}], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "scope", "bits"),
+    [
+        ("olmoe", "global", {}),
+        (next(iter(FUSED_ON_DISK)), "layer", {}),
+        ("olmoe", "global", {"left_bits": 3, "atom_bits": 8}),
+        (next(iter(FUSED_ON_DISK)), "layer", {"left_bits": 4}),
+    ],
+    ids=str,
+)
 def test_the_reader_reads_what_export_writes(layout, scope, bits, tmp_path):
     reader = runpy.run_path(str(DOCS / "reader.py"))
     source, out = make_tiny(layout, tmp_path / "source", shards=2), tmp_path / "out"

@@ -306,11 +306,16 @@ def _ratio(unit: Family, size: Size, how: Storage) -> float:
 
 def _rank(unit: Family, bank: int, ratio: float, how: Storage) -> int:
     """The largest rank that stores at most `ratio` with such a bank, and can be stored; 0 if none does."""
-    step = how.step
-    none = stored_bytes(unit, _shape(unit, Size(0, bank), how))
-    each = stored_bytes(unit, _shape(unit, Size(step, bank), how)) - none
-    steps = min(math.floor((2 * ratio * unit.counted - none) / each + 1e-9), min(unit.p, unit.d) // step)
-    return max(0, steps * step)
+    step, allowed = how.step, 2 * ratio * unit.counted
+
+    def nbytes(steps: int) -> int:
+        return stored_bytes(unit, _shape(unit, Size(steps * step, bank), how))
+
+    none, many = nbytes(0), 32  # packed rows end with whole words: after so many steps without a gap
+    found = min(math.floor((allowed - none) * many / (nbytes(many) - none) + 1e-9), min(unit.p, unit.d) // step)
+    while found > 0 and nbytes(found) > allowed + 1e-6:
+        found -= 1
+    return max(0, found * step)
 
 
 def _lines(name: str, experts: int, plan: UnitPlan, ratio: float) -> Iterator[str]:
