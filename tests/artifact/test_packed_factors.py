@@ -13,7 +13,6 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from checkpoints import calibrate_tiny, make_tiny  # noqa: E402
@@ -23,7 +22,7 @@ from globe.artifact.export import export  # noqa: E402
 from globe.artifact.factored import bank_name, left_name, open_factored  # noqa: E402
 from globe.checkpoint.formats.packed import PACKED, SCALE, SHAPE  # noqa: E402
 from globe.checkpoint.index import Checkpoint  # noqa: E402
-from globe.checkpoint.tensorfile import read_header  # noqa: E402
+from globe.checkpoint.tensorfile import read_header, read_tensor  # noqa: E402
 from globe.errors import GlobeError, UsageError  # noqa: E402
 from globe.hf import FactoredExperts, set_cache  # noqa: E402
 from globe.pipeline.compress import compress  # noqa: E402
@@ -142,8 +141,8 @@ def test_with_a_metric_feedback_loses_less(source: Path, tmp_path: Path) -> None
 
 
 def test_scales_take_up_powers_of_two(source: Path, tmp_path: Path) -> None:
-    """Weights of another size have the same integers; a power too large for a left factor alone is shared."""
-    found = {}
+    """Weights of another size have the same integers, errors and, but for the power, values."""
+    packed, made = [], []
     for exponent in (0, -90):
         place = tmp_path / str(exponent)
         shutil.copytree(source, place / "source")
@@ -151,26 +150,20 @@ def test_scales_take_up_powers_of_two(source: Path, tmp_path: Path) -> None:
             for expert in range(8):
                 name = f"model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight"
                 edit_tensor(place / "source", name, lambda weights, e=exponent: weights * 2.0**e)
-        settings = Settings(**{**FOUR, "families": ("gate",)})
-        metrics = compress(place / "source", place / "out", settings).metrics
-        found[exponent] = (
-            {
-                name: value
-                for file in (place / "out").glob("globe*.safetensors")
-                for name, value in load_file(file).items()
-                if "_left" in name or name.startswith("globe.")
-            },
-            metrics["families"]["gate"]["relative_error"],
+        metrics = compress(place / "source", place / "out", Settings(**{**FOUR, "families": ("gate",)})).metrics
+        found = open_factored(place / "out")
+        product = (
+            found.lefts("gate", LEFT.removesuffix(".globe_gate_left"))[0].double()
+            @ found.bank("gate")
+            .mixture(found.manifest["families"]["gate"]["tensors"][LEFT.removesuffix(".globe_gate_left")][0])
+            .double()
         )
-    usual, error = found[0]
-    tensors, again = found[-90]
-    assert again == error
-    for name, value in usual.items():
-        if not name.endswith(SCALE):
-            assert torch.equal(tensors[name], value), name
-    left = tensors[LEFT + SCALE].double() / usual[LEFT + SCALE].double()
-    atoms = tensors["globe.gate.atoms" + SCALE].double() / usual["globe.gate.atoms" + SCALE].double()
-    assert bool((left * atoms.flatten()[0] == 2.0**-90).all()) and len(atoms.unique()) == 1
+        made.append((metrics["families"]["gate"]["relative_error"], product * 2.0**-exponent))
+        packed.append({name: read_tensor(info) for name, info in found.tensors.items() if name.endswith(PACKED)})
+    assert packed[0].keys() == packed[1].keys() and len(packed[0]) == 17
+    assert all(torch.equal(value, packed[1][name]) for name, value in packed[0].items())
+    assert made[0][0] == made[1][0]
+    torch.testing.assert_close(made[1][1], made[0][1], rtol=1e-5, atol=1e-7)
 
 
 @pytest.fixture(scope="module")
