@@ -69,7 +69,9 @@ def test_feedback_against_all_roundings() -> None:
     ups, beyond = torch.tensor(list(itertools.product((0.0, 1.0), repeat=8))), []
     for seed in range(20):
         matrix, hessian = problem(1, 8, seed, -1)
+        given = matrix.clone()
         fed = round_with_feedback(matrix, hessian, 4, 8)
+        assert torch.equal(matrix, given)
         every = (matrix / fed.scales).floor() + ups
         errors = (matrix - every.clamp(-8, 7) * fed.scales).double()
         losses = ((errors @ hessian) * errors).sum(1)

@@ -96,7 +96,7 @@ def round_with_feedback(
     feedback = Feedback.of(hessian)
     if feedback is None:
         return round_nearest(matrix, bits, group)
-    moved = matrix.float().T.contiguous()
+    moved = matrix.float().T.clone(memory_format=torch.contiguous_format)
     codes = torch.empty_like(moved, dtype=torch.int8)
     scales = torch.empty(len(moved) // group, moved.shape[1], device=moved.device)
     for place, first in enumerate(range(0, len(moved), group)):
