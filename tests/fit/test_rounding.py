@@ -13,7 +13,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 from globe.compute.spd import orthonormal_rows  # noqa: E402
 from globe.errors import GlobeError  # noqa: E402
-from globe.fit.rounding import Feedback, Rounded, round_nearest, round_with_feedback  # noqa: E402
+from globe.fit.rounding import Feedback, Rounded, round_atoms, round_nearest, round_with_feedback  # noqa: E402
 
 
 def loss(matrix: torch.Tensor, rounded: Rounded, hessian: torch.Tensor) -> float:
@@ -148,6 +148,31 @@ def test_orthonormal_rows_are_good_to_round_in() -> None:
     rows = orthonormal_rows(mixture[None])[0]
     torch.testing.assert_close(rows @ rows.T, torch.eye(32), rtol=0, atol=1e-4)
     assert lost(rows) < 0.1 * lost(mixture)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_atoms_lose_less_with_feedback_on_both_sides(bits: int) -> None:
+    bank, columns = torch.randn(3, 80, 64, generator=torch.Generator().manual_seed(9)), problem(1, 64, 10)[1]
+    rows = torch.stack([problem(1, 80, seed, -1.5)[1] for seed in (11, 12)] + [torch.zeros(80, 80)]).float()
+
+    def lost(found: Rounded) -> list[float]:
+        errors = (bank - found.matrix().view_as(bank)).double()
+        return [float(((s.double() @ e @ columns) * e).sum()) for s, e in zip(rows, errors, strict=True)]
+
+    both = round_atoms(bank, rows.clone(), columns, bits, 32)
+    one = round_with_feedback(bank.flatten(0, 1), columns, bits, 32)
+    assert all(a < 0.7 * b for a, b in zip(lost(both)[:2], lost(one)[:2], strict=True))
+    assert torch.equal(both.codes[160:], one.codes[160:])  # of an atom without use
+    alone = round_atoms(bank[1:2], rows[1:2].clone(), columns, bits, 32)
+    assert torch.equal(alone.codes, both.codes[80:160])
+
+
+def test_atoms_with_rows_that_weigh_alike_are_rounded_in_the_columns() -> None:
+    bank, columns = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(9)), problem(1, 64, 10)[1]
+    rows = torch.eye(40).repeat(2, 1, 1) * torch.tensor([1e-20, 3.0])[:, None, None]
+    found = round_atoms(bank, rows.clone(), columns, 4, 32)
+    assert the_same(found, round_with_feedback(bank.flatten(0, 1), columns, 4, 32))
+    assert the_same(round_atoms(bank, rows, 0 * columns, 4, 32), round_nearest(bank.flatten(0, 1), 4, 32))
 
 
 def test_zeros_singular_and_ill_conditioned_hessians() -> None:

@@ -13,6 +13,7 @@ from globe.errors import GlobeError
 
 LEAST_SCALE = torch.finfo(torch.bfloat16).tiny
 _DAMPING = 1e-4  # of the mean diagonal of a Hessian
+_ROWS = 32  # of an atom that are rounded before those behind them move
 _FINE = 8  # bits from which nothing is gained by a smaller scale
 _SHARES = torch.linspace(0.65, 1.0, 8).tolist()  # of the scale that takes the largest value to the end of the grid
 
@@ -74,8 +75,8 @@ def round_with_feedback(
 
     Columns are rounded one after another, and what each loses is made up for by those that follow. With H = V Vᵀ, V
     upper triangular, and U = V⁻¹, an error e of column k moves those behind it by −e U[k, k+1:] / U[k, k], and costs
-    V[k, k]² e² in the end. So the scales of a group, out of those of `round_nearest`, are chosen when its turn comes, by
-    errors weighed with V[k, k]². 10⁻⁴ of the mean diagonal of H is added to its diagonal.
+    V[k, k]² e² in the end. So the scales of a group, out of those of `round_nearest`, are chosen when its turn comes,
+    by errors weighed with V[k, k]². 10⁻⁴ of the mean diagonal of H is added to its diagonal.
 
     Parameters
     ----------
@@ -94,8 +95,59 @@ def round_with_feedback(
     """
     _check(matrix, group)
     feedback = Feedback.of(hessian)
+    return round_nearest(matrix, bits, group) if feedback is None else _fed_back(matrix, feedback, bits, group)
+
+
+def round_atoms(bank: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, bits: int, group: int) -> Rounded:
+    """Rounding Q_j of atoms B_j for a small Σ_j tr(S_j E_j K E_jᵀ), E_j = B_j − Q_j: feedback along rows and columns.
+
+    The Hessian S_j ⊗ K has the factors of S_j and of K, so errors are made up for in both directions (two-sided
+    feedback: YAQA, Tseng et al. 2025, arXiv 2505.22988). 32 rows of all atoms at a time are rounded column after
+    column in K; then the rows behind them move to the best that S_j leaves them.
+
+    Parameters
+    ----------
+    bank : torch.Tensor, shape (m, r, d), fp32
+    rows : torch.Tensor, shape (m, r, r), fp32
+        S_j; is overwritten.
+    columns : torch.Tensor, shape (d, d)
+        K.
+    bits, group : int
+        As for `round_nearest`; `group` divides d.
+
+    Returns
+    -------
+    Rounded
+        Of the rows of all atoms (m r, d).
+
+    Raises
+    ------
+    GlobeError
+        As `round_with_feedback`.
+    """
+    _check(bank.flatten(0, 1), group)
+    feedback = Feedback.of(columns)
     if feedback is None:
-        return round_nearest(matrix, bits, group)
+        return round_nearest(bank.flatten(0, 1), bits, group)
+    for atom in rows:
+        found = Feedback.of(atom)
+        atom.copy_(torch.eye(len(atom), device=atom.device) if found is None else found.factor)
+    moved = bank.float().clone()
+    codes = torch.empty(moved.shape, dtype=torch.int8, device=moved.device)
+    scales = torch.empty(*moved.shape[:2], moved.shape[2] // group, device=moved.device)
+    for first in range(0, moved.shape[1], _ROWS):
+        some, rest = slice(first, first + _ROWS), slice(first + _ROWS, None)
+        part, factor = moved[:, some], rows[:, some]
+        rounded = _fed_back(part.flatten(0, 1), feedback, bits, group)
+        codes[:, some] = rounded.codes.view_as(part)
+        scales[:, some] = rounded.scales.view(*part.shape[:2], -1)
+        errors = part - rounded.matrix().view_as(part)
+        alone = torch.linalg.solve_triangular(factor[:, :, some].mT, errors, upper=False, unitriangular=True)
+        moved[:, rest] -= matmul(factor[:, :, rest].mT, alone)
+    return Rounded(codes.flatten(0, 1), scales.flatten(0, 1), bits, group)
+
+
+def _fed_back(matrix: torch.Tensor, feedback: Feedback, bits: int, group: int) -> Rounded:
     moved = matrix.float().T.clone(memory_format=torch.contiguous_format)
     codes = torch.empty_like(moved, dtype=torch.int8)
     scales = torch.empty(len(moved) // group, moved.shape[1], device=moved.device)
@@ -163,7 +215,9 @@ def _scales(values: torch.Tensor, weights: torch.Tensor, bits: int) -> torch.Ten
     best, least = torch.ones_like(largest), torch.full_like(largest, torch.inf)
     for share in _SHARES if bits < _FINE else _SHARES[-1:]:
         scale = (share * largest).bfloat16().float().clamp(min=LEAST_SCALE)
-        error = torch.addcmul(values, _codes(values, scale, bits), scale, value=-1).square_().mul_(weights[:, None]).sum(0)
+        error = (
+            torch.addcmul(values, _codes(values, scale, bits), scale, value=-1).square_().mul_(weights[:, None]).sum(0)
+        )
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best
 
