@@ -34,5 +34,7 @@ def read_expert(out, family, tensor, expert=0):
     row = slice(*stored[f"globe.{bank}.codes.indptr"][record["tensors"][tensor][expert] :][:2])
     indices, values = (stored[f"globe.{bank}.codes.{part}"][row] for part in ("indices", "values"))
     lefts = read_factor(read_file(out / index["weight_map"][left + "_packed" * bool(packed)]), left, packed)
-    matrix = lefts.reshape(-1, *lefts.shape[-2:])[expert] @ np.tensordot(values, atoms[indices], 1)
+    rows = np.tensordot(values, atoms[indices], 1)
+    basis = np.linalg.solve(np.linalg.cholesky(np.float64(rows) @ rows.T), rows) if packed else rows
+    matrix = lefts.reshape(-1, *lefts.shape[-2:])[expert] @ np.float32(basis)
     return matrix.T if family == "down" else matrix

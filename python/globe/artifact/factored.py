@@ -18,6 +18,7 @@ from globe.checkpoint.index import FAMILIES
 from globe.checkpoint.json_file import read_json
 from globe.checkpoint.tensorfile import FileHeader, TensorInfo, read_header, read_tensor
 from globe.compute.gemm import mixtures
+from globe.compute.spd import orthonormal_rows
 from globe.errors import GlobeError
 
 FORMAT_VERSION = 3  # packed factors, or experts that stay stored as codes
@@ -53,15 +54,20 @@ def bank_name(name: str, part: str) -> str:
 
 @dataclass(frozen=True)
 class Bank:
-    """Stored atoms (m, r, d), fp32 in memory, and the codes (N, m) of the experts that share them."""
+    """Stored atoms (m, r, d), fp32 in memory, and the codes (N, m) of the experts that share them.
+
+    `orthonormal` where left factors are packed: they multiply mixtures whose rows were made orthonormal.
+    """
 
     atoms: torch.Tensor
     codes: scipy.sparse.csr_array
+    orthonormal: bool = False
 
     def mixture(self, number: int) -> torch.Tensor:
         """B̃_i, (r, d) in fp32."""
         row = self.codes[[number]].toarray()
-        return mixtures(row, self.atoms)[0]
+        found = mixtures(row, self.atoms)
+        return (orthonormal_rows(found) if self.orthonormal else found)[0]
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,9 @@ class Factored:
             if not stored.isfinite().all():
                 raise self._damaged(family, part, "finite values")
         codes = scipy.sparse.csr_array((values.numpy(), indices.numpy(), indptr.numpy()), shape=shape)
-        return Bank(atoms, codes)
+        families = self.manifest["families"].values()
+        packed = any("packed" in told and family in told["banks"].values() for told in families)
+        return Bank(atoms, codes, packed)
 
     def holds(self, family: str, tensor: str) -> bool:
         """Whether the experts of a family in a source tensor are factored."""

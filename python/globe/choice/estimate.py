@@ -14,7 +14,7 @@ from globe.compute.devices import thread_count
 from globe.compute.forms import per_core
 from globe.compute.rates import Rates, probe
 from globe.correction.work import correction_work
-from globe.fit.rounded_bank import passes
+from globe.fit.rounded_bank import recoding
 from globe.settings import Settings
 from globe.sizes.budget import memory_limit
 from globe.sizes.kept import fits_jointly, kept
@@ -122,7 +122,9 @@ def estimate(planned: Plan, settings: Settings, rates: Rates) -> Estimate:
         if packing is not None:
             rounding = rounding_work(task.shape.bank * task.shape.rank, family.d, packing)
             aligned = replace(task, settings=replace(settings, mod="aligned"))
-            stages.append(_stage(f"{name}: round", rounding + sweep_work(aligned) * passes(packing), rates))
+            rounding += sweep_work(aligned) * recoding(packing)
+            rounding += joint_pass_work(task, held) if fits_jointly(settings) else Work()
+            stages.append(_stage(f"{name}: round", rounding, rates))
         stages.append(_stage(f"{name}: proxies", proxies_work(task), rates))
         writing += lefts_work(task)
         tasks.append(task)

@@ -6,7 +6,7 @@ from itertools import groupby
 
 import torch
 
-from globe.checkpoint.powers import shared, times_power
+from globe.checkpoint.powers import times_power
 from globe.compute.gemm import matmul, mixtures
 from globe.fit.stored_lefts import Fit, solve_lefts
 from globe.runs.job import Job
@@ -36,10 +36,10 @@ def compose_layer(gate_up: torch.Tensor, fits: dict[str, Fit], layer: int, job: 
     solutions = solve_lefts(fits, there, job.settings, job.blocks)
     for name, members in groupby(there, lambda place: place[0]):
         fit = fits[name]
-        power = shared(fit.exponent)[1]
         for _, number in members:
             expert, solved = fit.family.experts[number], next(solutions)
-            mixed = times_power(mixtures(fit.state.codes[number : number + 1], fit.state.bank)[0].float(), power)
+            mixed = fit.rows(mixtures(fit.state.codes[number : number + 1], fit.state.bank).float())[0]
+            mixed = times_power(mixed, fit.power)
             first = width if expert.family == "up" else 0
             found[expert.expert, first : first + width] = matmul(solved.values.to(mixed.device), mixed)
     return found

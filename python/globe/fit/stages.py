@@ -129,7 +129,7 @@ def round_fit(pool: Pool, job: Job) -> None:
         job.stages.recall(meta["stage"])
         return
     state = _state(pool, job)
-    with job.stages.stage(f"{pool.name}: round", 1 + passes(packing) * len(pool.family)) as advance:
+    with job.stages.stage(f"{pool.name}: round", 1 + passes(packing, job.settings) * len(pool.family)) as advance:
         found = round_bank(pool, state, packing, job, advance)
         advance(1)
         tensors = {

@@ -15,6 +15,7 @@ from globe.checkpoint.powers import saturated_each, shared, times_powers
 from globe.compute.blocks import Blocks
 from globe.compute.gemm import matmul, mixtures, weights_operand
 from globe.compute.passes import engine
+from globe.compute.spd import orthonormal_rows
 from globe.compute.stream import Lane, Sent, ahead
 from globe.fit.lefts import LeftFit, fit_lefts, row_energies, squared_errors
 from globe.fit.rounding import LEAST_SCALE, Rounded, round_with_feedback
@@ -36,6 +37,15 @@ class Fit:
     metric: Metric | None = None
     lefts: Packing | None = None
     atoms: Rounded | None = None
+
+    def rows(self, mixed: torch.Tensor) -> torch.Tensor:
+        """Mixtures B̃_i (n, r, d) as stored left factors multiply them: of orthonormal rows where these are packed."""
+        return mixed if self.lefts is None else orthonormal_rows(mixed)
+
+    @property
+    def power(self) -> int:
+        """The power of two that these take up of `exponent`."""
+        return shared(self.exponent)[1] if self.lefts is None else 0
 
     @property
     def exponent(self) -> int:
@@ -248,7 +258,7 @@ class _Found:
 
 def _solve_run(run: _Run, weights: torch.Tensor, mixed: torch.Tensor, settings: Settings) -> _Found:
     """Fit the left factors of experts W_i (n, p, d) to B̃_i (n, r, d), and store them in W_i's own scale."""
-    metric, weights = run.fit.metric, weights_operand(weights)
+    metric, weights, mixed = run.fit.metric, weights_operand(weights), run.fit.rows(mixed)
     energy = row_energies(weights)
     if metric is None:
         fit = fit_lefts(weights, mixed, settings)
@@ -264,7 +274,7 @@ def _solve_run(run: _Run, weights: torch.Tensor, mixed: torch.Tensor, settings: 
         lost = metric.weigh_rows(run.numbers, wanted - matmul(values, seen))
         weighted = _squares(lost), _squares(metric.weigh_rows(run.numbers, wanted))
     family = run.fit.family
-    exponents = [expert.exponent - shared(run.fit.exponent)[1] for expert in family.experts[run.numbers]]
+    exponents = [expert.exponent - run.fit.power for expert in family.experts[run.numbers]]
     stored = stored.times_powers(exponents)
     columns = error, energy.sum(1), *weighted, fit.ridged, stored.beyond
     return _Found(run, stored, torch.stack([column.to(energy.dtype) for column in columns], 1))

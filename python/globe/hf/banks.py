@@ -17,6 +17,7 @@ from globe import kernels
 from globe.artifact.factored import bank_name
 from globe.checkpoint.formats.packed import PACKED, SCALE, SHAPE, Packing, dequantised, require_parts, unpack
 from globe.compute.gemm import to_numpy
+from globe.compute.spd import orthonormal_rows
 from globe.errors import GlobeError
 from globe.fit.rounding import round_nearest
 from globe.hf.cache import MixtureCache
@@ -66,6 +67,8 @@ class Bank(AsStored):
         Of the tensors in the files.
     packing : Packing, optional
         Of the atoms.
+
+    `orthonormal` is set where packed left factors multiply the mixtures: these have orthonormal rows then.
     """
 
     codes: _Codes
@@ -73,7 +76,7 @@ class Bank(AsStored):
     def __init__(self, name: str, shapes: Shapes, packing: Packing | None = None) -> None:
         super().__init__()
         indptr, indices = (shapes[bank_name(name, part)] for part in ("codes.indptr", "codes.indices"))
-        self.name, self.packing = name, packing
+        self.name, self.packing, self.orthonormal = name, packing, False
         if packing is None:
             self.register_buffer("atoms", torch.empty(shapes[bank_name(name, "atoms")], dtype=torch.bfloat16))
         else:
@@ -129,7 +132,16 @@ class Bank(AsStored):
             raise GlobeError(f"tensor {where} is damaged; expected {expected}: compress again")
 
     def compose(self, row: int, dtype: torch.dtype) -> torch.Tensor:
-        """B̃ of a row of the codes, (r, d), on the bank's device, summed in fp32 and rounded once."""
+        """B̃ of a row of the codes, (r, d), on the bank's device, summed in fp32 and rounded once.
+
+        Where the bank is `orthonormal`, its rows are made so before they are rounded.
+        """
+        if not self.orthonormal:
+            return self._composed(row, dtype)
+        with torch.inference_mode(False), torch.no_grad():
+            return orthonormal_rows(self._composed(row, torch.float32)[None])[0].to(dtype)
+
+    def _composed(self, row: int, dtype: torch.dtype) -> torch.Tensor:
         if self._rows is None:
             self.prepare()
         assert self._rows is not None

@@ -75,6 +75,7 @@ class FactoredExperts(AsStored):
                 if packing is not None:
                     words, groups = (experts, width, packing.words(rank)), (experts, width, rank // packing.group)
                     register_packed(self, f"{family}_left", words, groups)
+                    places[family].bank.orthonormal = True
                     continue
                 self.register_parameter(f"{family}_left", nn.Parameter(gate_up.new_empty(experts, width, rank)))
             elif family != "down" and "gate_up_proj" not in self._parameters:

@@ -205,7 +205,10 @@ class _Cost:
 
     def rounding(self, blocks: Blocks) -> int:
         """Of atoms: the bank, what is left of it, integers; and passes in which codes are fitted anew."""
-        return max(4 * self.bank + 32 * self.family.d**2 + self.metric, self.loop(blocks) + self.bank)
+        rounding = 4 * self.bank + 32 * self.family.d**2 + self.metric
+        if fits_jointly(self.settings):
+            rounding = max(rounding + 8 * self.shape.bank * self.shape.rank**2, self.joint(blocks) + self.bank)
+        return max(rounding, self.loop(blocks) + self.bank)
 
     def writing(self, blocks: Blocks) -> int:
         """Of the stored left factors."""
