@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from globe.compute import ranks
 from globe.compute.gemm import correlations, matmul, mixtures, scatter_add
 from globe.compute.passes import Engine, engine, within
 from globe.fit.objective import Value
@@ -30,7 +31,7 @@ class Vector:
         products = torch.stack(
             [torch.dot(a.flatten(), b.flatten()) for a, b in zip(self.bank, other.bank, strict=True)]
         )
-        return float(products.cpu().double().sum()) + float((self.codes * other.codes).sum())
+        return ranks.agreed(float(products.cpu().double().sum()) + float((self.codes * other.codes).sum()))
 
     def scale_(self, factor: float) -> Vector:
         """This vector times `factor`, the bank in place."""
@@ -82,7 +83,7 @@ class Operator:
 
     def __init__(self, problem: Problem, point: Point, scale: float, workers: Engine) -> None:
         self._problem, self._point, self._scale, self._workers = problem, point, scale, workers
-        size = problem.spans[0].stop
+        size = problem.at_once
         self._rooms = [torch.empty(size, *point.bank.shape[1:], device=point.bank.device) for _ in range(2)]
 
     def __call__(self, vector: Vector) -> Vector:
@@ -107,7 +108,8 @@ class Operator:
             self._workers.run(work, span.stop - span.start)
             slopes[span] = correlations(mixed, point.bank)
             scatter_add(point.codes[span], mixed, total, self._rooms[1])
-        return Vector(total.mul_(2 * self._scale), slopes * chain * (2 * self._scale))
+        ranks.summed(total)
+        return Vector(total.mul_(2 * self._scale), ranks.summed_array(slopes) * chain * (2 * self._scale))
 
     def _project(self, numbers: slice, matrices: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """X_i K_i."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from globe.compute import ranks
 from globe.compute.codes import supports
 from globe.compute.gemm import matmul
 from globe.fit.codes import entmax_alpha, one_atom_each, prune, spread
@@ -134,7 +135,7 @@ def fit_joint(problem: Problem, start: State, job: Job, advance: Advance) -> tup
         median = float(np.median(supports(codes)))
         now = _noted(replace(now, seconds=time.perf_counter() - started), value, median)
         job.log(f"{name}: step {now.step}: error {value.error:.5f}, median support {median:g}")
-        changed, temperature = _supported(value, codes, now, settings)
+        changed, temperature = ranks.agreed(_supported(value, codes, now, settings))
         again = bare or changed is not None
         fitting = pace.steps(settings.joint_steps - now.step, settings.cg_steps, passes=int(again))
         now = replace(now, stopped=_ended(now, changed is None, settings) or (None if fitting.steps else "time_limit"))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from globe.compute import ranks
 from globe.compute.forms import wide_dtype
 from globe.compute.gemm import correlations, scatter_add
 
@@ -157,6 +158,18 @@ class Sums:
         for name in ("energies", "errors", "means", "traces", "bank", "lefts", "columns", "curvature", "gram"):
             getattr(self, name).add_(getattr(other, name))
 
+    def over_ranks(self, everything: bool = True) -> Sums:
+        """The sums over the experts of all ranks; without `everything` those alone that f and the Gram matrix need."""
+        names = ["energies", "errors", "gram"]
+        if everything:
+            self.codes = ranks.summed_array(self.codes)
+            names += ["means", "traces", "bank", "lefts", "columns", "curvature"]
+        for name in names:
+            ranks.summed(getattr(self, name))
+        self.ridged = ranks.summed(self.ridged.to(torch.uint8)).bool()
+        self.sampled = int(ranks.summed_array(np.array([self.sampled]))[0])
+        return self
+
     def value(self) -> Value:
         """f and the rest of all experts; takes the memory of the sums."""
         energy = float(self.energies.sum())
@@ -165,7 +178,7 @@ class Sums:
         mean = float(self.columns.diagonal().mean())
         columns = self.columns.cpu().double() / mean if mean > 0 else torch.eye(len(self.columns), dtype=torch.float64)
         return Value(
-            float(errors.sum()),
+            ranks.agreed(float(errors.sum())),
             self.bank.mul_(-2 * scale),
             self.codes * (-2 * scale),
             errors,

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from globe.checkpoint.family import Family
+from globe.compute import ranks
 from globe.compute.blocks import BLOCKS, SMALLEST, Blocks
 from globe.errors import UsageError
 from globe.machine import control_groups
+from globe.machine.launch import local_ranks
 from globe.settings import Settings
 from globe.sizes.flops import PROBED, SKETCHED, keeps_columns
 from globe.sizes.kept import fits_jointly, kept
@@ -34,8 +36,8 @@ def machine_memory() -> int:
 
 
 def memory_limit(settings: Settings) -> int:
-    """`max_memory`, or half of the machine's."""
-    return settings.max_memory if settings.max_memory is not None else machine_memory() // 2
+    """`max_memory`, or half of the machine's, shared with the other ranks there."""
+    return settings.max_memory if settings.max_memory is not None else machine_memory() // 2 // local_ranks()
 
 
 def plan_blocks(
@@ -169,7 +171,7 @@ class _Cost:
     @property
     def left_grams(self) -> int:
         exact = self.settings.mod == "exact" and self.loops > 0
-        return len(self.family) * self.shape.rank**2 * self.exact_bytes if exact else 0
+        return ranks.most_dealt(self.family) * self.shape.rank**2 * self.exact_bytes if exact else 0
 
     @property
     def metric(self) -> int:
