@@ -22,7 +22,8 @@ from launched import Ended, Launcher  # noqa: E402
 from refusals import in_process  # noqa: E402
 from trips import digests  # noqa: E402
 
-COMMON = ("--rank", "0.5", "--bank-size", "4", "--support", "2", "--device", "cpu", "--threads", "1", "-q")
+RUN = ("--support", "2", "--device", "cpu", "--threads", "1", "-q")
+COMMON = ("--rank", "0.5", "--bank-size", "4", *RUN)
 WEIGHTS = ("--calibrate", "none")
 JOINT = (*WEIGHTS, "--joint-steps", "3")
 LOOPS = (*WEIGHTS, "--solver", "alternate", "--outer-loops", "2")
@@ -73,12 +74,11 @@ MORE = {
 def as_one_process(case: tuple[int, tuple[str, ...]], ranks: Launcher, source: Path, folder: Path) -> None:
     """Compress with one process and with many ranks, and compare."""
     count, options = case
+    options = (*(RUN if "--ratio" in options else COMMON), *options)
     one, many = folder / "one", folder / "many"
-    if "--ratio" in options:
-        options = (*options, "--rank", "0.75")
-    done = in_process("compress", source, one, *COMMON, *options)
+    done = in_process("compress", source, one, *options)
     assert done.returncode == 0, done.stderr
-    finished(ranks.run(count, "compress", source, many, *COMMON, *options))
+    finished(ranks.run(count, "compress", source, many, *options))
     wanted, found = metrics(one), metrics(many)
     assert found["ranks"] == count
     for name, family in wanted["families"].items():

@@ -12,7 +12,7 @@ from globe.compute import ranks
 from globe.compute.gemm import matmul
 from globe.compute.spd import gram_inverse
 from globe.errors import GlobeError, UsageError
-from globe.machine.launch import local_rank, local_ranks
+from globe.machine.launch import local_rank, local_ranks, sharing
 from globe.machine.processors import usable_processors
 from globe.machine.waiting import warn_of_spinning
 
@@ -92,12 +92,13 @@ def device_room(device: torch.device) -> int | None:
 def thread_count(threads: int | None) -> int:
     """CPU threads to use: as many as given, or torch's at first and no more than the process has processors.
 
-    Ranks of a machine share its processors; torchrun sets OMP_NUM_THREADS to 1, which is not taken for a wish.
+    Ranks, and jobs that run at a time, share a machine's processors; that torchrun sets OMP_NUM_THREADS to 1 is not
+    taken for a wish.
     """
     if threads is not None:
         return threads
-    if local_ranks() > 1:
-        return max(1, usable_processors() // local_ranks())
+    if sharing() > 1:
+        return max(1, usable_processors() // sharing())
     return min(_AT_FIRST, usable_processors())
 
 

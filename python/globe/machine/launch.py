@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+SHARING = "GLOBE_SHARING"  # set for the jobs that a batch runs at a time
 _NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -23,5 +24,10 @@ def local_rank() -> int:
 
 
 def local_ranks() -> int:
-    """How many of them are on this machine, and share its processors and memory."""
+    """How many of them are on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched_ranks() > 1 else 1
+
+
+def sharing() -> int:
+    """How many of GloBE's processes share this machine's processors and memory: ranks, or jobs of a batch."""
+    return max(local_ranks(), int(os.environ.get(SHARING, "1")))

@@ -11,7 +11,7 @@ from globe.compute import ranks
 from globe.compute.blocks import BLOCKS, SMALLEST, Blocks
 from globe.errors import UsageError
 from globe.machine import control_groups
-from globe.machine.launch import local_ranks
+from globe.machine.launch import sharing
 from globe.settings import Settings
 from globe.sizes.flops import PROBED, SKETCHED, keeps_columns
 from globe.sizes.kept import fits_jointly, kept
@@ -36,8 +36,8 @@ def machine_memory() -> int:
 
 
 def memory_limit(settings: Settings) -> int:
-    """`max_memory`, or half of the machine's, shared with the other ranks there."""
-    return settings.max_memory if settings.max_memory is not None else machine_memory() // 2 // local_ranks()
+    """`max_memory`, or half of the machine's, shared with GloBE's other processes there."""
+    return settings.max_memory if settings.max_memory is not None else machine_memory() // 2 // sharing()
 
 
 def plan_blocks(
