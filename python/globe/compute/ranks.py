@@ -149,6 +149,53 @@ def summed_array(total: NDArray[Any]) -> NDArray[Any]:
     return summed(flat).numpy().reshape(total.shape)
 
 
+def added(value: float) -> float:
+    """Σ over the ranks of a number, the same at all of them."""
+    return float(summed_array(np.array([value]))[0])
+
+
+def atoms(count: int) -> slice:
+    """Which of so many atoms are this rank's, where what is done for each is dealt."""
+    return _atoms(count, rank() if size() > 1 else 0)
+
+
+def _atoms(count: int, number: int) -> slice:
+    return slice(count * number // size(), count * (number + 1) // size())
+
+
+def scattered(total: torch.Tensor) -> torch.Tensor:
+    """Σ over the ranks of this rank's atoms of (m, …), in the order of the ranks; `total` itself where there is one."""
+    if size() == 1:
+        return total
+    count, here = len(total), atoms(len(total))
+    sent, per_atom = total.contiguous().cpu() if total.device.type == "mps" else total.contiguous(), total[0].numel()
+    lengths = [(part.stop - part.start) * per_atom for part in (_atoms(count, number) for number in range(size()))]
+    mine = (here.stop - here.start) * per_atom
+    found = torch.empty(size() * mine, dtype=sent.dtype, device=sent.device)
+    dist.all_to_all_single(found, sent.view(-1), [mine] * size(), lengths)
+    _count(sent.nbytes)
+    parts = found.view(size(), here.stop - here.start, *total.shape[1:])
+    result = parts[0].clone()
+    for part in parts[1:]:
+        result += part
+    return result.to(total.device)
+
+
+def assembled(own: torch.Tensor, count: int) -> torch.Tensor:
+    """All atoms (m, …) of every rank's own; `own` itself where there is one rank."""
+    if size() == 1:
+        return own
+    place = own.device if own.device.type != "mps" else torch.device("cpu")
+    whole = torch.empty(count, *own.shape[1:], dtype=own.dtype, device=place)
+    whole[atoms(count)] = own.to(place)
+    for number in range(size()):
+        part = whole[_atoms(count, number)]
+        if part.numel():
+            dist.broadcast(part, number)
+    _count(whole.nbytes)
+    return whole.to(own.device)
+
+
 def agreed(value: Value) -> Value:
     """Rank 0's value, which all go on with: what follows from clocks and rounding may differ between machines."""
     if size() == 1:

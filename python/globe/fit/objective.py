@@ -27,7 +27,7 @@ class Value:
     error : float
         f. Where a left factor is `ridged` it is that of the ridged one.
     bank : torch.Tensor, shape (m, r, d), fp32
-        ∂f/∂B_j = −2 Σ_i α_ij A_iᵀ R_i L_iᵀ.
+        ∂f/∂B_j = −2 Σ_i α_ij A_iᵀ R_i L_iᵀ; with several ranks of this one's atoms, as `lefts`.
     codes : array, shape (N, m)
         ∂f/∂α_ij = −2 ⟨A_iᵀ R_i L_iᵀ, B_j⟩, for all atoms.
     errors : array, shape (N,)
@@ -159,11 +159,15 @@ class Sums:
             getattr(self, name).add_(getattr(other, name))
 
     def over_ranks(self, everything: bool = True) -> Sums:
-        """The sums over the experts of all ranks; without `everything` those alone that f and the Gram matrix need."""
+        """The sums over the experts of all ranks, those of atoms for the atoms of this one.
+
+        Without `everything` those alone that f and the Gram matrix need.
+        """
         names = ["energies", "errors", "gram"]
         if everything:
             self.codes = ranks.summed_array(self.codes)
-            names += ["means", "traces", "bank", "lefts", "columns", "curvature"]
+            self.bank, self.lefts = ranks.scattered(self.bank), ranks.scattered(self.lefts)
+            names += ["means", "traces", "columns", "curvature"]
         for name in names:
             ranks.summed(getattr(self, name))
         self.ridged = ranks.summed(self.ridged.to(torch.uint8)).bool()

@@ -61,7 +61,7 @@ def places(devices: str, jobs_per_device: int) -> list[Place]:
 
 
 def deal(jobs: Sequence[Job], where: Sequence[Place], work: Callable[[int, Job, Place], Value]) -> list[Value]:
-    """`work` of every job's number, the job and its place, in the order of the jobs; each takes a place that is free."""
+    """`work` of every job's number, the job and its place, in the order of the jobs, each at a free place."""
     free: queue.SimpleQueue[Place] = queue.SimpleQueue()
     for place in where:
         free.put(place)

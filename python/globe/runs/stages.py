@@ -69,7 +69,7 @@ class Stages:
             yield advance
         self.records.append(Stage(**self.so_far()))
         sent = self.records[-1].bytes_sent
-        if sent:
+        if sent > 50_000:
             self.display.log(f"{name}: {sent / 1e6:,.1f} MB sent by each rank")
 
     def so_far(self) -> dict[str, Any]:

@@ -243,6 +243,12 @@ class _Cost:
         columns = r * blocks.columns * (8 * 4 * m + 3 * 4 * EXPERTS_AT_ONCE)
         return 2 * self.bank + self.left_grams + 4 * m * r * r + columns + 4 * EXPERTS_AT_ONCE * r * r
 
+    @property
+    def _banks(self) -> int:
+        """Of the joint fit: the five of a step are of a rank's own atoms; it sends and receives two."""
+        together = ranks.size()
+        return _BANKS * self.bank if together == 1 else (_BANKS - 5 + 2) * self.bank + 5 * self.bank // together
+
     def joint(self, blocks: Blocks) -> int:
         if not fits_jointly(self.settings):
             return 0
@@ -256,7 +262,7 @@ class _Cost:
         read = 3 * p * d * self.family.bytes_per_weight
         hand = read + held.buffer + 4 * p * d + 12 * r * d + 8 * r * r + 4 * hidden * d + 4 * d * SKETCHED
         work = self._at_once(blocks) * (8 * p * d + 8 * p * r + 44 * r * d + 40 * r * r + 12 * d * d + probes)
-        return _BANKS * self.bank + curvature + moments + held.in_memory + self.metric + blocks.experts * hand + work
+        return self._banks + curvature + moments + held.in_memory + self.metric + blocks.experts * hand + work
 
 
 def _advice(cost: _Cost, least: Blocks, limit: int, found: str) -> str:
