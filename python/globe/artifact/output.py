@@ -132,7 +132,7 @@ def shared_directory(
 
 def _require_shared(path: Path) -> None:
     """Refuse a directory that this rank cannot write, or that is not the one that rank 0 has made."""
-    if not (path / FOLDER).is_dir():
+    if not ranks.seen(path / FOLDER):
         raise GlobeError(
             f"output {path}: not the directory that rank 0 has made; expected one that all machines share: name such"
         )

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import groupby
-from time import perf_counter
+from pathlib import Path
+from time import perf_counter, sleep
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,6 +25,7 @@ from globe.errors import GlobeError, UsageError
 from globe.machine.launch import launched_rank, launched_ranks, local_rank
 
 Value = TypeVar("Value")
+_SHOWN = 60.0  # seconds
 _PATIENCE = timedelta(days=7)  # a slow rank is waited for; one that has ended closes its connections, which is noticed
 
 
@@ -273,6 +275,16 @@ def lead(work: Callable[[], Value]) -> Value:
         raise told[1]
     result: Value = told[0]
     return result
+
+
+def seen(path: Path) -> bool:
+    """Whether this rank sees what rank 0 has made; a directory that machines share may show it some time later."""
+    ends = perf_counter() + _SHOWN
+    while not path.exists():
+        if size() == 1 or perf_counter() > ends:
+            return False
+        sleep(0.5)
+    return True
 
 
 def _count(volume: int) -> None:

@@ -48,6 +48,7 @@ class Result:
     found: bool = False
 
 
+@ranks.joined()
 def compress(
     model_dir: Path | str,
     out_dir: Path | str,
@@ -105,16 +106,15 @@ def compress(
     """
     if log is not None:
         require_tracker(log)
-    with ranks.joined():
-        settings, stages = settings or Settings(), Stages(progress if ranks.rank() == 0 else None)
-        began = began if began is not None else perf_counter()
-        opened = open_alike(local(model_dir), settings, stages, trust_remote_code=trust_remote_code)
-        turn = Turn(ranks.agreed(began) + settings.time_limit, ranks.clock) if settings.time_limit is not None else None
-        run = Run(opened, Path(out_dir), settings, Existing(fresh, overwrite, keep_run), turn)
-        result = _run(run, stages)
-        if log is not None:
-            ranks.lead(partial(track, log, result.directory, result.metrics))
-        return result
+    settings, stages = settings or Settings(), Stages(progress if ranks.rank() == 0 else None)
+    began = began if began is not None else perf_counter()
+    opened = open_alike(local(model_dir), settings, stages, trust_remote_code=trust_remote_code)
+    turn = Turn(ranks.agreed(began) + settings.time_limit, ranks.clock) if settings.time_limit is not None else None
+    run = Run(opened, Path(out_dir), settings, Existing(fresh, overwrite, keep_run), turn)
+    result = _run(run, stages)
+    if log is not None:
+        ranks.lead(partial(track, log, result.directory, result.metrics))
+    return result
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ FILE = "calibration.safetensors"
 STATISTICS = "statistics"  # the folder of FILE within a run's
 
 
+@ranks.joined()
 def calibrate(
     model_dir: Path | str,
     path: Path | str,

@@ -69,6 +69,7 @@ def measure(reading: Reading, manner: Manner, path: Path, stages: Stages) -> Cal
         tokens = dict(zip(TOKENS, (reading.windows, reading.samples, reading.held_out), strict=True))
         there = {name: ids for name, ids in tokens.items() if ids is not None and len(ids) > 0}
         ranks.lead(lambda: save_calibration(path, layers, about, there))
+        ranks.seen(path)
         return load_calibration(path)
 
 
