@@ -28,6 +28,7 @@ from globe.checkpoint.formats.tensors import as_decoded
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.powers import saturated, shared, times_power
 from globe.checkpoint.tensorfile import DTYPE_NAMES, TensorInfo, TensorWriter, copy_chunks, file_sha256, write_text
+from globe.compute import ranks
 from globe.errors import GlobeError
 from globe.fit.rounding import LEAST_SCALE, Rounded
 from globe.fit.stored_lefts import Fit, Solved, solve_lefts
@@ -79,7 +80,7 @@ def write_weights(
     replaced = [matrix for matrix in checkpoint.encoded if matrix.name in places or matrix.name in changed]
     total = sum(len(fit.family) for fit in fits.values())
     with job.stages.stage("write", total, _written_before(job.store)) as advance:
-        for count, shard in enumerate(checkpoint.shards):
+        for count, shard in ranks.own(list(enumerate(checkpoint.shards))):
             file, result = shard_name(shard.path.name), f"shard-{count}"
             entries: dict[str, tuple[str, tuple[int, ...]]] = {}
             tensors = as_decoded(shard.tensors, replaced)
@@ -124,15 +125,34 @@ def write_weights(
                 "elapsed": job.stages.so_far(),
             }
             job.store.save(result, {}, measured)
-        sha256, beyond = _write_bank(fits, target / BANK_FILE, weight_map)
-        written.files[BANK_FILE] = {"bytes": (target / BANK_FILE).stat().st_size, "sha256": sha256}
+        written, weight_map = _of_all_ranks(written, weight_map)
+        written.files[BANK_FILE], beyond = ranks.lead(lambda: _write_bank(fits, target / BANK_FILE, weight_map))
         beyond += sum(written.saturated.values())
         if beyond:
             job.log(f"{beyond:,} values of the factors are beyond bf16 and were written as its largest")
         size = sum(entry["bytes"] for entry in written.files.values())
         index: dict[str, Any] = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        write_text(target / INDEX_FILE, json.dumps(index, indent=1) + "\n")
+        ranks.lead(lambda: write_text(target / INDEX_FILE, json.dumps(index, indent=1) + "\n"))
     return written
+
+
+def _of_all_ranks(written: Written, weight_map: dict[str, str]) -> tuple[Written, dict[str, str]]:
+    """What all ranks have written, and where its tensors lie; every rank has written shards of its own."""
+    if ranks.size() == 1:
+        return written, weight_map
+
+    def total(counts: dict[str, int]) -> dict[str, int]:
+        return dict(zip(counts, map(int, ranks.summed_array(np.array([*counts.values()]))), strict=True))
+
+    files = {name: file for some in ranks.gathered(written.files) for name, file in some.items()}
+    places = {name: file for some in ranks.gathered(weight_map) for name, file in some.items()}
+    errors, energies, weighted = (
+        {name: ranks.summed_array(each) for name, each in some.items()}
+        for some in (written.errors, written.energies, written.weighted)
+    )
+    ridged, beyond = total(written.ridged), total(written.saturated)
+    found = Written(errors, energies, ridged, weighted, beyond, dict(sorted(files.items())))
+    return found, dict(sorted(places.items(), key=lambda place: place[1]))
 
 
 def _changed(store: Store, result: str, tensor: str) -> torch.Tensor:
@@ -243,7 +263,7 @@ def _left_tensors(name: str, lefts: list[torch.Tensor | Rounded], fused: bool) -
     return packed(name, codes, scales, rounded[0].bits)
 
 
-def _write_bank(fits: dict[str, Fit], path: Path, weight_map: dict[str, str]) -> tuple[str, int]:
+def _write_bank(fits: dict[str, Fit], path: Path, weight_map: dict[str, str]) -> tuple[dict[str, Any], int]:
     tensors: dict[str, torch.Tensor] = {}
     beyond = 0
     for name, fit in fits.items():
@@ -257,7 +277,7 @@ def _write_bank(fits: dict[str, Fit], path: Path, weight_map: dict[str, str]) ->
         for name, value in tensors.items():
             writer.write(name, value)
     weight_map.update(dict.fromkeys(entries, path.name))
-    return writer.sha256, beyond
+    return {"bytes": path.stat().st_size, "sha256": writer.sha256}, beyond
 
 
 def _atom_tensors(name: str, fit: Fit) -> tuple[dict[str, torch.Tensor], int]:

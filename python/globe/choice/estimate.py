@@ -10,6 +10,7 @@ from globe.choice.choose import ORDER
 from globe.choice.plan import Plan, peaks
 from globe.choice.probe import LOOPS, SAMPLE
 from globe.choice.ratio_plan import probes
+from globe.compute import ranks
 from globe.compute.devices import thread_count
 from globe.compute.forms import per_core
 from globe.compute.rates import Rates, probe
@@ -94,15 +95,16 @@ def estimate(planned: Plan, settings: Settings, rates: Rates) -> Estimate:
     """What a compression will take, at these rates.
 
     The counts of operations are those of :mod:`globe.sizes.work`; loops and steps are as many as the settings allow
-    at most.
+    at most. Ranks share what is done for experts; samples and corrections are rank 0's.
     """
+    whole, rates = rates, replace(rates, products=rates.products * ranks.size(), wide=rates.wide * ranks.size())
     sparse, cached = per_core(planned.device), planned.blocks.cached
     stages = [_stage(f"{name}: scan", scan_work(family), rates) for name, family in planned.families.items()]
     if settings.ratio is not None:
         stages.append(_stage("plan", _ratio_work(planned, settings, sparse), rates))
     sampling, calibrating = sampling_work(planned.checkpoint, settings), calibration_work(planned.checkpoint, settings)
     if sampling.flops:
-        stages.append(_stage("sample", sampling, rates))
+        stages.append(_stage("sample", sampling, whole))
     if calibrating.flops:
         stages.append(_more(_stage("calibrate", calibrating, rates), _STARTING))
     scratch, writing, tasks = 0, Work(), []
@@ -130,11 +132,11 @@ def estimate(planned: Plan, settings: Settings, rates: Rates) -> Estimate:
         tasks.append(task)
     correcting = correction_work(planned.checkpoint, tasks)
     if correcting.flops:
-        stages.append(_more(_stage("correct", correcting, rates), _STARTING))
+        stages.append(_more(_stage("correct", correcting, whole), _STARTING))
     everything = sum(info.nbytes for info in planned.checkpoint.tensors.values())
     rest = everything - sum(family.stored_bytes for family in planned.families.values())
     stages.append(_stage("write", writing + Work(read=rest, written=rest), rates))
-    return Estimate(tuple(stages), _peaks(planned, settings), scratch, rates)
+    return Estimate(tuple(stages), _peaks(planned, settings), scratch, whole)
 
 
 def seconds_of(work: Work, rates: Rates) -> float:

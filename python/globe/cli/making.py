@@ -257,6 +257,8 @@ def compress(
 
 @click.command(cls=Headed)
 @click.argument("plan", type=PATH, metavar="PLAN.yaml")
+@click.option("--devices", help="Deal the jobs to these, e.g. cuda:0,cuda:1.  [default: one after another]")
+@click.option("--jobs-per-device", type=int, default=1, show_default=True, help="Jobs at a time on each of --devices.")
 @tracking
 @resuming
 @trusting
@@ -264,13 +266,11 @@ def compress(
 def batch(
     plan: Path,
     tracker: str | None,
-    fresh: bool,
-    keep_run: bool,
-    trust_remote_code: bool,
     as_json: bool,
     quiet: bool,
+    **options: Any,
 ) -> None:
-    """Compress many checkpoints, one after another, and go on past one that fails.
+    """Compress many checkpoints, one after another or dealt to devices, and go on past one that fails.
 
     PLAN.yaml has `jobs`, each with `model` and `out` (relative to the plan's own folder), and if wanted `config` (a
     YAML file of settings) and `settings` on top; `defaults` are settings of all jobs. All jobs are checked before the
@@ -280,7 +280,6 @@ def batch(
     from globe.pipeline.batch import batch as run
     from globe.pipeline.batch import batch_table
 
-    options = {"fresh": fresh, "keep_run": keep_run, "trust_remote_code": trust_remote_code}
     outcomes = run(plan, **options, log=tracker, progress=display_for(quiet))
     if as_json:
         click.echo(json.dumps({"jobs": [outcome.as_dict() for outcome in outcomes]}))

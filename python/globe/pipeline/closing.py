@@ -21,6 +21,7 @@ from globe.checkpoint.family import Family
 from globe.checkpoint.json_file import read_json
 from globe.checkpoint.tensorfile import write_text
 from globe.choice.plan import Plan
+from globe.compute import ranks
 from globe.correction.down import Corrections
 from globe.errors import GlobeError
 from globe.fit.stored_lefts import Fit
@@ -69,6 +70,7 @@ def describe(opened: Opened, made: Made, written: Written, job: Job) -> dict[str
         "bits": {**storage(job.settings).bits, "group": job.settings.group_size},
         "bytes": _bytes(made.plan, written),
         "files": written.files,
+        "ranks": ranks.size(),
         **{key: told[key] for key in ("device", "threads", "precision", "blocks")},
         "settings": job.settings.as_dict(),
         "source": opened.described(),

@@ -16,10 +16,13 @@ from globe.checkpoint.companions import companions
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.quantised import KEY, quantised_dtypes, told
 from globe.choice.plan import Plan, peaks, plan, require_correction_memory
+from globe.compute import ranks
 from globe.compute.blocks import BLOCKS
 from globe.compute.devices import check_device, keep_memory, set_threads
 from globe.compute.gemm import precision_report
+from globe.errors import GlobeError, UsageError
 from globe.runs.stages import Stages
+from globe.runs.store import differences
 from globe.settings import Settings
 from globe.sizes.budget import machine_memory, size_text
 from globe.sizes.kept import fits_jointly, kept
@@ -50,7 +53,8 @@ class Opened:
 
     def identity(self, settings: Settings) -> Identity:
         """What the weight files depend on."""
-        return Identity(run_key(__version__, self.fingerprint, settings.as_dict()), environment(self.plan, settings))
+        key = run_key(__version__, self.fingerprint, settings.as_dict(), ranks.size())
+        return Identity(key, environment(self.plan, settings))
 
     def described(self) -> dict[str, Any]:
         """What the manifest and metrics.json say of the source."""
@@ -81,6 +85,33 @@ def open_source(source: Path, settings: Settings, stages: Stages, *, trust_remot
         for line in _formats(checkpoint):
             log(f"{source}: {line}")
         return Opened(source, planned, checkpoint.fingerprint(), trust_remote_code)
+
+
+def open_alike(source: Path, settings: Settings, stages: Stages, *, trust_remote_code: bool = False) -> Opened:
+    """`open_source` at every rank, and the same there: what is in hand at a time is what rank 0 has room for.
+
+    Raises
+    ------
+    UsageError
+        If ranks have other settings, or there are more of them than layers.
+    GlobeError
+        If one sees another checkpoint, or cannot use it.
+    """
+    with ranks.together():
+        opened = open_source(source, settings, stages, trust_remote_code=trust_remote_code)
+    keys = ranks.gathered(opened.identity(settings).key)
+    for number, key in enumerate(keys):
+        different = differences(keys[0], key)
+        if different:
+            kind = GlobeError if key["settings"] == keys[0]["settings"] else UsageError
+            raise kind(f"rank {number} is not as rank 0: {', '.join(different[:3])}; start all with the same command")
+    layers = opened.plan.checkpoint.family("gate").layers
+    if ranks.size() > layers:
+        raise UsageError(
+            f"{ranks.size()} ranks for {layers} layers with experts; expected at most a rank for each layer: use "
+            f"--nproc-per-node {layers} or less"
+        )
+    return replace(opened, plan=replace(opened.plan, blocks=ranks.agreed(opened.plan.blocks)))
 
 
 def _formats(checkpoint: Checkpoint) -> Iterator[str]:

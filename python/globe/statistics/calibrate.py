@@ -8,6 +8,7 @@ from pathlib import Path
 
 from globe.checkpoint.hub import local
 from globe.checkpoint.index import Checkpoint
+from globe.compute import ranks
 from globe.compute.devices import find_device, keep_memory
 from globe.errors import GlobeError, UsageError
 from globe.runs.job import Job
@@ -28,6 +29,7 @@ FILE = "calibration.safetensors"
 STATISTICS = "statistics"  # the folder of FILE within a run's
 
 
+@ranks.joined()
 def calibrate(
     model_dir: Path | str,
     path: Path | str,
@@ -94,16 +96,16 @@ def calibrate(
     if precision not in ("auto", "fp32"):
         raise UsageError(f"precision is {precision!r}; expected auto or fp32")
     keep_memory()
-    place, stages = Path(path), Stages(progress)
+    place, stages = Path(path), Stages(progress if ranks.rank() == 0 else None)
     gates = checkpoint.family("gate")
     require_place(place)
     wanted, limit = tokens if tokens is not None else usual_tokens(gates.d), memory_limit(Settings())
     where, kept = find_device(device), kept_moments(row_moments, gates)
-    manner = Manner(where, kept, precision, own_plan(checkpoint, wanted, len(kept), limit, where))
+    manner = Manner(where, kept, precision, ranks.agreed(own_plan(checkpoint, wanted, len(kept), limit, where)))
     ask = Ask(_texts(text), wanted, window, trust_remote_code)
-    reading = read_windows(checkpoint, ask, stages.display.log)
+    reading = ranks.lead(lambda: read_windows(checkpoint, ask, stages.display.log))
     means = Means(manner, limit, stages)
-    reading, _ = with_own_samples(reading, ask, means, text is None)
+    reading, _ = ranks.lead(lambda: with_own_samples(reading, ask, means, text is None))
     return measure(reading, manner, place, stages)
 
 
@@ -153,15 +155,15 @@ def calibration_for(
         ask, manner = _asked(checkpoint, job, trust_remote_code)
         if before is not None and before["without"] is not None:
             ask = replace(ask, texts=mixture({PYDOC: 1}))
-        reading = read_windows(checkpoint, ask, job.log)
-        earlier = _found_before(folder / FILE, reading, manner)
+        reading = ranks.lead(lambda: read_windows(checkpoint, ask, job.log))
+        earlier = ranks.agreed(_found_before(folder / FILE, reading, manner))
         if earlier is not None:
             for record in before["stages"] if before is not None else ():
                 job.stages.recall(record)
             job.log(f"calibrated before, on {earlier.about['tokens']:,} tokens of {reading.label}")
             return earlier
         means = Means(manner, memory_limit(job.settings), job.stages)
-        reading, without = with_own_samples(reading, ask, means, choice == AUTO)
+        reading, without = ranks.lead(lambda: with_own_samples(reading, ask, means, choice == AUTO))
         found = measure(reading, manner, folder / FILE, job.stages)
     except GlobeError as error:
         if choice != AUTO or isinstance(error, NotFinite):
@@ -181,7 +183,7 @@ def _asked(checkpoint: Checkpoint, job: Job, trust_remote_code: bool) -> tuple[A
     tokens, longest = tokens_for(settings, gates.d), checkpoint.config.get("max_position_embeddings")
     window = min(WINDOW, longest if isinstance(longest, int) else WINDOW, tokens // 2)
     kept = moments_for(settings.families, gates)
-    own = own_plan(checkpoint, tokens, len(kept), memory_limit(settings), job.device)
+    own = ranks.agreed(own_plan(checkpoint, tokens, len(kept), memory_limit(settings), job.device))
     manner = Manner(job.device, kept, settings.precision, own)
     return Ask(mixture({settings.calibrate: 1}), tokens, window, trust_remote_code), manner
 

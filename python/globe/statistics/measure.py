@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from globe._version import __version__
+from globe.compute import ranks
 from globe.errors import GlobeError, UsageError
 from globe.runs.stages import Stages
-from globe.statistics.calibration import TOKENS, Calibration, LayerStatistics, save_calibration
+from globe.statistics.calibration import TOKENS, Calibration, LayerStatistics, load_calibration, save_calibration
 from globe.statistics.layerwise import Arguments, Layerwise, own_code
 from globe.statistics.manner import Manner
 from globe.statistics.moments import Moments
@@ -48,7 +49,7 @@ def measure(reading: Reading, manner: Manner, path: Path, stages: Stages) -> Cal
     with stages.stage("calibrate", last + 1) as advance:
         layers = {}
         with own_code(checkpoint):
-            for number, statistics in _stream(streamed, reading.parts, last, manner):
+            for number, statistics in _stream(streamed, list(map(_mine, reading.parts)), last, manner):
                 if statistics is not None:
                     layers[number] = statistics
                 advance(1)
@@ -67,7 +68,9 @@ def measure(reading: Reading, manner: Manner, path: Path, stages: Stages) -> Cal
         }
         tokens = dict(zip(TOKENS, (reading.windows, reading.samples, reading.held_out), strict=True))
         there = {name: ids for name, ids in tokens.items() if ids is not None and len(ids) > 0}
-        return save_calibration(path, layers, about, there)
+        ranks.lead(lambda: save_calibration(path, layers, about, there))
+        ranks.seen(path)
+        return load_calibration(path)
 
 
 def require_place(path: Path) -> None:
@@ -90,11 +93,20 @@ def products(reading: Reading, manner: Manner) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _mine(windows: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The windows that are dealt to this rank, and the number of the first of them."""
+    first, last = (len(windows) * (ranks.rank() + end) // ranks.size() for end in (0, 1))
+    return (windows[first:last], first) if ranks.size() > 1 else (windows, 0)
+
+
 def _stream(
-    streamed: Layerwise, parts: list[torch.Tensor], last: int, manner: Manner
+    streamed: Layerwise, parts: list[tuple[torch.Tensor, int]], last: int, manner: Manner
 ) -> Iterator[tuple[int, LayerStatistics | None]]:
-    """The statistics of one layer after another, None where it has no experts; a part's windows are of one length."""
-    states = [streamed.embed(windows) for windows in parts]
+    """The statistics of one layer after another, None where it has no experts.
+
+    A part are windows of one length, of this rank, with the number of the first.
+    """
+    states = [(*streamed.embed(windows), first) for windows, first in parts if len(windows)]
     for number in range(last + 1):
         if number < last:
             streamed.expect(number + 1)
@@ -102,24 +114,25 @@ def _stream(
 
 
 def _pass(
-    streamed: Layerwise, number: int, states: list[tuple[torch.Tensor, Arguments]], manner: Manner
+    streamed: Layerwise, number: int, states: list[tuple[torch.Tensor, Arguments, int]], manner: Manner
 ) -> LayerStatistics | None:
     """Let all windows through a layer, in place."""
     with streamed.layer(number) as layer:
         module = streamed.experts(number)
         if module is None:
-            for hidden, arguments in states:
+            for hidden, arguments, _ in states:
                 for span in streamed.batches(hidden):
                     hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
             return None
         experts, (count, d, p) = layer_experts(streamed, module), module.down_proj.shape
         moments = Moments(count, d, p, manner.kept, manner.own.directions)
         with in_place_of(module, experts, streamed) as calls:
-            for hidden, arguments in states:
+            for hidden, arguments, first in states:
                 for span in streamed.batches(hidden):
                     hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
-                    moments.add(calls.pop(), hidden[span].flatten(0, -2), span.start * hidden.shape[1])
-        return moments.statistics(experts.down)
+                    place = (first + span.start) * hidden.shape[1]
+                    moments.add(calls.pop(), hidden[span].flatten(0, -2), place)
+        return moments.over_ranks().statistics(experts.down)
 
 
 def _own_report(layers: dict[int, LayerStatistics], manner: Manner) -> dict[str, Any]:
