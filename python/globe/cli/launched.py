@@ -32,8 +32,8 @@ def run_at_rank(arguments: list[str], work: Callable[[list[str]], tuple[int, str
     if not arguments or arguments[0].startswith("-") or {"-h", "--help"} & set(arguments):
         return work(arguments)[0]
     if arguments[0] not in RANKED:
-        line = f"globe: error: globe {arguments[0]} is one process; start it without torchrun"
-        return _say(2, line if launched_rank() == 0 else None)
+        refusal = f"globe: error: globe {arguments[0]} is one process; start it without torchrun"
+        return _say(2, refusal if launched_rank() == 0 else None)
     import torch.distributed as dist
 
     from globe.compute import ranks
