@@ -252,12 +252,12 @@ class Settings:
                 _require(
                     value in typing.get_args(hint), field.name, value, f"one of {', '.join(typing.get_args(hint))}"
                 )
-            elif field.name not in ("families", "scope", "share_families", "calibrate"):
+            elif field.name not in ("families", "scope", "share_families", "calibrate", *_BITS_OF):
                 _require(_is_number(value, hint), field.name, value, "a number" if hint is not int else "an integer")
         for name in self.families:
             _require(name in ("gate", "up", "down"), "families", name, "any of gate, up and down")
         _require(len(set(self.families)) == len(self.families) > 0, "families", self.families, "each family once")
-        for name in ("factor_bits", "left_bits", "atom_bits"):
+        for name in _BITS_OF:
             bits = getattr(self, name)
             _require(bits is None or (type(bits) is int and bits in BITS), name, bits, "16, 8, 4 or 3")
         several = type(self.scope) is int and self.scope >= 1
@@ -343,6 +343,7 @@ class Settings:
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Settings)}
 SIZES = ("rank", "bank_size", "bank_ratio")
 BITS = (16, 8, 4, 3)
+_BITS_OF = ("factor_bits", "left_bits", "atom_bits")
 _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("bank_ratio", 0, 1),
     ("bank_size", 1, 1 << 20),
