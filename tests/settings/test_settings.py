@@ -85,6 +85,7 @@ CHOICES = {
     "codes": ["entmax", "sparsemax", "nnls", "simplex", "signed"],
     "device": ["auto", "cpu", "mps", "cuda"],
     "precision": ["auto", "fp32"],
+    "metric": ["fisher", "residual"],
 }
 BITS = {"factor_bits": [16, 8, 4, 3], "left_bits": [None, 16, 8, 4, 3], "atom_bits": [None, 16, 8, 4, 3]}
 

@@ -34,10 +34,10 @@ from globe.sizes.work import (
     step_work,
     sweep_work,
 )
-from globe.statistics.memory import calibration_bytes, own_plan
+from globe.statistics.memory import calibration_bytes, fisher_bytes, fisher_plan, own_plan
 from globe.statistics.mixture import tokens_for
 from globe.statistics.row_moments import moments_for
-from globe.statistics.work import calibration_work, sampling_work
+from globe.statistics.work import calibration_work, fisher_work, sampling_work
 
 _STARTING = 5.0  # seconds until transformers is there and a model without weights is made
 
@@ -107,6 +107,8 @@ def estimate(planned: Plan, settings: Settings, rates: Rates) -> Estimate:
         stages.append(_stage("sample", sampling, whole))
     if calibrating.flops:
         stages.append(_more(_stage("calibrate", calibrating, rates), _STARTING))
+    if settings.metric == "fisher" and calibrating.flops:
+        stages.append(_stage("fisher", fisher_work(planned.checkpoint, settings), rates))
     scratch, writing, tasks = 0, Work(), []
     for name, family in planned.families.items():
         task = Task(family, planned.shapes[name], settings, sparse)
@@ -184,6 +186,10 @@ def _peaks(planned: Plan, settings: Settings) -> dict[str, int]:
         kinds, tokens = moments_for(settings.families, gates), tokens_for(settings, gates.d)
         own = own_plan(planned.checkpoint, tokens, len(kinds), memory_limit(settings), planned.device)
         needed = calibration_bytes(planned.checkpoint, tokens, len(kinds), own.directions)
-        found = {"calibrate": needed, **found}
+        first = {"calibrate": needed}
+        back = fisher_plan(planned.checkpoint, tokens, memory_limit(settings)).tokens
+        if settings.metric == "fisher" and back:
+            first["fisher"] = fisher_bytes(planned.checkpoint, back)
+        found = first | found
     unused = "loops" if fits_jointly(settings) else "joint"
     return {stage: size for stage, size in found.items() if stage != unused}

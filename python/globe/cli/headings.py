@@ -13,8 +13,8 @@ HEADINGS = {
     "Seeds": ("method", "methods", "seed"),
     "Fit": ("solver", "mod", "outer_loops", "init_codes", "codes", "support", "joint_steps", "correct"),
     "Metric": (
-        "calibrate", "calibration_tokens", "text", "texts", "tokens", "window", "max_tokens", "row_moments", "against",
-        "tasks", "lm_eval_path", "limit", "own_tokens", "text_tokens",
+        "calibrate", "calibration_tokens", "text", "texts", "tokens", "window", "max_tokens", "row_moments", "fisher",
+        "against", "tasks", "lm_eval_path", "limit", "own_tokens", "text_tokens",
     ),
     "Machine": ("device", "precision", "max_memory", "time_limit", "threads", "trust_remote_code"),
     "Run": (),

@@ -113,6 +113,12 @@ def _print_estimate(found: dict[str, Any], console: Console) -> None:
     show_default=True,
     help="p × p moments of every expert: of down's inputs (hidden), of all rows (full); auto: hidden if below 1 GiB.",
 )
+@click.option(
+    "--fisher/--no-fisher",
+    default=True,
+    show_default=True,
+    help="Find by gradients what the loss makes of errors of the experts.",
+)
 @click.option("--device", type=choice("device"), default="cpu", show_default=True)
 @click.option(
     "--precision", type=choice("precision"), default="auto", show_default=True, help="fp32: never bf16 on a CPU."

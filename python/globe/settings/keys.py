@@ -147,10 +147,13 @@ class Settings:
         down: what the compressed layers get wrong is taken up by `down`, which stays dense and is refitted in closed
         form, layer after layer, on the calibration text, as far as a quarter of it that is held out agrees. Its stored
         size does not change.
+    metric : {"fisher", "residual"}
+        What an error of an expert's product is weighed by: the loss of the next token, as far as the calibration knows
+        its Fisher information; or its size beside the residual stream.
     metric_rows : float
-        Power of the row weights: 1 weighs a row by its effect on the expert's output, 0 not at all.
+        For residual: power of the row weights: 1 weighs a row by its effect on the expert's output, 0 not at all.
     metric_layers : float
-        Power of the inverse residual stream by which layers are weighed.
+        For residual: power of the inverse residual stream by which layers are weighed.
     metric_shrinkage : float
         Tokens that the layer's diagonal counts for beside an expert's own, where a calibration has no more of it.
     factor_bits : {16, 8, 4, 3}
@@ -230,6 +233,7 @@ class Settings:
     calibrate: str = "auto"
     calibration_tokens: int | None = None
     correct: Literal["none", "down"] = "none"
+    metric: Literal["fisher", "residual"] = "fisher"
     metric_rows: float = 1.0
     metric_layers: float = 1.0
     metric_shrinkage: float = 4096.0
