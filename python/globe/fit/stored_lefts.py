@@ -13,6 +13,7 @@ from globe.checkpoint.family import Family
 from globe.checkpoint.formats.packed import Packing
 from globe.checkpoint.powers import saturated_each, shared, times_powers
 from globe.compute.blocks import Blocks
+from globe.compute.forms import wide_dtype
 from globe.compute.gemm import matmul, mixtures, weights_operand
 from globe.compute.passes import engine
 from globe.compute.spd import orthonormal_rows
@@ -218,14 +219,19 @@ class _Lefts:
 
 
 def _as_stored(fit: LeftFit, packing: Packing | None) -> _Lefts:
-    """Left factors in bf16, or rounded to integers one column after another in their Hessian B̃ M B̃ᵀ."""
+    """Left factors in bf16, or rounded to integers one column after another in their Hessian B̃ M B̃ᵀ.
+
+    They are rounded where there is fp64: on the host, if the device has none.
+    """
     if packing is None:
         return _Lefts(*saturated_each(fit.lefts, torch.bfloat16))
+    there = fit.lefts.device
+    here = there if wide_dtype(there) == torch.float64 else torch.device("cpu")
     rounded = [
         round_with_feedback(left, hessian, packing.bits, packing.group)
-        for left, hessian in zip(fit.lefts, fit.grams, strict=True)
+        for left, hessian in zip(fit.lefts.to(here), fit.grams.to(here), strict=True)
     ]
-    codes, scales = (torch.stack([getattr(each, part) for each in rounded]) for part in ("codes", "scales"))
+    codes, scales = (torch.stack([getattr(each, part) for each in rounded]).to(there) for part in ("codes", "scales"))
     return _Lefts(codes, torch.zeros_like(fit.ridged, dtype=torch.int64), scales, packing)
 
 
