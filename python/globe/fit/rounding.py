@@ -68,15 +68,14 @@ def round_nearest(matrix: torch.Tensor, bits: int, group: int) -> Rounded:
     return Rounded(codes.flatten(0, 1).T.contiguous(), scales.T.contiguous(), bits, group)
 
 
-def round_with_feedback(
-    matrix: torch.Tensor, hessian: torch.Tensor, bits: int, group: int, weights: torch.Tensor | None = None
-) -> Rounded:
+def round_with_feedback(matrix: torch.Tensor, hessian: torch.Tensor, bits: int, group: int) -> Rounded:
     """Rounding Q of a matrix A for a small tr((A − Q) H (A − Q)ᵀ): GPTQ (Frantar et al. 2022, arXiv 2210.17323).
 
     Columns are rounded one after another, and what each loses is made up for by those that follow. With H = V Vᵀ, V
     upper triangular, and U = V⁻¹, an error e of column k moves those behind it by −e U[k, k+1:] / U[k, k], and costs
     V[k, k]² e² in the end. So the scales of a group, out of those of `round_nearest`, are chosen when its turn comes,
-    by errors weighed with V[k, k]². 10⁻⁴ of the mean diagonal of H is added to its diagonal.
+    by errors weighed with V[k, k]². 10⁻⁴ of the mean diagonal of H is added to its diagonal. Weights of the rows would
+    change nothing, as each is rounded by itself.
 
     Parameters
     ----------
@@ -85,8 +84,6 @@ def round_with_feedback(
         Symmetric and positive semidefinite.
     bits, group : int
         As for `round_nearest`.
-    weights : torch.Tensor, optional, shape (rows,)
-        Of the rows' errors. Rows are rounded each by itself, so that they change nothing here.
 
     Raises
     ------
