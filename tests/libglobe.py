@@ -170,6 +170,7 @@ class Checkpoint:
         banks = [Bank() for _ in range(count.value)]
         for number, bank in enumerate(banks):
             call("bank_at", self.handle, c_int64(number), byref(bank))
+            bank.checkpoint = self  # which must live as long
         return banks
 
     def matrix(self, family: str, layer: int, expert: int) -> ExpertMatrix:

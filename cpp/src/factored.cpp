@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <utility>
 
 #include "checkpoint/names.hpp"
 #include "checkpoint/state.hpp"
@@ -30,6 +31,7 @@ std::unique_ptr<FactoredCheckpoint::State> open_directory(const std::string& dir
 CheckpointError::~CheckpointError() = default;
 
 FactoredCheckpoint::FactoredCheckpoint(const std::string& directory) : state_(open_directory(directory)) {}
+FactoredCheckpoint::FactoredCheckpoint(std::unique_ptr<State> state) : state_(std::move(state)) {}
 FactoredCheckpoint::~FactoredCheckpoint() = default;
 FactoredCheckpoint::FactoredCheckpoint(FactoredCheckpoint&&) noexcept = default;
 FactoredCheckpoint& FactoredCheckpoint::operator=(FactoredCheckpoint&&) noexcept = default;

@@ -83,7 +83,8 @@ class GLOBE_API FactoredCheckpoint {
     // rounded once. Throws std::invalid_argument where the matrix is dense or out has another shape.
     void compose(const ExpertMatrix& matrix, const MatrixView& out, int threads = 0) const;
 
-    struct State;
+    struct State;  // of the library's own parts
+    explicit FactoredCheckpoint(std::unique_ptr<State> state);
     const State& state() const { return *state_; }
 
   private:
