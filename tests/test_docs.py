@@ -21,9 +21,11 @@ MODULES = [
     "sizes.ratios",
     "settings.keys",
     "kernels.compose",
+    "kernels.compose_matmul",
     "kernels.entmax",
     "kernels.gram",
     "kernels.nnls",
+    "kernels.qmatmul",
 ]
 
 

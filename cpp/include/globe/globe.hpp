@@ -2,6 +2,7 @@
 #pragma once
 
 #include "globe/compose.hpp"
+#include "globe/compose_matmul.hpp"
 #include "globe/entmax.hpp"
 #include "globe/expert.hpp"
 #include "globe/factored.hpp"
@@ -10,4 +11,5 @@
 #include "globe/isa.hpp"
 #include "globe/nnls.hpp"
 #include "globe/parallel.hpp"
+#include "globe/qmatmul.hpp"
 #include "globe/view.hpp"

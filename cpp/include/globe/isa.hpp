@@ -8,9 +8,9 @@
 
 namespace globe {
 
-// Every kernel is compiled once per instruction set: "baseline", "avx2", "avx512", "avx512_bf16" on x86-64,
-// "baseline" (NEON) and "neon_bf16" on Arm. The strongest that the machine runs is picked once, at the first
-// call, unless the environment variable GLOBE_ISA names another.
+// Every kernel is compiled once per instruction set: "baseline", "avx2", "avx512", "avx512_vnni" and
+// "avx512_bf16" (which has vnni) on x86-64, "baseline" (NEON) and "neon_bf16" on Arm. The strongest that the
+// machine runs is picked once, at the first call, unless the environment variable GLOBE_ISA names another.
 
 // Those of this build that this machine can run, weakest first.
 GLOBE_API std::vector<std::string> runnable_isas();
