@@ -68,6 +68,8 @@ MORE = {
     "auto": (2, (*LOOPS, "--method", "auto", "--codes", "nnls")),
     "ratio": (2, (*WEIGHTS, "--ratio", "0.6", "--joint-steps", "2")),
     "signed": (2, (*JOINT, "--codes", "signed")),
+    "limit": (2, (*JOINT, "--time-limit", "10h")),
+    "bits": (2, (*JOINT, "--rank", "32", "--factor-bits", "4")),
 }
 
 
@@ -83,7 +85,7 @@ def as_one_process(case: tuple[int, tuple[str, ...]], ranks: Launcher, source: P
     assert found["ranks"] == count
     for name, family in wanted["families"].items():
         for kind in ("relative_error", "weighted_error"):
-            assert found["families"][name][kind] == pytest.approx(family[kind], rel=1e-3)
+            assert family[kind] is None or found["families"][name][kind] == pytest.approx(family[kind], rel=1e-3)
     assert json.loads((many / INDEX_FILE).read_text()) == json.loads((one / INDEX_FILE).read_text())
     assert {path.name for path in many.iterdir()} == {path.name for path in one.iterdir()}
 

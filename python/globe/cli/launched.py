@@ -32,8 +32,9 @@ def run_at_rank(arguments: list[str], work: Callable[[list[str]], tuple[int, str
     if not arguments or arguments[0].startswith("-") or {"-h", "--help"} & set(arguments):
         return work(arguments)[0]
     if arguments[0] not in RANKED:
-        refusal = f"globe: error: globe {arguments[0]} is one process; start it without torchrun"
-        return _say(2, refusal if launched_rank() == 0 else None)
+        if launched_rank() == 0:
+            click.echo(f"globe: error: globe {arguments[0]} is one process; start it without torchrun", err=True)
+        return 2
     import torch.distributed as dist
 
     from globe.compute import ranks
@@ -54,14 +55,15 @@ def run_at_rank(arguments: list[str], work: Callable[[list[str]], tuple[int, str
             if line is not None:
                 book.set(_key(launched_rank()), line)
     except GlobeError as error:  # there was nobody to join
-        return _say(error.exit_status, f"globe: error: {error}")
-    if status == 0:
-        return 0
-    return _say(status, _last_words(book, line) if launched_rank() == 0 else _untold(book, line))
+        click.echo(f"globe: error: {error}", err=True)
+        return error.exit_status
+    if status != 0:
+        (_tell if launched_rank() == 0 else _tell_if_untold)(book, line)
+    return status
 
 
-def _last_words(book: Any, mine: str | None) -> str:
-    """What rank 0 says: its own refusal, or that of the rank whose end it has noticed."""
+def _tell(book: Any, mine: str | None) -> None:
+    """Say what rank 0 has to: its own refusal, or that of the rank whose end it has noticed."""
     line = mine or "globe: error: another rank has ended without a word; torchrun tells its exit status"
     ends = time.monotonic() + _PATIENCE
     while mine is None and time.monotonic() < ends:
@@ -72,18 +74,16 @@ def _last_words(book: Any, mine: str | None) -> str:
         time.sleep(0.05)
     click.echo(line, err=True)
     book.set(_TOLD, "")
-    return ""
 
 
-def _untold(book: Any, mine: str | None) -> str | None:
-    """What another rank says: its refusal, if rank 0 has not told one by now."""
+def _tell_if_untold(book: Any, mine: str | None) -> None:
+    """Say another rank's refusal, if rank 0 does not by and by."""
     if mine is None:
-        return None
+        return
     try:
         book.wait([_TOLD], timedelta(seconds=_PATIENCE))
     except RuntimeError:  # or rank 0 has gone, and with it what it kept
-        return _named(launched_rank(), mine)
-    return None
+        click.echo(_named(launched_rank(), mine), err=True)
 
 
 def _is_loss(error: Exception) -> bool:
@@ -101,9 +101,3 @@ def _named(number: int, line: str) -> str:
 
 def _key(number: int) -> str:
     return f"globe/{number}"
-
-
-def _say(status: int, line: str | None) -> int:
-    if line:
-        click.echo(line, err=True)
-    return status
