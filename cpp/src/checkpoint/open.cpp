@@ -322,9 +322,10 @@ void check_table(const State& state, const Json& config) {
             const std::string where = "experts of layer " + number + ", family " + family;
             require(place.is_array() && place.size() == 3, where + ", have no place");
             const std::int64_t first = whole(place[1], "a row"), step = whole(place[2], "a step");
-            const auto layer =
-                std::find_if(state.experts.begin(), state.experts.end(),
-                             [&](const auto& entry) { return std::to_string(entry.first) == number; });
+            const auto is = [&wanted = number](const auto& entry) {
+                return std::to_string(entry.first) == wanted;
+            };
+            const auto layer = std::find_if(state.experts.begin(), state.experts.end(), is);
             require(layer != state.experts.end(), where + ", are not there");
             const auto& matrices = layer->second[f];
             for (std::size_t e = 0; e < matrices.size(); ++e) {
