@@ -135,3 +135,9 @@ def test_the_result_may_not_overlap_an_argument():
     memory = np.zeros((4, 4), np.float32)
     with pytest.raises(ValueError, match="^out: found memory shared"):
         compose_matmul(np.ones((1, 1)), np.ones((1, 4, 4), np.float32), memory, out=memory)
+
+
+@pytest.mark.parametrize(("m", "d"), [(2, 0), (0, 4)])
+def test_without_columns_or_atoms_everything_is_zero(backend, m, d):
+    bank, x = np.ones((m, 3, d), np.float32), np.ones((2, d), np.float32)
+    assert np.array_equal(compose_matmul(np.ones((1, m)), bank, x, backend=backend), np.zeros((2, 3)))

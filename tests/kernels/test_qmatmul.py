@@ -172,3 +172,8 @@ def test_the_result_may_not_overlap_an_argument():
     memory = np.zeros((32, 32), np.float32)
     with pytest.raises(ValueError, match="^out: found memory shared"):
         qmatmul(memory, np.zeros((32, 4), np.int32), np.ones((32, 1), np.float32), out=memory)
+
+
+def test_without_columns_everything_is_zero(backend):
+    x, packed, scales = np.zeros((2, 0), np.float32), np.zeros((3, 0), np.int32), np.zeros((3, 0), np.float32)
+    assert np.array_equal(qmatmul(x, packed, scales, backend=backend), np.zeros((2, 3)))
