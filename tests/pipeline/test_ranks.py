@@ -16,6 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+import checkpoints  # noqa: E402
 from checkpoints import make_tiny  # noqa: E402
 from globe.artifact.factored import INDEX_FILE  # noqa: E402
 from launched import Ended, Launcher  # noqa: E402
@@ -102,10 +103,12 @@ def test_as_one_process_all(case: str, ranks: Launcher, source: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_four_ranks(ranks: Launcher, tiny_olmoe: Path, tmp_path: Path) -> None:
-    """In the metric of a calibration, with corrections; four ranks of six layers."""
-    options = ("--calibrate", "pydoc", "--calibration-tokens", "2048", "--joint-steps", "2", "--correct", "down")
-    as_one_process((4, options), ranks, tiny_olmoe, tmp_path)
+def test_four_ranks(ranks: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the metric of a calibration, with corrections; four ranks of four layers."""
+    options = ("--calibrate", "pydoc", "--calibration-tokens", "512", "--joint-steps", "2", "--correct", "down")
+    monkeypatch.setitem(checkpoints._COMMON, "num_hidden_layers", 4)
+    source = make_tiny("olmoe", tmp_path / "source", shards=3)
+    as_one_process((4, options), ranks, source, tmp_path)
 
 
 @pytest.mark.slow

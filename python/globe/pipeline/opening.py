@@ -156,9 +156,14 @@ def _needed_bytes(planned: Plan, settings: Settings, scratch: int = 0) -> int:
 
 
 def scratch_bytes(planned: Plan, settings: Settings) -> int:
-    """Disk that the joint fit takes for what it keeps of single experts and memory has no room for: of one pool."""
+    """Disk that the joint fit takes for what it keeps of single experts and memory has no room for: of one pool.
+
+    Of all ranks, whose files lie side by side.
+    """
     cached, families = planned.blocks.cached, planned.families
-    return max(kept(family, planned.shapes[name], settings, cached).on_disk for name, family in families.items())
+    return ranks.size() * max(
+        kept(family, planned.shapes[name], settings, cached).on_disk for name, family in families.items()
+    )
 
 
 def _scratch(planned: Plan, settings: Settings) -> Scratch | None:
