@@ -251,7 +251,6 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
                               (LEFT + PACKED, "I64", "I32")),
     "scale NaN": (poked(LEFT + SCALE, float("nan")), (LEFT + SCALE, "nan at [0, 0]", "compress again")),
     "scale zero": (poked(LEFT + SCALE, 0.0), (LEFT + SCALE, "holds 0 at [0, 0]")),
-    "scale negative": (poked(ATOMS + SCALE, -1.0), (ATOMS + SCALE, "holds -1 at [0, 0, 0]")),
     "scale infinite": (poked(ATOMS + SCALE, float("inf")), (ATOMS + SCALE, "holds inf")),
     "another shape": (poked(ATOMS + SHAPE, 7), (ATOMS + SHAPE, "holds [7, 64]", "expected [32, 64]")),
     "atoms cut": (shortened(ATOMS + PACKED), (ATOMS + PACKED, "I32 [3, 32, 15]", "I32 [3, 32, 16]")),

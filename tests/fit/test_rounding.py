@@ -46,11 +46,11 @@ def test_the_nearest_of_the_grid(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_scales_are_the_best_of_those_looked_at(bits: int) -> None:
-    """No other scale between half and all of the largest is better by more than a grid of eight leaves."""
+    """No other scale of either sign is better by more than a grid of eight leaves."""
     matrix, _ = problem(40, 32, 2)
     top = 2 ** (bits - 1)
     found = loss(matrix, round_nearest(matrix, bits, 32), torch.eye(32))
-    tried = torch.linspace(0.5, 1.1, 200)[:, None] * matrix.abs().amax(1) / (top - 0.5)
+    tried = torch.linspace(-1.1, 1.1, 401)[torch.arange(401) != 200][:, None] * matrix.abs().amax(1) / top
     codes = (matrix / tried[..., None]).round().clamp(-top, top - 1)
     best = (matrix - codes * tried[..., None]).double().square().sum(2).amin(0)
     assert float(best.sum()) <= found < 1.1 * float(best.sum())
@@ -180,7 +180,7 @@ def test_zeros_singular_and_ill_conditioned_hessians() -> None:
     matrix[1] = 0
     for each in (torch.zeros(32, 32), torch.ones(32, 32), hessian, problem(1, 32, 4, -9)[1]):
         found = round_with_feedback(matrix, each, 4, 32)
-        assert bool(found.matrix().isfinite().all()) and bool((found.scales > 0).all())
+        assert bool(found.matrix().isfinite().all()) and bool((found.scales != 0).all())
         assert bool((found.matrix()[1] == 0).all())
         assert loss(matrix, found, each) <= loss(matrix, round_nearest(matrix, 4, 32), each)
 

@@ -30,7 +30,7 @@ from globe.checkpoint.powers import saturated, shared, times_power
 from globe.checkpoint.tensorfile import DTYPE_NAMES, TensorInfo, TensorWriter, copy_chunks, file_sha256, write_text
 from globe.compute import ranks
 from globe.errors import GlobeError
-from globe.fit.rounding import LEAST_SCALE, Rounded
+from globe.fit.rounding import Rounded, above_least
 from globe.fit.stored_lefts import Fit, Solved, solve_lefts
 from globe.runs.job import Job
 from globe.runs.stages import Advance
@@ -286,6 +286,6 @@ def _atom_tensors(name: str, fit: Fit) -> tuple[dict[str, torch.Tensor], int]:
     if atoms is None:
         values, beyond = saturated(times_power(fit.state.bank.float().cpu(), power), torch.bfloat16)
         return {name: values}, beyond
-    scales, beyond = saturated(times_power(atoms.scales, power).clamp(min=LEAST_SCALE), torch.bfloat16)
+    scales, beyond = saturated(above_least(times_power(atoms.scales, power)), torch.bfloat16)
     rows = fit.state.bank.shape[:2]
     return packed(name, atoms.codes.view(*rows, -1), scales.view(*rows, -1), atoms.bits), beyond

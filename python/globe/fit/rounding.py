@@ -11,11 +11,11 @@ from globe.compute.gemm import matmul
 from globe.compute.spd import ridged_factor
 from globe.errors import GlobeError
 
-LEAST_SCALE = torch.finfo(torch.bfloat16).tiny
+_LEAST_SCALE = torch.finfo(torch.bfloat16).tiny
 _DAMPING = 1e-4  # of the mean diagonal of a Hessian
 _ROWS = 32  # of an atom that are rounded before those behind them move
 _FINE = 8  # bits from which nothing is gained by a smaller scale
-_SHARES = torch.linspace(0.65, 1.0, 8).tolist()  # of the scale that takes the largest value to the end of the grid
+_SHARES = torch.linspace(0.65, 1.0, 8).tolist()  # of the scale that takes the farthest value to the end of the grid
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Rounded:
     codes : torch.Tensor of int8, shape (rows, inner)
         From −2^(bits−1) to 2^(bits−1) − 1.
     scales : torch.Tensor, shape (rows, inner / group), fp32
-        Values that bf16 holds, above zero.
+        Values that bf16 holds, of either sign, not zero.
     bits, group : int
         Of an integer; columns that share a scale.
     """
@@ -45,8 +45,9 @@ class Rounded:
 def round_nearest(matrix: torch.Tensor, bits: int, group: int) -> Rounded:
     """Q = argmin ‖A − Q‖² for scales of each group out of eight, every value to the nearest integer times its scale.
 
-    The scales looked at are 0.65 to 1 times the one that takes the group's largest value half a step beyond the end of
-    the grid: in groups of Gaussian values the few at the end cost less than wider steps do for all.
+    The scales looked at are 0.65 to 1 times the one, of either sign, that takes the group's value farthest from zero to
+    −2^(bits−1), where the grid reaches farthest. In groups of Gaussian values the few beyond its ends cost less than
+    wider steps do for all.
 
     Parameters
     ----------
@@ -199,6 +200,11 @@ class Feedback:
         return Feedback(inverse.float(), upper.diagonal().square().float())
 
 
+def above_least(scales: torch.Tensor) -> torch.Tensor:
+    """Scales, those nearer to zero than bf16 holds with all its bits put there, with their sign."""
+    return torch.where(scales.abs() < _LEAST_SCALE, torch.full_like(scales, _LEAST_SCALE).copysign(scales), scales)
+
+
 def _check(matrix: torch.Tensor, group: int) -> None:
     if not bool(matrix.isfinite().all()):
         raise GlobeError("a factor to be rounded holds NaN or Inf; expected finite numbers")
@@ -208,10 +214,10 @@ def _check(matrix: torch.Tensor, group: int) -> None:
 
 def _scales(values: torch.Tensor, weights: torch.Tensor, bits: int) -> torch.Tensor:
     """Scales (n,) of groups (group, n), as bf16 holds them, by errors that `weights` (group,) weigh."""
-    largest = values.abs().amax(0) / (2 ** (bits - 1) - 0.5)
-    best, least = torch.ones_like(largest), torch.full_like(largest, torch.inf)
+    farthest = values.gather(0, values.abs().argmax(0, keepdim=True))[0] / -(2 ** (bits - 1))
+    best, least = torch.ones_like(farthest), torch.full_like(farthest, torch.inf)
     for share in _SHARES if bits < _FINE else _SHARES[-1:]:
-        scale = (share * largest).bfloat16().float().clamp(min=LEAST_SCALE)
+        scale = above_least((share * farthest).bfloat16().float())
         error = (
             torch.addcmul(values, _codes(values, scale, bits), scale, value=-1).square_().mul_(weights[:, None]).sum(0)
         )

@@ -19,7 +19,7 @@ from globe.compute.passes import engine
 from globe.compute.spd import orthonormal_rows
 from globe.compute.stream import Lane, Sent, ahead
 from globe.fit.lefts import LeftFit, fit_lefts, row_energies, squared_errors
-from globe.fit.rounding import LEAST_SCALE, Rounded, round_with_feedback
+from globe.fit.rounding import Rounded, above_least, round_with_feedback
 from globe.fit.sums import State
 from globe.settings import Settings
 from globe.statistics.metric import Metric
@@ -204,7 +204,7 @@ class _Lefts:
         scaled, beyond = saturated_each(times_powers(floats.float(), exponents), torch.bfloat16)
         if self.scales is None:
             return replace(self, values=scaled, beyond=self.beyond + beyond)
-        return replace(self, scales=scaled.float().clamp(min=LEAST_SCALE), beyond=self.beyond + beyond)
+        return replace(self, scales=above_least(scaled.float()), beyond=self.beyond + beyond)
 
     def stored(self) -> list[torch.Tensor | Rounded]:
         """Each one's, on the CPU."""

@@ -134,7 +134,7 @@ def require_parts(name: str, parts: tuple[torch.Tensor, torch.Tensor, torch.Tens
     Raises
     ------
     GlobeError
-        If the parts do not go together, or a scale is NaN, infinite, or not above zero.
+        If the parts do not go together, or a scale is NaN, infinite, or zero.
     """
     words, scales, sizes = parts
     rows, columns = words.shape[-2], scales.shape[-1] * packing.group
@@ -147,12 +147,12 @@ def require_parts(name: str, parts: tuple[torch.Tensor, torch.Tensor, torch.Tens
         raise GlobeError(
             f"tensor {name}{SHAPE} holds {sizes.flatten()[:2].tolist()}; expected {[rows, columns]}: compress again"
         )
-    fine = scales.isfinite() & (scales > 0)
+    fine = scales.isfinite() & (scales != 0)
     if not bool(fine.all()):
         place = torch.nonzero(~fine)[0].tolist()
         value = float(scales[tuple(place)])
         raise GlobeError(
-            f"tensor {name}{SCALE} holds {value:g} at {place}; expected finite scales above 0: compress again"
+            f"tensor {name}{SCALE} holds {value:g} at {place}; expected finite scales other than 0: compress again"
         )
 
 
