@@ -1,21 +1,23 @@
-"""The same function in other weights: the residual stream of a checkpoint rotated, so that no grid of its source is left.
+"""The same function in other weights: a checkpoint with its residual stream rotated, so that its source's grid is gone.
 
-    python -m benchmarks.rotated MODEL OUT [--seed 7]
+    python -m benchmarks.rotated MODEL OUT [--seed 7] [--calibration FILE]
 
-Weights that were once rounded lie on a grid, and rounding them again in the same groups costs nothing: a comparison with
-quantisation on them says nothing. Here the norms' scales go into what reads the normalised stream, and a random orthogonal
-matrix Q goes into all that writes the stream and into all that reads it:
+Weights that were once rounded lie on a grid, and rounding them again in the same groups costs nothing: a comparison
+with quantisation on them says nothing. Here the norms' scales go into what reads the normalised stream, and a random
+orthogonal matrix Q goes into all that writes the stream and into all that reads it:
 
     embeddings E ← E Qᵀ,   readers W ← W diag(g) Qᵀ,   writers W ← Q W,   g ← 1.
 
-A norm without scales commutes with Q (Ashkboos et al. 2024, SliceGPT, arXiv 2401.15024, section 3.1), so the logits stay
-what they were up to the rounding of the weights. The head, which reads behind a norm of its own, is untied.
+A norm without scales commutes with Q (Ashkboos et al. 2024, SliceGPT, arXiv 2401.15024, section 3.1), so the logits
+stay what they were up to the rounding of the weights. The head, which reads behind a norm of its own, is untied.
+--calibration turns statistics of MODEL along, to OUT.safetensors: what they are of is the same function.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -25,10 +27,12 @@ from globe.checkpoint.companions import copy_companions
 from globe.checkpoint.index import INDEX_NAME, Checkpoint
 from globe.checkpoint.tensorfile import TORCH_DTYPES, TensorInfo, TensorWriter, copy_chunks, read_tensor, write_text
 from globe.errors import GlobeError
+from globe.statistics.calibration import TOKENS, load_calibration, save_calibration
 
 MODEL_TYPES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
+_OWN = ("own_directions", "own_values", "own_sizes")
 _LAYER = r"model\.layers\.\d+\."
 _NORM = re.compile(rf"{_LAYER}(input|post_attention)_layernorm\.weight|model\.norm\.weight")
 _READERS = {
@@ -46,10 +50,13 @@ _UNTOUCHED = re.compile(rf"{_LAYER}self_attn\.([qkv]_proj\.bias|[qk]_norm\.weigh
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--seed", default=7, show_default=True)
-def main(model: Path, out: Path, seed: int) -> None:
+@click.option("--calibration", type=click.Path(path_type=Path), help="Statistics of MODEL, written to OUT.safetensors.")
+def main(model: Path, out: Path, seed: int, calibration: Path | None) -> None:
     """Write MODEL with its residual stream rotated to OUT."""
     try:
         rotate(model, out, seed)
+        if calibration is not None:
+            turn(calibration, model, out, seed)
     except GlobeError as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"{out}: written")
@@ -93,6 +100,33 @@ def rotate(model: Path, out: Path, seed: int = 7) -> None:
     write_text(out / "config.json", json.dumps(checkpoint.config | {"tie_word_embeddings": False}, indent=2))
 
 
+def turn(calibration: Path, model: Path, out: Path, seed: int = 7) -> Path:
+    """Statistics of `model` as those of `out`, its rotation: M ← Q diag(g)⁻¹ M diag(g)⁻¹ Qᵀ, all else stays.
+
+    Raises
+    ------
+    GlobeError
+        If experts have inputs of their own: of those the diagonal alone is known, and says nothing when rotated.
+    """
+    found, stream = load_calibration(calibration), Stream(Checkpoint(model), seed)
+    layers = {}
+    for number in found.layers:
+        layer = found.layer(number)
+        own = layer.own_values is not None and bool(layer.own_values.any())
+        if own or not torch.equal(layer.diagonal, layer.moment.diagonal().expand_as(layer.diagonal)):
+            raise GlobeError(
+                f"calibration {calibration}: experts of layer {number} have inputs of their own: calibrate OUT"
+            )
+        scales = stream.scales(f"model.layers.{number}.post_attention_layernorm.weight")
+        moment = (stream.rotation / scales) @ layer.moment.double() @ (stream.rotation / scales).mT
+        moment = ((moment + moment.mT) / 2).float()
+        diagonal = moment.diagonal().expand_as(layer.diagonal).clone()
+        layers[number] = replace(layer, moment=moment, diagonal=diagonal, **dict.fromkeys(_OWN))
+    tokens = {name: ids for name in TOKENS if (ids := found.tokens(name)) is not None}
+    about = found.about | {"fingerprint": Checkpoint(out).fingerprint()}
+    return save_calibration(out.with_name(f"{out.name}.safetensors"), layers, about, tokens).path
+
+
 class Stream:
     """The rotation of a checkpoint's residual stream, and the norms before what reads it."""
 
@@ -119,16 +153,19 @@ class Stream:
         elif _WRITERS.fullmatch(name):
             found = self.rotation @ found
         else:
-            found = (found * self._scales(name)) @ self.rotation.mT
+            found = (found * self.scales(self._norm_before(name))) @ self.rotation.mT
         return found.to(TORCH_DTYPES[info.dtype])
 
-    def _scales(self, name: str) -> torch.Tensor:
-        """g of the norm whose output a matrix reads."""
-        norm = NORM
+    def scales(self, norm: str) -> torch.Tensor:
+        """g of a norm."""
+        return read_tensor(self.checkpoint.tensors[norm]).double()
+
+    @staticmethod
+    def _norm_before(name: str) -> str:
         for kind, pattern in _READERS.items():
             if pattern.fullmatch(name):
-                norm = f"model.layers.{name.split('.')[2]}.{kind}.weight"
-        return read_tensor(self.checkpoint.tensors[norm]).double()
+                return f"model.layers.{name.split('.')[2]}.{kind}.weight"
+        return NORM
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from rotated import MODEL_TYPES, main, rotate
+from rotated import MODEL_TYPES, main, rotate, turn
 from safetensors.torch import load_file, save_file
 
-from checkpoints import make_tiny
+from checkpoints import calibrate_tiny, make_tiny
 from globe.checkpoint.index import Checkpoint
 from globe.errors import GlobeError
 from globe.evaluation.models import load_model
+from globe.statistics.calibration import load_calibration
 
 
 def scaled(layout: str, home: Path, dtype: str) -> Path:
@@ -66,6 +67,35 @@ def test_within_the_rounding_of_bf16(tmp_path: Path) -> None:
     assert CliRunner().invoke(main, [str(model), str(tmp_path / "out")], catch_exceptions=False).exit_code == 0
     wanted = logits(model)
     assert float((logits(tmp_path / "out") - wanted).norm() / wanted.norm()) < 0.02
+
+
+def test_statistics_are_those_of_the_rotated(tmp_path: Path) -> None:
+    model = scaled("mixtral", tmp_path, "float32")
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 4}), encoding="utf-8")
+    tensors = load_file(model / "model.safetensors")
+    for name in tensors:  # every token goes to all experts alike: they have their layer's inputs
+        if name.endswith("block_sparse_moe.gate.weight"):
+            tensors[name].zero_()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    rotate(model, tmp_path / "out")
+    before = calibrate_tiny(model, tmp_path / "before.safetensors").path
+    after = calibrate_tiny(tmp_path / "out", tmp_path / "after.safetensors")
+    found = load_calibration(turn(before, model, tmp_path / "out"))
+    assert found.about["fingerprint"] == after.about["fingerprint"]
+    for number in after.layers:
+        mine, wanted = found.layer(number), after.layer(number)
+        for name in ("moment", "diagonal", "share", "gate_rows", "up_rows", "hidden", "hidden_moment", "residual"):
+            one, other = getattr(mine, name), getattr(wanted, name)
+            torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-4 * float(other.abs().max()))
+
+
+def test_statistics_of_experts_of_their_own_are_refused(tmp_path: Path) -> None:
+    model = make_tiny("mixtral", tmp_path / "model")
+    rotate(model, tmp_path / "out")
+    file = calibrate_tiny(model, tmp_path / "before.safetensors").path
+    with pytest.raises(GlobeError, match="experts of layer 0 have inputs of their own: calibrate OUT"):
+        turn(file, model, tmp_path / "out")
 
 
 def test_shards_and_index(tmp_path: Path) -> None:
