@@ -6,11 +6,12 @@ python benchmarks/quality.py MODEL [--ratio 0.688] [--families gate,up] [--metho
 
 A method is NAME[:BITS][@METRIC]. NAME: svd, shared (one right subspace a layer), d2 (D²-MoE's base and deltas),
 mobe-silu, mobe-tanh and mobe-none (MoBE's form, trained by Adam), globe-alternate and globe-joint keep factors, in the
-bytes of every RATIO. BITS: their factors in 8, 4, 3 or 2 bits and not in bf16, in groups of 32 or as in 4g128; with
-zero points 4g128z. rtn (to the nearest), gptq, hqq, quanto, torchao and llm-compressor keep whole experts in BITS,
-which say how many bytes that takes (baselines/libraries.py: how to install the last four). METRIC: weights (the
-default), inputs (activation-weighted, layers and rows alike: svd@inputs is SVD-LLM) and both (rows weighted as well;
-for GloBE layers too, as `globe compress` does it unless told otherwise). `--methods bits` is the comparison of bytes.
+bytes of every RATIO. BITS: their factors in 8, 4, 3 or 2 bits and not in bf16, in groups of 32 or as in 4g128, with
+zero points as in 4g128z; of GloBE its left factors, and its atoms in 8 unless --config has atom_bits. rtn (to the
+nearest), gptq, hqq, quanto, torchao and llm-compressor keep whole experts in BITS, which say how many bytes that takes
+(baselines/libraries.py: how to install the last four). METRIC: weights (the default), inputs (activation-weighted,
+layers and rows alike: svd@inputs is SVD-LLM) and both (rows weighted as well; for GloBE layers too, as `globe compress`
+does it unless told otherwise). `--methods bits` is the comparison of bytes.
 
 GloBE runs first; MoBE's form is trained for 1, 3 and 10 times (`--times`) the seconds that GloBE took in the same
 metric, never longer than `--baseline-seconds`; its tuning comes on top and is not counted. Every method runs in a
@@ -243,18 +244,19 @@ def globe_options(
 ) -> list[str]:
     """Options of `globe compress` for a row of ours; its `settings` are written to the file `config`."""
     name, _, bits = method.partition(":")
-    chosen = settings | (_INPUTS_ONLY if metric == "inputs" else {}) | _factor_bits(bits)
+    chosen = {"atom_bits": 8, **settings, **_left_bits(bits)} if bits else settings
+    chosen = chosen | (_INPUTS_ONLY if metric == "inputs" else {})
     config.write_text(yaml.safe_dump(chosen), encoding="utf-8")
     calibrate = "none" if metric == "weights" else str(calibration)
     return ["--solver", GLOBE[name], "--ratio", str(ratio), "--calibrate", calibrate, "--config", str(config)]
 
 
-def _factor_bits(bits: str) -> dict[str, int]:
-    """Settings of `globe compress` for factors in bits; bf16 without."""
+def _left_bits(bits: str) -> dict[str, int]:
+    """Settings of `globe compress` for left factors in bits."""
     from baselines import Bits
 
-    found = Bits.parse(bits) if bits else None
-    return {"factor_bits": found.bits, "group_size": found.group} if found is not None else {}
+    found = Bits.parse(bits)
+    return {"left_bits": found.bits, "group_size": found.group}
 
 
 def _calibration(model: Path, given: str | None, scratch: Path, needed: bool) -> Path | None:

@@ -14,7 +14,6 @@ import quality_report
 import quality_runs
 import quality_texts
 import torch
-import yaml
 from baselines import svd
 from click.testing import CliRunner
 from rich.console import Console
@@ -175,9 +174,11 @@ def test_ours_run_first_and_unknown_methods_are_refused(tmp_path: Path) -> None:
         assert options == ["--solver", "joint", "--ratio", "0.5", "--calibrate", calibrate, "--config", str(config)]
         settings = read_settings(config, {})
         assert settings.joint_steps == 9 and settings.metric_rows == settings.metric_layers == (metric != "inputs")
-    options = quality.globe_options("globe-joint:4g64", "both", 0.2, "FILE", {"atom_bits": 8}, config)
-    assert options[1:4] == ["joint", "--ratio", "0.2"]
-    assert yaml.safe_load(config.read_text()) == {"factor_bits": 4, "group_size": 64, "atom_bits": 8}
+    for given, atoms in (({}, 8), ({"atom_bits": 4}, 4)):
+        options = quality.globe_options("globe-joint:4g64", "both", 0.2, "FILE", given, config)
+        settings = read_settings(config, {})
+        assert options[1:4] == ["joint", "--ratio", "0.2"] and settings.stored_bits == (4, atoms)
+        assert settings.group_size == 64
     assert set(quality.parse(quality.BITS)) >= {("gptq:3g32", "inputs"), ("globe-joint:4", "both"), ("svd:8", "inputs")}
     for wrong, told in (
         ("rtn", "expected 2, 3, 4 or 8"),
