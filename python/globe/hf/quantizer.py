@@ -21,7 +21,7 @@ from globe.hf.experts import FactoredExperts, Place
 from globe.hf.save import save_pretrained
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?experts$")
-_GATE_UP, _DOWN = "experts.gate_up_proj", "experts.down_proj"
+_GATE_UP, _UP, _DOWN = "experts.gate_up_proj", "experts.up_proj", "experts.down_proj"
 
 
 @register_quantization_config(METHOD)
@@ -93,6 +93,7 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
                 factored = FactoredExperts(dense, places, model.globe)
                 _require_stored(shapes, int(match[1]), factored)
                 model.set_submodule(name, factored)
+        _tie_factors(model)
         if not any(isinstance(module, FactoredExperts) for module in model.modules()):
             raise GlobeError(f"{type(model).__name__} of transformers has no experts where the checkpoint has them")
 
@@ -105,14 +106,24 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
             targets = getattr(conversion, "_original_target_patterns", [])
             sources = getattr(conversion, "_original_source_patterns", [])
             families = _families(conversion, targets, sources)
+            if len(targets) > 1 and any(target.endswith(_DOWN) for target in targets):
+                raise GlobeError(
+                    f"{type(model).__name__} of transformers takes its experts out of one list with those for images, "
+                    "of which none is factored: run what globe export writes"
+                )
             if not factored & set(families):
+                before += _stacked(sources, targets, factored)
                 kept.append(conversion)
                 continue
             for family, source in zip(families, sources, strict=True):
                 name = left_name(source, family) if family in factored else source
-                target = re.sub(r"(gate_up|down)_proj$", _parameter(family, factored), targets[0])
-                before.append(conversion.copy([name], [target], operations=[MergeModulelist(dim=0)]))
+                target = re.sub(r"(gate_up|up|down)_proj$", _parameter(family, factored), targets[0])
+                if any(isinstance(step, MergeModulelist) for step in conversion.operations):
+                    before.append(conversion.copy([name], [target], operations=[MergeModulelist(dim=0)]))
+                else:  # a stack of the family's own
+                    before.append(WeightRenaming(name, target))
         fused = {left_name(_DOWN if name == "down" else _GATE_UP, name): name for name in factored}
+        fused |= {left_name(_UP, name): name for name in factored & {"up"}}
         if factored & {"gate", "up"}:
             fused |= {rest_name(_GATE_UP, name): name for name in {"gate", "up"} - factored}
         renamed = [WeightRenaming(stored, f"experts.{_parameter(name, factored)}") for stored, name in fused.items()]
@@ -135,10 +146,36 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
+def _stacked(sources: list[str], targets: list[str], factored: set[str]) -> list[Any]:
+    """The names of the parts of a stack of gate and up that transformers changes as it loads it."""
+    if len(sources) != 1 or len(targets) != 1 or not targets[0].replace("\\", "").endswith(_GATE_UP):
+        return []
+    names = {name: (left_name if name in factored else rest_name)(sources[0], name) for name in ("gate", "up")}
+    place = targets[0].removesuffix("gate_up_proj")
+    return [WeightRenaming(stored, place + _parameter(name, factored)) for name, stored in names.items()]
+
+
+def _tie_factors(model: Any) -> None:
+    """Tie the parameters of factored experts where transformers ties those that they stand in for."""
+    tied: dict[str, str] = model.all_tied_weights_keys
+    for target, source in list(tied.items()):
+        places = [name.rpartition(".")[0] for name in (target, source)]
+        if not target.endswith(("gate_up_proj", "down_proj")):
+            continue
+        mine, other = (model.get_submodule(name) for name in places)
+        if isinstance(mine, FactoredExperts) and isinstance(other, FactoredExperts):
+            del tied[target]
+            tied.update({f"{places[0]}.{name}": f"{places[1]}.{name}" for name in mine._parameters})
+
+
 def _families(conversion: Any, targets: list[str], sources: list[str]) -> tuple[str, ...]:
     """The families that a conversion of transformers merges out of one matrix per expert."""
-    if isinstance(conversion, WeightConverter) and len(targets) == 1 and any("experts" in name for name in sources):
-        for end, families in ((_GATE_UP, ("gate", "up")), (_DOWN, ("down",))):
+    if (
+        isinstance(conversion, WeightConverter)
+        and len(targets) == 1
+        and any("expert" in name for name in [*sources, *targets])
+    ):
+        for end, families in ((_GATE_UP, ("gate", "up")), (_UP, ("up",)), (_DOWN, ("down",))):
             if targets[0].replace("\\", "").endswith(end) and len(sources) == len(families):
                 return families
     return ()

@@ -12,7 +12,8 @@ from globe._version import __version__
 from globe.errors import GlobeError, UsageError
 from globe.runs.stages import Stages
 from globe.statistics.calibration import TOKENS, Calibration, LayerStatistics, save_calibration
-from globe.statistics.layerwise import Arguments, Layerwise, own_code
+from globe.statistics.handed import Arguments
+from globe.statistics.layerwise import Layerwise, own_code
 from globe.statistics.manner import Manner
 from globe.statistics.moments import Moments
 from globe.statistics.stand_in import in_place_of, layer_experts
@@ -30,7 +31,7 @@ def measure(reading: Reading, manner: Manner, path: Path, stages: Stages) -> Cal
         If the checkpoint cannot be run, or its experts are not of the form that is known.
     """
     require_place(path)
-    checkpoint, gates = reading.checkpoint, reading.checkpoint.family("gate")
+    checkpoint, gates = reading.checkpoint, reading.checkpoint.leading
     streamed = Layerwise(checkpoint, manner.device, reading.trust_remote_code, manner.precision)
     with own_code(checkpoint):
         known = streamed.model.get_input_embeddings().num_embeddings
@@ -86,7 +87,7 @@ def require_place(path: Path) -> None:
 
 def products(reading: Reading, manner: Manner) -> str:
     """What a file says of the dtype that layers run in."""
-    dtype = Layerwise.working_dtype(reading.checkpoint.family("gate").dtype, manner.device, manner.precision)
+    dtype = Layerwise.working_dtype(reading.checkpoint.leading.dtype, manner.device, manner.precision)
     return str(dtype).removeprefix("torch.")
 
 
@@ -110,15 +111,16 @@ def _pass(
         if module is None:
             for hidden, arguments in states:
                 for span in streamed.batches(hidden):
-                    hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
+                    hidden[span] = streamed.run(number, layer, hidden, arguments, span)
             return None
-        experts, (count, d, p) = layer_experts(streamed, module), module.down_proj.shape
+        experts = layer_experts(streamed, module)
+        count, d, p = experts.down.shape
         moments = Moments(count, d, p, manner.kept, manner.own.directions)
         with in_place_of(module, experts, streamed) as calls:
             for hidden, arguments in states:
                 for span in streamed.batches(hidden):
-                    hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
-                    moments.add(calls.pop(), hidden[span].flatten(0, -2), span.start * hidden.shape[1])
+                    hidden[span] = streamed.run(number, layer, hidden, arguments, span)
+                    moments.add(calls.pop(), hidden[span].flatten(0, 1).flatten(1), span.start * hidden.shape[1])
         return moments.statistics(experts.down)
 
 
