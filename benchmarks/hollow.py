@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -167,17 +168,17 @@ def _write_shard(path: Path, entries: list[Entry], noise: bool) -> None:
         for name, dtype, shape in entries if noise else []:
             if ".experts." in name:
                 file.seek(8 + len(raw) + header[name]["data_offsets"][0])  # type: ignore[index]
-                file.write(_random(dtype, shape, name.endswith("_scales")))
+                file.write(_random(name, dtype, math.prod(shape)))
 
 
-def _random(dtype: str, shape: tuple[int, ...], scales: bool) -> bytes:
+def _random(name: str, dtype: str, count: int) -> bytes:
     """Codes that are numbers, or scales that make weights of usual sizes of them."""
-    random, count = np.random.default_rng(math.prod(shape)), math.prod(shape)
+    random = np.random.default_rng(zlib.crc32(name.encode()))
     if dtype == "F32":
         return random.uniform(1e-4, 2e-4, count).astype(np.float32).tobytes()
     if dtype == "BF16":
         return bytes(2 * count)
-    if scales:
+    if name.endswith("_scales"):
         return random.integers(118, 122, count, np.uint8).tobytes()
     return (random.integers(0, 256, count, np.uint8) & (0xF7 if dtype == "F8_E4M3" else 0xFF)).tobytes()
 

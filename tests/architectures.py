@@ -66,7 +66,11 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note": {
         "text_config": {"per_layer_config": {}, "head_dim": 16},
-        "vision_config": {"per_layer_config": {1: {"num_local_experts": 4, "num_experts_per_tok": 2}}},
+        "vision_config": {
+            "adapter_in_dim": HIDDEN,
+            "adapter_out_dim": HIDDEN,
+            "per_layer_config": {1: {"num_local_experts": 4, "num_experts_per_tok": 2}},
+        },
     },
     "ernie4_5_vl_moe": {
         "text_config": {

@@ -22,7 +22,7 @@ from globe.evaluation.models import load_model  # noqa: E402
 from refusals import edit_json  # noqa: E402
 
 FAMILIES = ("gate", "up", "down")
-SMALL: dict[str, Any] = {"rank": 0.5, "bank_size": 3, "device": "cpu"}
+SMALL: dict[str, Any] = {"rank": 4, "bank_size": 2, "device": "cpu"}
 TOKENS = torch.arange(24)[None] * 7 % 256
 
 

@@ -93,7 +93,7 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
                 factored = FactoredExperts(dense, places, model.globe)
                 _require_stored(shapes, int(match[1]), factored)
                 model.set_submodule(name, factored)
-        _tie_factors(model)
+        _require_untied(model)
         if not any(isinstance(module, FactoredExperts) for module in model.modules()):
             raise GlobeError(f"{type(model).__name__} of transformers has no experts where the checkpoint has them")
 
@@ -155,17 +155,14 @@ def _stacked(sources: list[str], targets: list[str], factored: set[str]) -> list
     return [WeightRenaming(stored, place + _parameter(name, factored)) for name, stored in names.items()]
 
 
-def _tie_factors(model: Any) -> None:
-    """Tie the parameters of factored experts where transformers ties those that they stand in for."""
-    tied: dict[str, str] = model.all_tied_weights_keys
-    for target, source in list(tied.items()):
-        places = [name.rpartition(".")[0] for name in (target, source)]
-        if not target.endswith(("gate_up_proj", "down_proj")):
-            continue
-        mine, other = (model.get_submodule(name) for name in places)
-        if isinstance(mine, FactoredExperts) and isinstance(other, FactoredExperts):
-            del tied[target]
-            tied.update({f"{places[0]}.{name}": f"{places[1]}.{name}" for name in mine._parameters})
+def _require_untied(model: Any) -> None:
+    """Refuse experts that transformers ties to others: it would leave their factors as they were made up."""
+    for target, source in model.all_tied_weights_keys.items():
+        owners = {name.rpartition(".")[0] for name in (target, source)}
+        if any(isinstance(model.get_submodule(owner), FactoredExperts) for owner in owners):
+            raise GlobeError(
+                f"{type(model).__name__} of transformers ties {target} to others: run what globe export writes"
+            )
 
 
 def _families(conversion: Any, targets: list[str], sources: list[str]) -> tuple[str, ...]:

@@ -24,8 +24,14 @@ def in_place_of(module: Any, experts: Experts, streamed: Layerwise) -> Iterator[
     calls: list[Seen] = []
     agreed = False
 
-    def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    def forward(hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
         nonlocal agreed
+        if len(routing) != 2:
+            raise GlobeError(
+                f"{streamed.checkpoint.directory}: {type(module).__name__} is given tokens weighed already, for "
+                "all experts alike; calibration knows those with a router's choices: use --calibrate none"
+            )
+        top_k_index, top_k_weights = routing
         output, seen = experts.run(hidden_states, top_k_index, top_k_weights)
         if not agreed:
             some = [part[:_PROBE] for part in (hidden_states, top_k_index, top_k_weights)]
