@@ -93,8 +93,9 @@ def test_calibration_decodes_attention_too(places: Path, tmp_path: Path) -> None
     found = [calibrate_tiny(places / place, tmp_path / f"{place}.safetensors") for place in ("fp8", "plain")]
     for layer in found[0].layers:
         mine, theirs = (each.layer(layer) for each in found)
-        assert torch.equal(mine.counts, theirs.counts)
-        assert torch.allclose(mine.moment, theirs.moment, rtol=1e-2, atol=1e-5)
+        # `plain` has the products in fp32, of which decoding keeps bf16: a token or two are routed otherwise.
+        assert int((mine.counts - theirs.counts).abs().sum()) <= 8
+        assert torch.linalg.norm(mine.moment - theirs.moment) < 2e-2 * torch.linalg.norm(theirs.moment)
 
 
 def test_loading_out_is_refused_in_one_line(places: Path, tmp_path: Path) -> None:

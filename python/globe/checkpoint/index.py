@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -56,8 +58,9 @@ class Checkpoint:
         self.index, names = self._shard_names()
         self._noted: list[str] = []
         self._encoded: dict[str, Encoded] = {}
-        self.shards, self.tensors = self._open(names)
-        self._check_index()
+        with uncollected():
+            self.shards, self.tensors = self._open(names)
+            self._check_index()
 
     def _open(self, names: list[str]) -> tuple[list[FileHeader], dict[str, TensorInfo]]:
         """The headers of the shards, each tensor in the one that the index names, and all tensors."""
@@ -152,6 +155,10 @@ class Checkpoint:
     @cached_property
     def _experts(self) -> tuple[dict[str, list[Expert]], list[str]]:
         """All families' experts in order of layer and number, complete; and what is noteworthy."""
+        with uncollected():
+            return self._found()
+
+    def _found(self) -> tuple[dict[str, list[Expert]], list[str]]:
         families = self.layout.families
         found: dict[str, list[Expert]] = {family: [] for family in families}
         held: dict[str, dict[tuple[int, int], str]] = {family: {} for family in families}
@@ -190,7 +197,8 @@ class Checkpoint:
             return info
         if tensor not in self._encoded:
             matrix = open_encoded(tensor, self.tensors, self.config)
-            self._encoded[tensor] = replace(matrix, turned=self.layout.transposed and has_outputs_first(tensor))
+            turned = self.layout.transposed and has_outputs_first(tensor)
+            self._encoded[tensor] = replace(matrix, turned=True) if turned else matrix
         return self._encoded[tensor]
 
     @cached_property
@@ -310,6 +318,18 @@ class Checkpoint:
                     file.seek(size * sample // 16)
                     digest.update(file.read(65536))
         return digest.hexdigest()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Make many small objects that all stay, without the collector looking through them again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _experts_of(

@@ -9,7 +9,7 @@ from typing import Any
 from globe.checkpoint.family import Family
 from globe.checkpoint.formats.encoded import stored_as
 from globe.checkpoint.hub import headers
-from globe.checkpoint.index import Checkpoint
+from globe.checkpoint.index import Checkpoint, uncollected
 from globe.choice.estimate import estimate, measured_rates
 from globe.choice.plan import plan
 from globe.choice.ratio_plan import candidates
@@ -51,7 +51,7 @@ def inspect(model: Path | str, settings: Settings | None = None, *, estimated: b
         If the directory is not a checkpoint of a known layout, or experts are missing; for an estimate, if it cannot
         be compressed with these settings.
     """
-    with headers(model) as directory:
+    with headers(model) as directory, uncollected():
         return {"model": str(model), **_described(directory, settings or Settings(), estimated)}
 
 
