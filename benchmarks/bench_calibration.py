@@ -8,7 +8,7 @@ import torch
 from globe.checkpoint.index import Checkpoint
 from globe.runs.stages import Stages
 from globe.statistics.experts import Experts
-from globe.statistics.manner import Manner, OwnPlan
+from globe.statistics.manner import NOT_ASKED, Manner, OwnPlan
 from globe.statistics.measure import measure
 from globe.statistics.moments import Moments
 from globe.statistics.windows import Reading
@@ -57,7 +57,12 @@ class Checkpoints:
         self.reading = Reading(Checkpoint(root), windows, "random tokens", {"tokens": windows.numel(), "window": 512})
 
     def time_measure(self, root):
-        measure(self.reading, Manner(torch.device("cpu"), (), "fp32", OwnPlan(0)), root.parent / "statistics", Stages())
+        measure(
+            self.reading,
+            Manner(torch.device("cpu"), (), "fp32", OwnPlan(0), NOT_ASKED),
+            root.parent / "statistics",
+            Stages(),
+        )
 
     def peakmem_measure(self, root):
         self.time_measure(root)

@@ -59,6 +59,13 @@ def cases(threads: int, wanted: Sequence[str]) -> Iterator[Case]:
     for case in ((32, 8, 128, 1 << 20), (1440, 12, 360, 1 << 16)):
         if wants("compose"):
             yield compose_case(*case, threads)
+    for bits in (4, 8):
+        for tokens in (1, 16, 256):
+            if wants("qmatmul"):
+                yield qmatmul_case(bits, tokens, threads)
+    for tokens in (1, 16, 64):
+        if wants("compose_matmul"):
+            yield compose_matmul_case(tokens, threads)
 
 
 def gram_case(n: int, k: int, dtype: Any, threads: int) -> Case:
@@ -223,6 +230,108 @@ def compose_case(rows: int, nonzeros: int, m: int, width: int, threads: int) -> 
         f"{rows} rows x {nonzeros}, m = {m}, width {width}",
         calls,
         lambda name, result: relative(np.asarray(result)[:, few], exact) if result is not None else 0.0,
+    )
+
+
+def qmatmul_case(bits: int, tokens: int, threads: int) -> Case:
+    """Products of bf16 with 1408 x 704 weights in groups of 64; peers that know no groups have one scale a row."""
+    rng = np.random.default_rng(0)
+    rows, columns, group = 1408, 704, 64
+    unsigned = rng.integers(0, 1 << bits, (rows, columns), np.int32)
+    words = unsigned.astype(np.uint32).reshape(rows, -1, 32 // bits) << np.arange(0, 32, bits, dtype=np.uint32)
+    packed = np.bitwise_or.reduce(words, axis=2).view(np.int32)
+    scales = rng.random((rows, columns // group), dtype=np.float32).astype(BF16)
+    x = rng.standard_normal((tokens, columns), dtype=np.float32).astype(BF16)
+    out = np.empty((tokens, rows), BF16)
+    calls: dict[str, Callable[[], Any]] = {
+        name: lambda name=name: kernels.qmatmul(x, packed, scales, out=out, backend=name, threads=threads)
+        for name in OURS
+    }
+    weights = (unsigned - (1 << bits - 1)) * np.repeat(scales.astype(np.float64), group, axis=1)
+    exact = {name: x.astype(np.float64) @ weights.T for name in ("", *OURS)}
+    tensor = torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16)
+    if bits == 4:
+        inner = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.from_numpy(unsigned), 1)
+        pairs = np.stack([scales.T, np.zeros_like(scales.T)], axis=2)
+        with_zeros = torch.from_numpy(np.ascontiguousarray(pairs).view(np.uint16)).view(torch.bfloat16)
+        int4 = torch.ops.aten._weight_int4pack_mm_for_cpu
+        calls["torch int4pack"] = lambda: int4(tensor, inner, group, with_zeros).float().numpy()
+    else:
+        whole = torch.from_numpy((unsigned - 128).astype(np.int8))
+        ones = torch.ones(rows, dtype=torch.bfloat16)
+        calls["torch int8pack"] = lambda: torch._weight_int8pack_mm(tensor, whole, ones).float().numpy()
+        exact["torch int8pack"] = x.astype(np.float64) @ (unsigned - 128.0).T
+    if find_spec("onnxruntime") and find_spec("onnx"):
+        single = x.astype(np.float32)
+        for level in (0, 4):  # activations as they are, or in 8 bits
+            session = _matmul_n_bits(unsigned, scales.astype(np.float32), bits, level, threads)
+            name = f"onnxruntime {'fp32' if level == 0 else 'int8'}"
+            calls[name] = lambda session=session: session.run(None, {"A": single})[0]
+    return Case(
+        "qmatmul",
+        f"int{bits}, {tokens} x {rows} x {columns}",
+        calls,
+        lambda name, result: relative(result, exact.get(name, exact[""])),
+    )
+
+
+def _matmul_n_bits(unsigned: np.ndarray, scales: np.ndarray, bits: int, level: int, threads: int) -> Any:
+    """A session of onnxruntime with one MatMulNBits."""
+    onnx, runtime = import_module("onnx"), import_module("onnxruntime")
+    (rows, columns), groups = unsigned.shape, scales.shape[1]
+    entries = unsigned.astype(np.uint8)
+    if bits == 4:
+        entries = entries[:, 0::2] | entries[:, 1::2] << 4
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    settings = {"K": columns, "N": rows, "bits": bits, "block_size": columns // groups, "accuracy_level": level}
+    graph = helper.make_graph(
+        [helper.make_node("MatMulNBits", ["A", "B", "S"], ["Y"], domain="com.microsoft", **settings)],
+        "product",
+        [helper.make_tensor_value_info("A", kind, ["n", columns])],
+        [helper.make_tensor_value_info("Y", kind, ["n", rows])],
+        [
+            onnx.numpy_helper.from_array(entries.reshape(rows, groups, -1), "B"),
+            onnx.numpy_helper.from_array(scales, "S"),
+        ],
+    )
+    domains = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = threads
+    model = helper.make_model(graph, opset_imports=domains, ir_version=9)
+    return runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def compose_matmul_case(tokens: int, threads: int) -> Case:
+    """A mixture of 12 atoms of 704 x 2048 in bf16; the dense product is that of the mixture, which is there already."""
+    rng = np.random.default_rng(0)
+    codes = rng.random((1, 12), dtype=np.float32)
+    bank = rng.standard_normal((12, 704, 2048), dtype=np.float32).astype(BF16)
+    x = rng.standard_normal((tokens, 2048), dtype=np.float32).astype(BF16)
+    out = np.empty((tokens, 704), np.float32)
+    calls: dict[str, Callable[[], Any]] = {
+        name: lambda name=name: kernels.compose_matmul(codes, bank, x, out=out, backend=name, threads=threads)
+        for name in OURS
+    }
+    formed = np.einsum("j,jrd->rd", codes[0].astype(np.float64), bank.astype(np.float64))
+    exact = x.astype(np.float64) @ formed.T
+    token, mixture = (torch.from_numpy(a.astype(np.float32)).bfloat16() for a in (x, formed))
+    calls["torch bf16, formed"] = lambda: (token @ mixture.T).float().numpy()
+    single, rows = token.float(), mixture.float()
+    calls["torch fp32, formed"] = lambda: (single @ rows.T).numpy()
+    formed_each = np.empty((1, 704, 2048), BF16)
+
+    def compose_and_multiply() -> Any:
+        made = kernels.compose(codes, bank, out=formed_each, threads=threads)[0]
+        return (token @ torch.from_numpy(made.view(np.uint16)).view(torch.bfloat16).T).float().numpy()
+
+    calls["compose, torch bf16"] = compose_and_multiply
+    source, target = np.ones(bank.nbytes // 2, np.uint8), np.empty(bank.nbytes // 2, np.uint8)
+    calls["copy of the least traffic"] = lambda: np.copyto(target, source)
+    return Case(
+        "compose_matmul",
+        f"{tokens} x 12 atoms of 704 x 2048",
+        calls,
+        lambda name, result: relative(result, exact) if result is not None else 0.0,
     )
 
 

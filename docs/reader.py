@@ -16,14 +16,25 @@ def read_file(path):
     return tensors
 
 
+def read_factor(tensors, name, packed):
+    """Values as stored, or integers of some bits times their groups' scales."""
+    if packed is None:
+        return tensors[name]
+    size, scales = packed["bits"], np.repeat(tensors[name + "_scale"], packed["group"], -1)
+    bits = np.unpackbits(tensors[name + "_packed"].view(np.uint8), -1, scales.shape[-1] * size, "little")
+    return (bits.reshape(*scales.shape, size) @ np.float32(1 << np.arange(size)) - (1 << size - 1)) * scales
+
+
 def read_expert(out, family, tensor, expert=0):
     """W = A @ sum_j codes_j atoms_j of a source tensor, or of the given expert in a fused one; out is a Path."""
-    record = json.loads((out / "globe.json").read_text())["families"][family]
-    left, bank = f"{tensor}.globe_{family}_left", f"globe.{record['banks'][tensor]}."
-    stored = read_file(out / "globe-bank.safetensors")
-    file = json.loads((out / "globe.safetensors.index.json").read_text())["weight_map"][left]
-    row = slice(*stored[bank + "codes.indptr"][record["tensors"][tensor][expert] :][:2])
-    indices, values = stored[bank + "codes.indices"][row], stored[bank + "codes.values"][row]
-    lefts = read_file(out / file)[left]
-    matrix = lefts.reshape(-1, *lefts.shape[-2:])[expert] @ np.tensordot(values, stored[bank + "atoms"][indices], 1)
+    manifest, index = (json.loads((out / f"globe{end}.json").read_text()) for end in ("", ".safetensors.index"))
+    record, left = manifest["families"][family], f"{tensor}.globe_{family}_left"
+    packed, bank, stored = record.get("packed"), record["banks"][tensor], read_file(out / "globe-bank.safetensors")
+    atoms = read_factor(stored, f"globe.{bank}.atoms", manifest["banks"][bank].get("packed"))
+    row = slice(*stored[f"globe.{bank}.codes.indptr"][record["tensors"][tensor][expert] :][:2])
+    indices, values = (stored[f"globe.{bank}.codes.{part}"][row] for part in ("indices", "values"))
+    lefts = read_factor(read_file(out / index["weight_map"][left + "_packed" * bool(packed)]), left, packed)
+    rows = np.tensordot(values, atoms[indices], 1)
+    basis = np.linalg.solve(np.linalg.cholesky(np.float64(rows) @ rows.T), rows) if packed else rows
+    matrix = lefts.reshape(-1, *lefts.shape[-2:])[expert] @ np.float32(basis)
     return matrix.T if family == "down" else matrix

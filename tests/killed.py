@@ -6,6 +6,7 @@ thread of the parent is missing in the child.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -52,7 +53,8 @@ class Killer:
         return int(self._process.stdout.readline())
 
 
-def _set_trap(place: str, call: int = 1, entered: bool = False) -> None:
+def set_trap(place: str, call: int = 1, entered: bool = False, denied: bool = False) -> None:
+    """Let the process end at a call of a function, as `Killer.run` says; or the call fail, the file system's way."""
     module, name = place.split(":")
     *outer, name = name.split(".")
     holder = sys.modules[module]
@@ -62,6 +64,8 @@ def _set_trap(place: str, call: int = 1, entered: bool = False) -> None:
 
     def trapped(*arguments: Any, **options: Any) -> Any:
         last = next(calls) == call
+        if last and denied:
+            raise PermissionError(errno.EACCES, "Permission denied")
         if last and entered:
             os.kill(os.getpid(), signal.SIGKILL)
         value = original(*arguments, **options)
@@ -84,7 +88,7 @@ def _serve() -> None:
             try:
                 source, out, settings = (order.pop(key) for key in ("source", "out", "settings"))
                 if order:
-                    _set_trap(**order)
+                    set_trap(**order)
                 compress(source, out, Settings(**settings))
                 os._exit(0)
             except BaseException as error:

@@ -21,9 +21,11 @@ MODULES = [
     "sizes.ratios",
     "settings.keys",
     "kernels.compose",
+    "kernels.compose_matmul",
     "kernels.entmax",
     "kernels.gram",
     "kernels.nnls",
+    "kernels.qmatmul",
 ]
 
 
@@ -36,12 +38,21 @@ def dense_part(tensor, family, expert):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize(("layout", "scope"), [("olmoe", "global"), (next(iter(FUSED_ON_DISK)), "layer")])
-def test_the_reader_reads_what_export_writes(layout, scope, tmp_path):
+@pytest.mark.parametrize(
+    ("layout", "scope", "bits"),
+    [
+        ("olmoe", "global", {}),
+        (next(iter(FUSED_ON_DISK)), "layer", {}),
+        ("olmoe", "global", {"left_bits": 3, "atom_bits": 8}),
+        (next(iter(FUSED_ON_DISK)), "layer", {"left_bits": 4}),
+    ],
+    ids=str,
+)
+def test_the_reader_reads_what_export_writes(layout, scope, bits, tmp_path):
     reader = runpy.run_path(str(DOCS / "reader.py"))
     source, out = make_tiny(layout, tmp_path / "source", shards=2), tmp_path / "out"
     settings = globe.Settings(
-        outer_loops=1, joint_steps=2, families=("gate", "up", "down"), scope=scope, calibrate="none"
+        rank=32, outer_loops=1, joint_steps=2, families=("gate", "up", "down"), scope=scope, calibrate="none", **bits
     )
     globe.compress(source, out, settings)
     globe.export(out, tmp_path / "dense")
@@ -61,7 +72,7 @@ def test_the_reader_reads_what_export_writes(layout, scope, tmp_path):
 def test_the_reader_is_short_and_needs_numpy_and_safetensors_alone():
     text = (DOCS / "reader.py").read_text(encoding="utf-8")
     code = [line for line in text.splitlines() if line.strip()]
-    assert len(code) <= 30
+    assert len(code) <= 32
     names = {line.split()[1].split(".")[0] for line in code if line.startswith(("import ", "from "))}
     assert names == {"json", "numpy", "safetensors"}
 

@@ -51,6 +51,8 @@ MANY = {
     "globe.evaluation.perplexity.evaluate_models": "public: judges models that are loaded already",
     "globe.evaluation.harness.evaluate_tasks": "public: lm-eval's tasks",
     "globe.healing.heal.heal": "public: globe.heal",
+    "globe.hf.load.load": "public: globe.load",
+    "globe.hf.quantizer.GlobeConfig": "transformers reads it from config.json",
     "globe.hf.save.save_pretrained": "transformers calls it so",
     "globe.pipeline.batch.batch": "public: globe.batch",
     "globe.pipeline.compare.compare": "public: globe.compare",

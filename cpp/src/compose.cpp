@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "codes.hpp"
 #include "globe/interrupt.hpp"
 #include "globe/parallel.hpp"
 #include "variant.hpp"
@@ -14,6 +14,8 @@
 namespace globe {
 namespace {
 
+using detail::require;
+using detail::shape_of;
 using detail::Term;
 
 // Bytes of the bank that a tile takes: they stay in a core's second-level cache while every row reads them.
@@ -28,43 +30,6 @@ constexpr std::int64_t terms_a_look = 1 << 17;
 
 // A fixed number of column ranges, so that sums over ranges do not depend on the number of threads.
 constexpr std::int64_t column_ranges = 64;
-
-void require(bool condition, const std::string& message) {
-    if (!condition) throw std::invalid_argument(message);
-}
-
-std::string shape_of(std::int64_t rows, std::int64_t cols) {
-    return "(" + std::to_string(rows) + ", " + std::to_string(cols) + ")";
-}
-
-// Rows [begin, end) of the codes, which are then safe to read. `codes` is not read before its sizes are.
-void validate(const CsrView& codes, const ConstMatrixView& bank, std::int64_t begin, std::int64_t end) {
-    require(codes.rows >= 0 && codes.cols >= 0 && codes.nnz >= 0,
-            "codes: found a negative number of rows, columns or stored entries");
-    require(
-        codes.indptr != nullptr && (codes.nnz == 0 || (codes.indices != nullptr && codes.values != nullptr)),
-        "codes: found a null pointer; expected rows + 1 offsets, and as many indices as values");
-    require(bank.rows == codes.cols, "bank: found " + std::to_string(bank.rows) + " atoms; expected " +
-                                         std::to_string(codes.cols) + ", one per column of codes");
-    require(0 <= begin && begin <= end && end <= codes.rows,
-            "begin, end: found " + shape_of(begin, end) + "; expected a range of the " +
-                std::to_string(codes.rows) + " rows of codes");
-    require(codes.indptr[0] == 0 && codes.indptr[codes.rows] == codes.nnz,
-            "codes: indptr must start at 0 and end at the number of stored entries");
-    require(codes.indptr[begin] >= 0, "codes: indptr is negative at row " + std::to_string(begin));
-    for (std::int64_t i = begin; i < end; ++i) {
-        if (codes.indptr[i] > codes.indptr[i + 1]) {
-            throw std::invalid_argument("codes: indptr falls at row " + std::to_string(i));
-        }
-    }
-    require(codes.indptr[end] <= codes.nnz, "codes: indptr falls after row " + std::to_string(end));
-    for (std::int64_t k = codes.indptr[begin]; k < codes.indptr[end]; ++k) {
-        if (codes.indices[k] < 0 || codes.indices[k] >= codes.cols) {
-            throw std::invalid_argument("codes: found column " + std::to_string(codes.indices[k]) +
-                                        "; expected 0 to " + std::to_string(codes.cols - 1));
-        }
-    }
-}
 
 // Memory of the calling thread, kept for the next call, aligned to a cache line.
 unsigned char* scratch(std::int64_t bytes) {
@@ -91,7 +56,7 @@ std::int64_t tile_width(const ConstMatrixView& bank) {
 
 void compose_rows(const CsrView& codes, const ConstMatrixView& bank, const MatrixView& out,
                   std::int64_t begin, std::int64_t end, float epsilon) {
-    validate(codes, bank, begin, end);
+    detail::check_codes(codes, bank, begin, end);
     const std::int64_t rows = end - begin;
     std::vector<std::int64_t> offsets(codes.indptr + begin, codes.indptr + end + 1);
     const std::int64_t first = offsets.front();
@@ -105,7 +70,7 @@ void compose_rows(const CsrView& codes, const ConstMatrixView& bank, const Matri
 void compose(const CsrView& codes, const ConstMatrixView& bank, const MatrixView& out, float epsilon,
              int threads) {
     require(epsilon >= 0.0F, "epsilon: found a negative number or NaN; expected epsilon >= 0");
-    validate(codes, bank, 0, codes.rows);
+    detail::check_codes(codes, bank, 0, codes.rows);
     require(
         out.rows == codes.rows && out.cols == bank.cols,
         "out: found shape " + shape_of(out.rows, out.cols) + "; expected " + shape_of(codes.rows, bank.cols));
@@ -176,7 +141,7 @@ void compose(const CsrView& codes, const ConstMatrixView& bank, const MatrixView
 
 void compose_code_gradient(const CsrView& codes, const ConstMatrixView& gradient, const ConstMatrixView& bank,
                            double* products, int threads) {
-    validate(codes, bank, 0, codes.rows);
+    detail::check_codes(codes, bank, 0, codes.rows);
     require(gradient.rows == codes.rows && gradient.cols == bank.cols,
             "gradient: found shape " + shape_of(gradient.rows, gradient.cols) + "; expected " +
                 shape_of(codes.rows, bank.cols));

@@ -32,6 +32,11 @@ namespace avx512 {
 extern const Variant table;
 }
 #endif
+#if defined(GLOBE_HAVE_AVX512_VNNI)
+namespace avx512_vnni {
+extern const Variant table;
+}
+#endif
 #if defined(GLOBE_HAVE_AVX512_BF16)
 namespace avx512_bf16 {
 extern const Variant table;
@@ -78,8 +83,12 @@ std::vector<const Variant*> runnable() {
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx512) found.push_back(&avx512::table);
 #endif
+#if defined(GLOBE_HAVE_AVX512_VNNI)
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    if (vnni) found.push_back(&avx512_vnni::table);
+#endif
 #if defined(GLOBE_HAVE_AVX512_BF16)
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16::table);
+    if (vnni && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16::table);
 #endif
 #if defined(GLOBE_HAVE_NEON_BF16)
     if (has_neon_bf16()) found.push_back(&neon_bf16::table);

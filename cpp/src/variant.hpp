@@ -108,13 +108,87 @@ struct EntmaxLoops {
     void (*backward[2])(const EntmaxTask& task, const void* probabilities, const void* gradient, void* out);
 };
 
+// Rounds rows of float32, `pitch` apart, to rows of another dtype, `stride` bytes apart.
+struct SumRows {
+    const float* sums;
+    std::int64_t pitch, rows, width;
+};
+using RoundSums = void (*)(const SumRows& from, unsigned char* out, std::int64_t stride);
+
+// Words of some rows.
+struct WordRows {
+    const std::uint32_t* words;
+    std::int64_t rows;   // at most a panel's; the rest repeats the first
+    std::int64_t count;  // words of a row
+};
+
+// How activations become integers: `parts` pairs for a word of weights, to which `offset` has been added.
+struct Rounding {
+    std::int64_t groups, group;
+    int parts, offset;
+};
+
+// A panel of weights, group by group, and the tokens that are multiplied with it.
+struct QmatmulTask {
+    const std::uint32_t* weights;  // groups * steps x panel: words or pairs
+    const std::uint32_t* scales;   // groups x panel float32
+    const std::uint32_t* ahead;    // words that are asked for meanwhile, as many as are read
+    const std::uint32_t* x;        // pairs, `pitch` of them for a token
+    const float* x_scales;         // tokens x groups
+    const std::int32_t* starts;    // tokens x groups: where a sum begins, for the offset of the weights
+    std::int64_t pitch, groups, steps, tokens;
+};
+
+// See simd/qmatmul.hpp; by dtype, or for 4 and 8 bits.
+struct QmatmulKernels {
+    int panel;       // rows of a panel
+    int unexpanded;  // tokens up to which words are multiplied as they are
+    void (*round[3])(const void* row, const Rounding& rounding, std::uint32_t* pairs, float* scales,
+                     std::int32_t* starts);
+    void (*widen[3])(const void* scales, std::int64_t stride, std::int64_t rows, std::int64_t count,
+                     std::uint32_t* to);
+    void (*transpose)(const WordRows& source, std::uint32_t* words);
+    void (*expand[2])(const std::uint32_t* words, std::int64_t count, std::uint32_t* pairs);
+    void (*multiply[2])(const QmatmulTask& task, float* sums);
+    void (*multiply_pairs)(const QmatmulTask& task, float* sums);
+};
+
+// A row of a mixture: the sum of weight * entries of the atoms at atoms + offset.
+struct MixtureRow {
+    const unsigned char* atoms;
+    const Term* terms;
+    std::int64_t count, width;
+};
+
+constexpr std::int64_t few_tokens = 8;  // of a mixture, with which it is multiplied as it is composed
+
+// Some rows and columns of a mixture: float32, or pairs of bfloat16, in words.
+struct MixtureTile {
+    const std::uint32_t* words;
+    std::int64_t rows, pitch, steps;  // pitch: words from row to row
+};
+
+// See simd/compose_matmul.hpp.
+struct ComposeMatmulKernels {
+    // By dtype of the bank, by dtype of x.
+    void (*arrange[3][3])(const void* x, std::int64_t width, float* to);
+    void (*multiply_row[3])(const MixtureRow& row, const float* x, std::int64_t pitch, std::int64_t tokens,
+                            float* out);
+    void (*multiply_tile)(const MixtureTile& tile, const std::uint32_t* x, std::int64_t tokens, float* sums);
+    // Of bfloat16; null where the machine does not multiply it.
+    void (*multiply_pairs)(const MixtureTile& tile, const std::uint32_t* x, std::int64_t tokens, float* sums);
+};
+
 struct Variant {
     const char* name;
-    Compose compose[3][3];  // by dtype of the bank, by dtype of the output
-    Dot dot[3][3];          // by dtype of a, by dtype of b
+    Compose compose[3][3];    // by dtype of the bank, by dtype of the output
+    Dot dot[3][3];            // by dtype of a, by dtype of b
+    RoundSums round_sums[3];  // by dtype of the output
     EntmaxLoops entmax;
     GramKernels gram;
     NnlsLoops nnls;
+    QmatmulKernels qmatmul;
+    ComposeMatmulKernels compose_matmul;
 };
 
 // The table in use.

@@ -5,9 +5,11 @@
 
 namespace globe::bindings {
 void bind_compose(pybind11::module_& module);
+void bind_compose_matmul(pybind11::module_& module);
 void bind_entmax(pybind11::module_& module);
 void bind_nnls(pybind11::module_& module);
 void bind_gram(pybind11::module_& module);
+void bind_qmatmul(pybind11::module_& module);
 }  // namespace globe::bindings
 
 PYBIND11_MODULE(_native, module) {
@@ -16,7 +18,9 @@ PYBIND11_MODULE(_native, module) {
     module.def("active_isa", &globe::active_isa, "The instruction set in use.");
     module.def("use_isa", &globe::use_isa, pybind11::arg("name"), "Switch to another instruction set.");
     globe::bindings::bind_compose(module);
+    globe::bindings::bind_compose_matmul(module);
     globe::bindings::bind_entmax(module);
     globe::bindings::bind_nnls(module);
     globe::bindings::bind_gram(module);
+    globe::bindings::bind_qmatmul(module);
 }

@@ -22,6 +22,19 @@ def compose_code_gradient(
     bank_dtype: str,
     threads: int,
 ) -> NDArray[np.float64]: ...
+def compose_matmul(
+    indptr: NDArray[np.int64],
+    indices: NDArray[np.int32],
+    values: NDArray[np.float32],
+    bank: NDArray[np.float32] | NDArray[np.uint16],
+    bank_dtype: str,
+    rows: NDArray[np.int64],
+    x: NDArray[np.float32] | NDArray[np.uint16],
+    x_dtype: str,
+    out: NDArray[np.float32] | NDArray[np.uint16],
+    out_dtype: str,
+    threads: int,
+) -> None: ...
 def entmax(
     logits: NDArray[np.floating],
     out: NDArray[np.floating],
@@ -60,6 +73,17 @@ def nnls(
     iterations: NDArray[np.int64],
     kkt_residual: NDArray[np.float64],
     scaled_residual: NDArray[np.float64],
+    threads: int,
+) -> None: ...
+def qmatmul(
+    x: NDArray[np.float32] | NDArray[np.uint16],
+    x_dtype: str,
+    packed: NDArray[np.int32],
+    bits: int,
+    scales: NDArray[np.float32] | NDArray[np.uint16],
+    scales_dtype: str,
+    out: NDArray[np.float32] | NDArray[np.uint16],
+    out_dtype: str,
     threads: int,
 ) -> None: ...
 def runnable_isas() -> list[str]: ...

@@ -15,7 +15,7 @@ from safetensors.torch import load_file  # noqa: E402
 from checkpoints import make_tiny  # noqa: E402
 from globe.checkpoint.index import Checkpoint  # noqa: E402
 from globe.checkpoint.layouts import FAMILIES  # noqa: E402
-from globe.seeds.proxies import proxy_blocks  # noqa: E402
+from globe.seeds.proxies import proxy_blocks, row_spans  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -44,7 +44,8 @@ def test_every_family_by_rows(layout: str, dtype: str, tmp_path: Path) -> None:
 def test_proxies_of_down_are_columns(tmp_path: Path) -> None:
     family = Checkpoint(make_tiny("olmoe", tmp_path / "source")).family("down")
     rows = np.array([1, 2, 8, 30])
-    blocks = list(proxy_blocks(family, rows, torch.device("cpu"), 2 * 8 * len(family) * family.d))
+    spans = row_spans(len(family), len(rows), family.d, 2 * 8 * len(family) * family.d)
+    blocks = list(proxy_blocks(family, rows, torch.device("cpu"), spans))
     assert [span for span, _ in blocks] == [slice(0, 2), slice(2, 4)]
     found = torch.cat([block.view(len(family), -1, family.d) for _, block in blocks], 1)
     wanted = torch.stack([family.read(number)[rows] for number in range(len(family))])

@@ -164,6 +164,12 @@ def test_an_estimate_follows_rates_and_settings(source: Path) -> None:
     assert more.least() == base.least() < base.seconds
     assert base.least({"write"}) == pytest.approx(base.least() - base.of("write").seconds)
     assert base.of("calibrate").seconds == 0 < estimate(*planned_for(source), rates).of("calibrate").seconds
+    calibrated = estimate(*planned_for(source), rates)
+    assert (
+        calibrated.of("fisher").seconds
+        > 0
+        == estimate(*planned_for(source, metric="residual"), rates).of("fisher").seconds
+    )
     seeds = [
         estimate(*planned_for(source, method=method), rates).of("up: seeds").seconds for method in (*ORDER, "auto")
     ]
@@ -171,6 +177,7 @@ def test_an_estimate_follows_rates_and_settings(source: Path) -> None:
     assert list(base.peaks) == ["seeds", "joint", "write"]
     assert list(estimate(*planned_for(source, solver="alternate"), rates).peaks) == [
         "calibrate",
+        "fisher",
         "seeds",
         "loops",
         "write",

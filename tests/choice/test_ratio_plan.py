@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from families import WEIGHTS_ONLY, Array, planted, silent, write_checkpoint
 from globe import Settings, compress, export
 from globe.checkpoint.family import Expert, Family
+from globe.checkpoint.formats.packed import Packing
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.tensorfile import TensorInfo
 from globe.choice.inspect import inspect
@@ -27,7 +28,7 @@ from globe.errors import UsageError
 from globe.pipeline.compare import compare
 from globe.seeds.proxies import scan
 from globe.sizes.pools import Size, pools, units
-from globe.sizes.ratios import stored_elements
+from globe.sizes.ratios import Shape, Storage, stored_bytes, stored_elements
 from refusals import refusal
 
 LAYERS, EACH, P, D = 12, 8, 24, 40
@@ -84,6 +85,26 @@ def test_candidates_are_as_large_as_the_ratio_lets_them(ratio: float, layers: in
         more = len(unit) * P + size.bank * D
         assert size.rank == P or stored + more + 4 * len(unit) * size.bank + 2 * (len(unit) + 1) > ratio * dense
     assert [size.bank for size in offered] == sorted({size.bank for size in offered})
+
+
+@given(ratio=st.floats(0.05, 0.6), each=st.integers(4, 20), bits=st.sampled_from([8, 4, 3]), atoms=st.booleans())
+def test_candidates_of_packed_factors(ratio: float, each: int, bits: int, atoms: bool) -> None:
+    """Ranks are those that groups divide, as large as the bytes let them, and larger than those of bf16."""
+    unit, packing = family(each=each), Packing(bits, 4)
+    how = Storage(packing, packing if atoms else None)
+    try:
+        offered = {size.bank: size.rank for size in candidates(unit, ratio, how=how)}
+    except UsageError as error:
+        assert "not worth compressing" in str(error) and f"rank {packing.group} " in str(error)
+        return
+    allowed = 2 * ratio * len(unit) * P * D
+    for bank, rank in offered.items():
+        assert rank % packing.group == 0
+        stored, more = (
+            stored_bytes(unit, Shape(rank + extra, bank, len(unit) * bank, how)) for extra in (0, packing.group)
+        )
+        assert stored <= allowed + 1e-6
+        assert rank + packing.group > min(P, D) or more > allowed - 1e-6
 
 
 @pytest.mark.parametrize("share", [1 / 24, 1 / 12, 1 / 6, 1 / 4, 1 / 2])

@@ -22,6 +22,7 @@ from globe.errors import UsageError  # noqa: E402
 from globe.machine.processors import usable_processors  # noqa: E402
 from globe.pipeline.batch import Entry, batch_table, read_plan  # noqa: E402
 from globe.pipeline.compress import compress  # noqa: E402
+from globe.pipeline.dealing import places  # noqa: E402
 from globe.runs.store import RunStore  # noqa: E402
 from globe.runs.tracking import TENSORBOARD_FOLDER  # noqa: E402
 from globe.settings import Settings  # noqa: E402
@@ -202,3 +203,26 @@ def test_errors_of_any_kind_are_outcomes(home: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys.modules["globe.pipeline.batch"], "compress", broken)
     outcomes = globe.batch([Entry(home / "models" / "one", home / "o", Settings(**DEFAULTS))])
     assert outcomes[0].error == "RuntimeError: out of memory"
+
+
+@pytest.mark.slow
+def test_dealt_to_places(home: Path) -> None:
+    """Jobs in processes of their own, two at a time: what they make, and what is told of one that fails."""
+    plan, lines = write_plan(home, *THREE), Lines()
+    outcomes = globe.batch(plan, devices="cpu", jobs_per_device=2, progress=lines)
+    assert [outcome.status for outcome in outcomes] == ["done", "failed", "done"]
+    assert "experts.7.up_proj.weight" in (outcomes[1].error or "")
+    assert sorted(lines.lines)[0].startswith("job 1 of 3 done")
+    compress(home / "models" / "one", home / "alone", Settings(**DEFAULTS))
+    assert digests(home / "alone") == digests(home / "outs" / "one")
+    again = globe.batch(plan, devices="cpu")
+    assert [outcome.status for outcome in again] == ["found", "failed", "found"]
+
+
+@pytest.mark.parametrize(
+    ("devices", "count", "said"),
+    [("cpu,cpu", 1, "each once"), ("cuda:99", 1, "'cuda:99' is not here"), ("cpu", 0, "jobs_per_device is 0")],
+)
+def test_places_that_are_none(devices: str, count: int, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        places(devices, count)

@@ -77,6 +77,23 @@ def test_the_joint_fit_takes_only_what_mps_has(metric: str, codes: str, mps: Fak
             assert found[name][key] == (family[key] and pytest.approx(family[key], rel=0.05))
 
 
+def test_packed_factors_take_only_what_mps_has(mps: FakeMps, tmp_path: Path) -> None:
+    source = make_tiny("olmoe", tmp_path / "source")
+    small: dict[str, Any] = {
+        "rank": 32,
+        "bank_size": 3,
+        "joint_steps": 1,
+        "left_bits": 4,
+        "atom_bits": 4,
+        **WEIGHTS_ONLY,
+    }
+    with mps:
+        found = compress(source, tmp_path / "mps", Settings(device="mps", **small)).metrics["families"]
+    here = compress(source, tmp_path / "cpu", Settings(device="cpu", **small)).metrics["families"]
+    for name, family in here.items():
+        assert found[name]["relative_error"] == pytest.approx(family["relative_error"], rel=0.02)
+
+
 def test_a_device_that_multiplies_wrongly_ends_the_run(mps: FakeMps, monkeypatch: pytest.MonkeyPatch) -> None:
     right = devices.matmul
     with mps:

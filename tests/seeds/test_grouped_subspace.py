@@ -128,7 +128,8 @@ def test_leading_subspace(rank: int) -> None:
     vectors = np.linalg.qr(random.standard_normal((32, 32)))[0]
     values = np.geomspace(100, 1, 32)
     gram = torch.from_numpy(((vectors * values) @ vectors.T).astype(np.float32))
-    basis, inside = leading_subspace(gram, rank, 8, torch.Generator().manual_seed(0))
+    start = torch.randn(len(gram), rank, generator=torch.Generator().manual_seed(0))
+    basis, inside = leading_subspace(gram, start, 8)
     np.testing.assert_allclose(basis.T @ basis, np.eye(rank), atol=2e-6)
     assert float(inside.trace()) == pytest.approx(values[:rank].sum(), rel=1e-2)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from families import CPU, make_family, planted, silent, write_checkpoint
 from globe.checkpoint.index import Checkpoint
-from globe.seeds.proxies import proxy_blocks, scan, split_rows
+from globe.seeds.proxies import proxy_blocks, row_spans, scan, split_rows
 from globe.settings import Settings
 
 SELECTORS = ["energy", "uniform", "random"]
@@ -78,7 +78,7 @@ def test_proxies_are_the_chosen_rows_whatever_the_block(budget: int, tmp_path: P
     family = Checkpoint(write_checkpoint(tmp_path, torch.bfloat16, layers=1, gate=weights)).family("gate")
     chosen = np.array([1, 2, 5, 6, 11])
     stacked = np.zeros((7, 5, 9), np.float32)
-    for span, block in proxy_blocks(family, chosen, CPU, budget):
+    for span, block in proxy_blocks(family, chosen, CPU, row_spans(len(family), len(chosen), family.d, budget)):
         assert block.dtype == torch.bfloat16
         assert 4 * block.nbytes <= max(budget, 8 * 7 * 9)  # this one, the one being read, and a copy in fp32
         stacked[:, span] = block.view(7, -1, 9).float().numpy()

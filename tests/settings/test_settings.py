@@ -85,7 +85,9 @@ CHOICES = {
     "codes": ["entmax", "sparsemax", "nnls", "simplex", "signed"],
     "device": ["auto", "cpu", "mps", "cuda"],
     "precision": ["auto", "fp32"],
+    "metric": ["fisher", "residual"],
 }
+BITS = {"factor_bits": [16, 8, 4, 3], "left_bits": [None, 16, 8, 4, 3], "atom_bits": [None, 16, 8, 4, 3]}
 
 
 @st.composite
@@ -100,7 +102,8 @@ def any_settings(draw: st.DrawFn) -> dict[str, Any]:
         "calibrate": st.sampled_from(["auto", "self", "pydoc", "none", "folder/calibration.safetensors"]),
         **{name: st.floats(*bounds) for name, bounds in FLOATS.items()},
         **{name: st.integers(least, least + 900) for name, least in COUNTS.items()},
-        **{name: st.sampled_from(values) for name, values in CHOICES.items()},
+        **{name: st.sampled_from(values) for name, values in {**CHOICES, **BITS}.items()},
+        "group_size": st.integers(32, 128),
     }
     values = draw(st.fixed_dictionaries({}, optional=keys))
     if values.get("bank_size") is not None:
@@ -121,8 +124,9 @@ def test_every_setting_is_covered_here() -> None:
         "calibrate",
         "time_limit",
         "correct",
+        "group_size",
     }
-    assert {*FLOATS, *COUNTS, *CHOICES} | others == set(NAMES)
+    assert {*FLOATS, *COUNTS, *CHOICES, *BITS} | others == set(NAMES)
 
 
 @given(values=any_settings())
@@ -160,6 +164,26 @@ def test_choices(name: str, choices: list[str]) -> None:
     for bad in ("other", "", None, 1, [choices[0]]):
         with pytest.raises(UsageError, match=f"^{name} is .*expected one of {', '.join(choices)}$"):
             Settings(**{name: bad})
+
+
+@pytest.mark.parametrize("name", BITS)
+@pytest.mark.parametrize("bad", [2, 5, 32, 0, -4, 4.0, "4", True, math.nan])
+def test_bits(name: str, bad: Any) -> None:
+    with pytest.raises(UsageError, match=f"^{name} is .*; expected 16, 8, 4 or 3$"):
+        Settings(**{name: bad})
+
+
+@pytest.mark.parametrize("size", [0, 31, 129, 32.0, None, "64"])
+def test_group_size(size: Any) -> None:
+    with pytest.raises(UsageError, match="^group_size is "):
+        Settings(group_size=size)
+
+
+def test_stored_bits() -> None:
+    assert Settings().stored_bits == (16, 16)
+    assert Settings(factor_bits=4).stored_bits == (4, 4)
+    assert Settings(factor_bits=4, atom_bits=8).stored_bits == (4, 8)
+    assert Settings(left_bits=3).stored_bits == (3, 16)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.5, 2.0001, math.nan])

@@ -16,9 +16,10 @@ from families import WEIGHTS_ONLY, Array, planted, write_checkpoint
 from globe import Settings, compress
 from globe.artifact.factored import csr_parts
 from globe.checkpoint.family import Family
+from globe.checkpoint.formats.packed import Packing, packed
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.tensorfile import FileHeader, read_header, read_tensor
-from globe.sizes.ratios import Shape, ratios, stored_elements
+from globe.sizes.ratios import Shape, Storage, ratios, stored_bytes, stored_elements
 
 EXPERTS, P, D = 12, 24, 20
 
@@ -31,6 +32,28 @@ def test_stored_elements_are_half_the_stored_bytes(experts: int, atoms: int, ran
     stored = [torch.empty(experts, P, rank).bfloat16(), torch.empty(atoms, rank, D).bfloat16()]
     nbytes = sum(tensor.nbytes for tensor in [*stored, *csr_parts(codes).values()])
     assert stored_elements(family, Shape(rank, atoms, int(np.count_nonzero(codes)))) == nbytes / 2
+
+
+RANKS, PACKINGS = st.sampled_from([4, 8, 12]), st.sampled_from([None, Packing(8, 4), Packing(4, 2), Packing(3, 4)])
+
+
+@given(
+    experts=st.integers(1, 9), atoms=st.integers(1, 5), rank=st.sampled_from([4, 8, 12]), lefts=PACKINGS, bank=PACKINGS
+)
+def test_packed_factors_count_for_their_bytes(
+    experts: int, atoms: int, rank: int, lefts: Packing | None, bank: Packing | None
+) -> None:
+    family = Family("gate", (None,) * experts, P, D)  # type: ignore[arg-type]
+    nbytes = 4 * (experts + 1)
+    for packing, shape in ((lefts, (experts, P, rank)), (bank, (atoms, rank, D))):
+        values = torch.zeros(shape, dtype=torch.int8)
+        if packing is None:
+            nbytes += 2 * values.numel()
+        else:
+            scales = torch.ones(*shape[:2], shape[2] // packing.group)
+            nbytes += sum(tensor.nbytes for tensor in packed("name", values, scales, packing.bits).values())
+    shape = Shape(rank, atoms, 0, Storage(lefts, bank))
+    assert stored_bytes(family, shape) == nbytes and stored_elements(family, shape) == -(-nbytes // 2)
 
 
 @given(seed=st.integers(0, 1000), density=st.floats(0, 1))

@@ -159,7 +159,7 @@ def test_statistics_are_those_of_the_whole_model(layout: str, tiny: Callable[[st
         statistics = asdict(found.layer(number))
         expected = _oracle(model_dir, seen, torch.cat(streams[number]), number)
         own += _own_moments_are_shrunk(statistics, expected.pop("own"))
-        assert {name for name in statistics if not name.startswith("own_")} == expected.keys()
+        assert {name for name in statistics if not name.startswith("own_") and "fisher" not in name} == expected.keys()
         for name, value in expected.items():
             assert statistics[name].shape == value.shape
             distance = torch.linalg.norm(statistics[name].double() - value)
@@ -206,7 +206,7 @@ def test_one_layer_has_weights_at_a_time(
     monkeypatch.setattr(Layerwise, "run", spy)
     monkeypatch.setattr("globe.statistics.layerwise.TOKENS_AT_ONCE", 256)
     monkeypatch.setattr("globe.sizes.own._MOST", 32)  # U is not of the shape of a stack
-    calibrate_tiny(tiny("qwen3_moe"), tmp_path / "statistics")
+    calibrate_tiny(tiny("qwen3_moe"), tmp_path / "statistics", fisher=False)
     assert loaded == [(number, [number]) for number in range(3) for _ in range(3)]  # 10 windows in batches of 4
 
 

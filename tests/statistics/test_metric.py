@@ -251,3 +251,44 @@ def test_several_experts_are_seen_as_each_of_them_is(kind: str) -> None:
     whole = metric.moment(slice(0, count), D)
     seen = metric.unseen(slice(0, count), metric.seen(slice(0, count), weights))
     torch.testing.assert_close(weights @ whole, seen, rtol=1e-3, atol=1e-3)
+
+
+def with_fisher(found: LayerStatistics, seed: int) -> LayerStatistics:
+    """With 900 tokens of the first expert, none of the last."""
+    generator = torch.Generator().manual_seed(seed)
+    squares = torch.rand(2, EXPERTS, P, generator=generator) + 0.1
+    squares[:, 2] = 0
+    return replace(
+        found,
+        gate_fisher=squares[0],
+        up_fisher=squares[1],
+        output_fisher=moments(generator, 1, D)[0],
+        fisher_counts=torch.tensor([900, 10, 0]),
+    )
+
+
+@pytest.mark.parametrize("name", ["gate", "up"])
+def test_rows_by_the_loss(name: str, families: dict[str, Family], tmp_path: Path) -> None:
+    layers = {layer: with_fisher(statistics(layer), layer) for layer in range(LAYERS)}
+    found = build(families[name], saved(tmp_path, layers))
+    mine = layers[1]
+    squares, effect = getattr(mine, f"{name}_fisher"), getattr(mine, f"{name}_rows") * mine.share[:, None]
+    effect = effect * squares.sum() / effect.sum()
+    for expert, count in enumerate([900, 10, 0]):
+        wanted = (count * squares[expert] + 64 * effect[expert]) / (count + 64)
+        torch.testing.assert_close(found.rows[EXPERTS + expert].square(), wanted * 2.0 ** (-2 * found.exponent))
+    residual = build(families[name], saved(tmp_path, layers), metric="residual")
+    plain = build(families[name], saved(tmp_path, {layer: statistics(layer) for layer in range(LAYERS)}))
+    assert all(torch.equal(*pair) for pair in zip(residual.rows, plain.rows, strict=True))
+
+
+def test_down_by_the_loss_has_columns(families: dict[str, Family], tmp_path: Path) -> None:
+    layers = {layer: with_fisher(statistics(layer), layer) for layer in range(LAYERS)}
+    found = build(families["down"], saved(tmp_path, layers))
+    assert found.layers == (0, 0, 0, 1, 1, 1) and found.scales is None and found.own is None
+    output, hidden = layers[1].output_fisher, layers[1].hidden_moment
+    assert output is not None and hidden is not None
+    damped = output + 1e-3 * output.diagonal().mean() * torch.eye(D)
+    torch.testing.assert_close(found.columns[1] @ found.columns[1].mT, damped, rtol=1e-4, atol=1e-5)
+    rows, moment = found.rows[4], hidden[1] + 1e-3 * hidden[1].diagonal().mean() * torch.eye(P)
+    torch.testing.assert_close(rows.mT @ rows, layers[1].share[1] * moment, rtol=1e-4, atol=1e-6)

@@ -1,6 +1,7 @@
 // Sparse probabilities, and the derivative that training through them needs.
 #pragma once
 
+#include "globe/export.h"
 #include "globe/view.hpp"
 
 namespace globe {
@@ -29,13 +30,13 @@ struct EntmaxOptions {
 // Peters, Niculae and Martins, "Sparse sequence-to-sequence models", ACL 2019; Martins and Astudillo, "From
 // softmax to sparsemax", ICML 2016.
 template <class T>
-void entmax(const RowsView<const T>& logits, const RowsView<T>& probabilities,
-            const EntmaxOptions& options = {}, int threads = 0);
+GLOBE_API void entmax(const RowsView<const T>& logits, const RowsView<T>& probabilities,
+                      const EntmaxOptions& options = {}, int threads = 0);
 
 // Rows [begin, end) of entmax, on the calling thread alone.
 template <class T>
-void entmax_rows(const RowsView<const T>& logits, const RowsView<T>& probabilities, std::int64_t begin,
-                 std::int64_t end, const EntmaxOptions& options = {});
+GLOBE_API void entmax_rows(const RowsView<const T>& logits, const RowsView<T>& probabilities,
+                           std::int64_t begin, std::int64_t end, const EntmaxOptions& options = {});
 
 // Row by row, the derivative dz of a scalar with respect to the logits, from the probabilities p = entmax(z)
 // (with epsilon = 0, which is not read here) and the derivative dp with respect to them:
@@ -46,13 +47,13 @@ void entmax_rows(const RowsView<const T>& logits, const RowsView<T>& probabiliti
 // gradient       n x d, dp; not read where p = 0
 // out            n x d, dz; must not overlap the others
 template <class T>
-void entmax_backward(const RowsView<const T>& probabilities, const RowsView<const T>& gradient,
-                     const RowsView<T>& out, const EntmaxOptions& options = {}, int threads = 0);
+GLOBE_API void entmax_backward(const RowsView<const T>& probabilities, const RowsView<const T>& gradient,
+                               const RowsView<T>& out, const EntmaxOptions& options = {}, int threads = 0);
 
 // Rows [begin, end) of entmax_backward, on the calling thread alone.
 template <class T>
-void entmax_backward_rows(const RowsView<const T>& probabilities, const RowsView<const T>& gradient,
-                          const RowsView<T>& out, std::int64_t begin, std::int64_t end,
-                          const EntmaxOptions& options = {});
+GLOBE_API void entmax_backward_rows(const RowsView<const T>& probabilities, const RowsView<const T>& gradient,
+                                    const RowsView<T>& out, std::int64_t begin, std::int64_t end,
+                                    const EntmaxOptions& options = {});
 
 }  // namespace globe

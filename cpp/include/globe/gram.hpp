@@ -1,6 +1,7 @@
 // Gram matrices of long vectors, block by block.
 #pragma once
 
+#include "globe/export.h"
 #include "globe/view.hpp"
 
 namespace globe {
@@ -18,13 +19,14 @@ namespace globe {
 // take as zero (as they do sums below 2^-126); all others as float32, times the roots of the weights. The
 // result does not depend on the number of threads. Blocks may come in any order and sizes. Throws
 // std::invalid_argument, naming the argument, where a shape or a weight does not fit.
-void gram_add(const ConstMatrixView& vectors, double* gram, const float* weights = nullptr, int threads = 0);
+GLOBE_API void gram_add(const ConstMatrixView& vectors, double* gram, const float* weights = nullptr,
+                        int threads = 0);
 
 // Rows [begin, end) of gram_add, on the calling thread alone.
-void gram_add_rows(const ConstMatrixView& vectors, double* gram, std::int64_t begin, std::int64_t end,
-                   const float* weights = nullptr);
+GLOBE_API void gram_add_rows(const ConstMatrixView& vectors, double* gram, std::int64_t begin,
+                             std::int64_t end, const float* weights = nullptr);
 
 // Copies the lower triangle of an n x n matrix to the upper.
-void gram_mirror(double* gram, std::int64_t n);
+GLOBE_API void gram_mirror(double* gram, std::int64_t n);
 
 }  // namespace globe

@@ -4,10 +4,12 @@
 #include <exception>
 #include <memory>
 
+#include "globe/export.h"
+
 namespace globe {
 
 // What a call throws that was interrupted; what it has written by then is to be thrown away.
-class Interrupted : public std::exception {
+class GLOBE_API Interrupted : public std::exception {
   public:
     const char* what() const noexcept override;
 };
@@ -17,7 +19,7 @@ class Interrupted : public std::exception {
 // Kernels look between blocks of rows or columns that take some hundredths of a second at most; a single row
 // of entmax or nnls is always finished. `wanted` must not throw. Scopes may be nested; the innermost is
 // asked.
-class InterruptScope {
+class GLOBE_API InterruptScope {
   public:
     InterruptScope(bool (*wanted)(void*), void* context);
     ~InterruptScope();
@@ -31,6 +33,6 @@ class InterruptScope {
 
 // Throws Interrupted where the call that this thread works for is to end. For tasks of parallel_for that take
 // long.
-void check_interrupt();
+GLOBE_API void check_interrupt();
 
 }  // namespace globe

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "globe/export.h"
+
 namespace globe {
 
 // For every row c of correlations:
@@ -58,10 +60,11 @@ struct NnlsResult {
 // of the largest by a power of two. Everything is float64 and nothing is regularised. Rows are solved on
 // their own: the result of a row depends neither on the other rows nor on the number of threads (0: one per
 // hardware thread). Throws std::invalid_argument, naming the argument, where a value is out of its range.
-void nnls(const NnlsProblem& problem, const NnlsOptions& options, const NnlsResult& result, int threads = 0);
+GLOBE_API void nnls(const NnlsProblem& problem, const NnlsOptions& options, const NnlsResult& result,
+                    int threads = 0);
 
 // Rows [begin, end) of nnls, on the calling thread alone.
-void nnls_rows(const NnlsProblem& problem, const NnlsOptions& options, const NnlsResult& result,
-               std::int64_t begin, std::int64_t end);
+GLOBE_API void nnls_rows(const NnlsProblem& problem, const NnlsOptions& options, const NnlsResult& result,
+                         std::int64_t begin, std::int64_t end);
 
 }  // namespace globe

@@ -3,14 +3,17 @@
 
 #include <cstdint>
 
+#include "globe/export.h"
+
 namespace globe {
 
 // The number of threads to use: as given, but at most one for every processor that the calling thread may run
 // on; threads <= 0 means that many.
-int resolve_threads(int threads);
+GLOBE_API int resolve_threads(int threads);
 
 namespace detail {
-void run_tasks(std::int64_t count, int threads, void (*call)(const void*, std::int64_t), const void* task);
+GLOBE_API void run_tasks(std::int64_t count, int threads, void (*call)(const void*, std::int64_t),
+                         const void* task);
 }
 
 // Calls task(i) once for every i in [0, count), on the calling thread and up to threads - 1 of the pool's,

@@ -89,6 +89,18 @@ void compose(const Tile& tile, unsigned char* out, std::int64_t stride, bool str
     if (stream) stream_fence();
 }
 
+template <class Out>
+void round_sums(const SumRows& from, unsigned char* out, std::int64_t stride) {
+    for (std::int64_t i = 0; i < from.rows; ++i) {
+        const float* sums = from.sums + i * from.pitch;
+        auto* to = reinterpret_cast<typename Out::Storage*>(out + i * stride);
+        std::int64_t t = 0;
+        for (; t + 2 * lanes <= from.width; t += 2 * lanes)
+            put<Float32, Out>(to + t, Float32::load_pair(sums + t));
+        for (; t < from.width; ++t) Out::store_one(to + t, sums[t]);
+    }
+}
+
 // Products are summed in float32 over runs of 512 entries and in float64 across them.
 template <class A, class B>
 double dot(const void* first, const void* second, std::int64_t width) {

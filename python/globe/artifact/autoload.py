@@ -1,9 +1,9 @@
 """What makes transformers load a factored directory through GloBE, and refuse it without.
 
-config.json gets three entries. `quantization_config` names the method, the index of the weight files, and the place of
-every expert in its bank. `auto_map` names a file beside it that imports GloBE, for `trust_remote_code=True`.
-`transformers_weights` holds no file name but the remedy: `globe.hf` puts the index in its place, and transformers
-alone ends with an error that shows it.
+config.json gets three entries. `quantization_config` names the method, the index of the weight files, the place of
+every expert in its bank, and which factors are packed. `auto_map` names a file beside it that imports GloBE, for
+`trust_remote_code=True`. `transformers_weights` holds no file name but the remedy: `globe.hf` puts the index in its
+place, and transformers alone ends with an error that shows it.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ def loading_config(
         "format_version": manifest["format_version"],
         "experts": _places(manifest),
     }
+    packed = {part: _packed(manifest[named]) for part, named in (("lefts", "families"), ("atoms", "banks"))}
+    if any(packed.values()):
+        quantization["packed"] = packed
     dtypes = (entry["dtype"] for shard in manifest["source"]["shards"] for entry in shard["tensors"].values())
     replaced: dict[str, Any] = {key: config[key] for key in ("auto_map", "transformers_weights") if key in config}
     stated, bare, modules = quantization_of(config), with_quantization(config, None), modules_of(decoded)
@@ -88,6 +91,11 @@ def _places(manifest: dict[str, Any]) -> dict[str, dict[str, list[Any]]]:
             layer.update({first + e: (bank, number) for e, number in enumerate(numbers)})
         places[family] = {str(layer): _evenly(family, layer, experts) for layer, experts in sorted(found.items())}
     return places
+
+
+def _packed(described: dict[str, Any]) -> dict[str, Any]:
+    """Bits and group of the factors that are packed, by the name of the family or bank."""
+    return {name: told["packed"] for name, told in described.items() if "packed" in told}
 
 
 def _evenly(family: str, layer: int, experts: dict[int, tuple[str, int]]) -> list[Any]:

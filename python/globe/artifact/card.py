@@ -76,7 +76,7 @@ codes α_i, and a bank of atoms B_j shared by all experts of {_sharing(metrics["
 
 Errors are Σ‖W − Ŵ‖² / Σ‖W‖²; the weighted one counts a direction by the activations of a calibration text.
 Stored weights over dense: {ratio["touched"]:.3f} of the touched matrices, {ratio["experts"]:.3f} of all expert
-weights, {ratio["checkpoint"]:.3f} of the checkpoint.
+weights, {ratio["checkpoint"]:.3f} of the checkpoint.{_bits(metrics.get("bits"))}
 {_calibrated_on(metrics.get("calibration"))}
 `pip install "globe-moe[hf]"`, then in Python:
 
@@ -94,6 +94,20 @@ Made by GloBE {metrics["globe_version"]}, from a directory MODEL that holds {mod
 globe compress MODEL OUT --config {SETTINGS_FILE}
 ```
 """
+
+
+def _bits(bits: dict[str, int] | None) -> str:
+    """What factors are stored in, where that is not bf16 alone."""
+    told = bits_text(bits)
+    return f" {told[0].upper()}{told[1:]}." if told else ""
+
+
+def bits_text(bits: dict[str, int] | None) -> str:
+    """The bits in which factors are stored, from metrics.json, in words; nothing where all are bf16."""
+    if bits is None or (bits["lefts"], bits["atoms"]) == (16, 16):
+        return ""
+    shared = f"groups of {bits['group']} share a scale"
+    return f"left factors are stored in {bits['lefts']} bits, atoms in {bits['atoms']} ({shared})"
 
 
 def with_section(card: str, title: str, body: str | None) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from globe.artifact.as_source import as_stored, requantised, require_fp8
 from globe.artifact.autoload import source_config
-from globe.artifact.factored import Bank, Factored, left_name, open_factored, rest_name, shard_name
+from globe.artifact.factored import Bank, Factored, open_factored, rest_name, shard_name
 from globe.artifact.output import output_directory
 from globe.artifact.owned import Claim, recorded
 from globe.checkpoint.companions import companions, copy_companions
@@ -177,24 +177,20 @@ def reconstruct(
     factored: Factored, banks: dict[str, Bank], name: str, entry: dict[str, Any]
 ) -> tuple[torch.Tensor, int]:
     """One source tensor from its factors, in the source's dtype, and how many values stand at that dtype's largest."""
-    stored = next(header.tensors for header in factored.shards.values() if _holds(header.tensors, name))
     dtype = TORCH_DTYPES[entry["dtype"]]
     parts, beyond = [], 0
     for family in FAMILIES:
-        left, rest = left_name(name, family), rest_name(name, family)
-        if left in stored:
+        rest = factored.tensors.get(rest_name(name, family))
+        if factored.holds(family, name):
             numbers = factored.manifest["families"][family]["tensors"][name]
             bank = banks[factored.bank_of(family, name)]
-            lefts = read_tensor(stored[left]).float()
-            lefts = lefts if lefts.ndim == 3 else lefts[None]
-            if not lefts.isfinite().all():
-                raise GlobeError(f"{stored[left].file}: tensor {left} holds NaN or Inf; compress the source again")
+            lefts = factored.lefts(family, name)
             products = torch.stack([_product(a, bank.mixture(i)) for a, i in zip(lefts, numbers, strict=True)])
             part, count = saturated(products, dtype)
             parts.append(part.mT if family == "down" else part)
             beyond += count
-        elif rest in stored:
-            parts.append(read_tensor(stored[rest]))
+        elif rest is not None:
+            parts.append(read_tensor(rest))
     both = torch.stack(parts, 2).flatten(1, 2) if entry.get("interleaved") else torch.cat(parts, 1)
     return (both.mT if entry.get("transposed") else both).reshape(entry["shape"]), beyond
 
@@ -202,7 +198,3 @@ def reconstruct(
 def _product(left: torch.Tensor, mixture: torch.Tensor) -> torch.Tensor:
     product = left @ mixture
     return product if bool(product.isfinite().all()) else left.double() @ mixture.double()
-
-
-def _holds(tensors: dict[str, Any], name: str) -> bool:
-    return any(left_name(name, family) in tensors for family in FAMILIES)

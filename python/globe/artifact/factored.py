@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,15 +12,17 @@ import numpy as np
 import scipy.sparse
 import torch
 
+from globe.checkpoint.formats.packed import Packing, dequantised, read_codes, read_packing
 from globe.checkpoint.formats.tensors import described, recalled
 from globe.checkpoint.json_file import read_json
 from globe.checkpoint.layouts import FAMILIES
 from globe.checkpoint.tensorfile import FileHeader, TensorInfo, read_header, read_tensor
 from globe.compute.gemm import mixtures
+from globe.compute.spd import orthonormal_rows
 from globe.errors import GlobeError
 
 FORMAT_VERSION = 4  # stacks of experts that are transposed or interleaved
-CODES_VERSION = 3  # experts that stay stored as codes
+CODES_VERSION = 3  # packed factors, or experts that stay stored as codes
 PLAIN_VERSION = 2  # neither
 MANIFEST = "globe.json"
 BANK_FILE = "globe-bank.safetensors"
@@ -52,15 +55,20 @@ def bank_name(name: str, part: str) -> str:
 
 @dataclass(frozen=True)
 class Bank:
-    """Stored atoms (m, r, d), fp32 in memory, and the codes (N, m) of the experts that share them."""
+    """Stored atoms (m, r, d), fp32 in memory, and the codes (N, m) of the experts that share them.
+
+    `orthonormal` where left factors are packed: they multiply mixtures whose rows were made orthonormal.
+    """
 
     atoms: torch.Tensor
     codes: scipy.sparse.csr_array
+    orthonormal: bool = False
 
     def mixture(self, number: int) -> torch.Tensor:
         """B̃_i, (r, d) in fp32."""
         row = self.codes[[number]].toarray()
-        return mixtures(row, self.atoms)[0]
+        found = mixtures(row, self.atoms)
+        return (orthonormal_rows(found) if self.orthonormal else found)[0]
 
 
 @dataclass(frozen=True)
@@ -83,11 +91,11 @@ class Factored:
 
     def bank(self, family: str) -> Bank:
         """Read a bank's atoms and codes by its name, which is the family's where it has one for itself."""
-        tensors = self.shards[BANK_FILE].tensors
-        atoms, indptr, indices, values = (
-            read_tensor(tensors[bank_name(family, part)])
-            for part in ("atoms", "codes.indptr", "codes.indices", "codes.values")
+        tensors, described = self.shards[BANK_FILE].tensors, self.manifest["banks"][family]
+        indptr, indices, values = (
+            read_tensor(tensors[bank_name(family, part)]) for part in ("codes.indptr", "codes.indices", "codes.values")
         )
+        atoms = _values(tensors, bank_name(family, "atoms"), self._packing(described))
         shape = (len(indptr) - 1, len(atoms))
         rows = indptr.long()
         if rows[0] != 0 or rows[-1] != len(indices) or (rows.diff() < 0).any():
@@ -98,11 +106,44 @@ class Factored:
             if not stored.isfinite().all():
                 raise self._damaged(family, part, "finite values")
         codes = scipy.sparse.csr_array((values.numpy(), indices.numpy(), indptr.numpy()), shape=shape)
-        return Bank(atoms.float(), codes)
+        families = self.manifest["families"].values()
+        packed = any("packed" in told and family in told["banks"].values() for told in families)
+        return Bank(atoms, codes, packed)
+
+    def holds(self, family: str, tensor: str) -> bool:
+        """Whether the experts of a family in a source tensor are factored."""
+        return family in self.manifest["families"] and tensor in self.manifest["families"][family]["tensors"]
+
+    def lefts(self, family: str, tensor: str) -> torch.Tensor:
+        """The left factors of a source tensor, fp32 (E, p, r), or (1, p, r) of one that is not fused.
+
+        Raises
+        ------
+        GlobeError
+            If they are damaged.
+        """
+        name = left_name(tensor, family)
+        found = _values(self.tensors, name, self._packing(self.manifest["families"][family]))
+        if not found.isfinite().all():
+            file = self.tensors[name].file
+            raise GlobeError(f"{file}: tensor {name} holds NaN or Inf; compress the source again")
+        return found if found.ndim == 3 else found[None]
+
+    @staticmethod
+    def _packing(described: dict[str, Any]) -> Packing | None:
+        told = described.get("packed")
+        return None if told is None else Packing(told["bits"], told["group"])
 
     def _damaged(self, family: str, part: str, expected: str) -> GlobeError:
         where = self.shards[BANK_FILE].path
         return GlobeError(f"{where}: tensor {bank_name(family, part)} is damaged; expected {expected}: compress again")
+
+
+def _values(tensors: Mapping[str, TensorInfo], name: str, packing: Packing | None) -> torch.Tensor:
+    """The values of a factor, fp32."""
+    if packing is None:
+        return read_tensor(tensors[name]).float()
+    return dequantised(*read_codes(tensors, name, packing))
 
 
 def is_factored(directory: Path) -> bool:
@@ -158,9 +199,11 @@ def _check(factored: Factored) -> None:
     """Check that the files hold what the manifest promises, so that no export fails half-way or writes nonsense."""
     families, source = factored.manifest["families"], factored.manifest["source"]
     _require(bool(families) and set(families) <= set(FAMILIES), f"families are {list(families)}")
+    version = factored.manifest["format_version"]
+    _require(version >= CODES_VERSION or not _packs(factored.manifest), f"factors are packed in version {version}")
     single = [shard["file"] for shard in source["shards"]] == ["model.safetensors"]
-    described = source["index_metadata"]
-    _require(isinstance(described, dict) or (described is None and single), f"index_metadata is {described!r}")
+    metadata = source["index_metadata"]
+    _require(isinstance(metadata, dict) or (metadata is None and single), f"index_metadata is {metadata!r}")
     numbers = _check_banks(factored)
     for name, family in families.items():
         count, held = family["experts"], set(family["banks"].values())
@@ -176,8 +219,10 @@ def _check(factored: Factored) -> None:
         total = sum(factored.manifest["banks"][bank]["bank"] for bank in held)
         _require(type(size) is int and size == total, f"family {name} has {size} atoms")
         for bank in held:
-            shape = tuple(factored.manifest["banks"][bank][key] for key in ("bank", "rank"))
-            _expect(factored.shards[BANK_FILE], bank_name(bank, "atoms"), "BF16", (*shape, family["d"]))
+            described = factored.manifest["banks"][bank]
+            shape = described["bank"], described["rank"], family["d"]
+            for stored, promised in _as_stored(bank_name(bank, "atoms"), shape, described).items():
+                _expect(factored.shards[BANK_FILE], stored, *promised)
     for bank, found in numbers.items():
         count = factored.manifest["banks"][bank]["experts"]
         _require(
@@ -194,12 +239,16 @@ def _check(factored: Factored) -> None:
             _require(all(type(n) is int for n in entry["shape"]), f"tensor {tensor} has shape {entry['shape']}")
             if "encoded" in entry:
                 continue
-            for stored, (dtype, shape) in _promised(families, tensor, entry).items():
-                _expect(header, stored, dtype, shape)
+            for stored, promised in _promised(families, tensor, entry).items():
+                _expect(header, stored, *promised)
                 unnamed.discard(stored)
             missing.discard(tensor)
         _require(not unnamed, f"it does not name tensor {min(unnamed, default='')} of {header.path.name}")
     _require(not missing, f"no shard has tensor {min(missing, default='')}")
+
+
+def _packs(manifest: dict[str, Any]) -> bool:
+    return any("packed" in told for part in ("families", "banks") for told in manifest[part].values())
 
 
 def _check_banks(factored: Factored) -> dict[str, list[int]]:
@@ -252,14 +301,20 @@ def _promised(families: dict[str, Any], tensor: str, entry: dict[str, Any]) -> d
     _require(together or not taking_turns, f"tensor {tensor} is of one family, and interleaved")
     _require(dtype in ("BF16", "F16", "F32"), f"tensor {tensor} has dtype {dtype}")
     _require(together or len(held) == 1, f"tensor {tensor} is in two families")
-    promised = {}
+    promised: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name in FAMILIES:
         if name in held:
             _require(len(held[name]["tensors"][tensor]) == (fused[0] if fused else 1), f"tensor {tensor} has experts")
-            promised[left_name(tensor, name)] = ("BF16", (*fused, p, held[name]["rank"]))
+            promised |= _as_stored(left_name(tensor, name), (*fused, p, held[name]["rank"]), held[name])
         elif together and name != "down":
             promised[rest_name(tensor, name)] = (dtype, (*fused, p, d))
     return promised
+
+
+def _as_stored(name: str, shape: tuple[int, ...], told: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The tensors that a factor is stored as, by what the manifest says of it: bf16 unless it is packed."""
+    packing = read_packing(told.get("packed"), shape[-1])
+    return {name: ("BF16", shape)} if packing is None else packing.entries(name, shape)
 
 
 def _expect(header: FileHeader, name: str, dtype: str, shape: tuple[int, ...]) -> None:

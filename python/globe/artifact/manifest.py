@@ -10,12 +10,13 @@ from globe.artifact.factored import CODES_VERSION, FORMAT_VERSION, PLAIN_VERSION
 from globe.checkpoint.companions import companions
 from globe.checkpoint.family import Family
 from globe.checkpoint.formats.encoded import Encoded
+from globe.checkpoint.formats.packed import Packing
 from globe.checkpoint.formats.tensors import as_decoded
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.quantised import KEY, quantization_of
 from globe.checkpoint.tensorfile import TensorInfo
 from globe.settings import Settings
-from globe.sizes.ratios import Shape
+from globe.sizes.ratios import BF16, Shape
 
 
 def manifest(
@@ -34,6 +35,7 @@ def manifest(
     for name, pool in pools.items():
         for family in pool.families:
             empty = {"experts": 0, "p": pool.p, "d": pool.d, "rank": shapes[name].rank, "bank": 0, "tensors": {}}
+            empty |= _packed(shapes[name].storage.lefts)
             described.setdefault(family, {**empty, "banks": {}})["bank"] += shapes[name].bank
         for number, expert in enumerate(pool.experts):
             entry = described[expert.family]
@@ -41,7 +43,8 @@ def manifest(
             entry["tensors"].setdefault(expert.tensor, []).append(number)
             entry["banks"][expert.tensor] = name
     banks = {
-        name: {"experts": len(pools[name]), "rank": shape.rank, "bank": shape.bank} for name, shape in shapes.items()
+        name: {"experts": len(pools[name]), "rank": shape.rank, "bank": shape.bank, **_packed(shape.storage.atoms)}
+        for name, shape in shapes.items()
     }
     kept = {matrix.name for matrix in checkpoint.encoded} - {
         tensor for f in described.values() for tensor in f["tensors"]
@@ -63,9 +66,10 @@ def manifest(
     if checkpoint.index is not None:
         stated = checkpoint.index.get("metadata")
         index_metadata = stated if isinstance(stated, dict) else {}
+    newest = kept or any(shape.storage != BF16 for shape in shapes.values())
     quantization = {KEY: quantization_of(checkpoint.config)} if checkpoint.encoded else {}
     return {
-        "format_version": FORMAT_VERSION if lies else CODES_VERSION if kept else PLAIN_VERSION,
+        "format_version": FORMAT_VERSION if lies else CODES_VERSION if newest else PLAIN_VERSION,
         "globe_version": __version__,
         "settings": settings.as_dict(),
         "families": described,
@@ -74,6 +78,10 @@ def manifest(
         "changed": changed,
         "source": {**source, **quantization, "index_metadata": index_metadata, "shards": shards},
     }
+
+
+def _packed(packing: Packing | None) -> dict[str, Any]:
+    return {} if packing is None else {"packed": packing.as_dict()}
 
 
 def _entry(name: str, info: TensorInfo | Encoded, kept: set[str]) -> dict[str, Any]:

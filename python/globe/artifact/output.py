@@ -7,8 +7,9 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeGuard
@@ -30,8 +31,10 @@ from globe.artifact.owned import (
     staying,
 )
 from globe.checkpoint.index import INDEX_NAME, SINGLE
+from globe.compute import ranks
 from globe.errors import GlobeError, UsageError
-from globe.runs.store import FOLDER, Log, RunStore, differences, stored_key
+from globe.runs.shared_store import SharedStore
+from globe.runs.store import FOLDER, Log, RunStore, Store, differences, stored_key
 
 
 @contextmanager
@@ -96,6 +99,52 @@ class Existing:
     fresh: bool = False
     overwrite: bool = False
     keep_run: bool = False
+
+
+@contextmanager
+def shared_directory(
+    path: Path, claim: Claim, identity: Identity, existing: Existing, log: Log
+) -> Iterator[Store | None]:
+    """`run_directory` for all ranks: rank 0 makes and locks it, and every rank has to be able to write there.
+
+    Raises
+    ------
+    UsageError, GlobeError
+        As `run_directory`, at every rank; or if one of them cannot write there, or sees another directory.
+    """
+    if ranks.size() == 1:
+        with run_directory(path, claim, identity, existing, log) as store:
+            yield store
+        return
+    with ExitStack() as stack:
+        begins = ranks.lead(
+            lambda: stack.enter_context(run_directory(path, claim, identity, existing, log)) is not None
+        )
+        if not begins:
+            yield None
+            return
+        with ranks.together():
+            _require_shared(path)
+            store = RunStore(path / FOLDER, identity.key, identity.environment, log if ranks.rank() == 0 else _silent)
+        yield SharedStore(store)
+        ranks.gathered(None)  # nobody is at work there any more when rank 0 takes the run's folder away
+
+
+def _require_shared(path: Path) -> None:
+    """Refuse a directory that this rank cannot write, or that is not the one that rank 0 has made."""
+    if not ranks.seen(path / FOLDER):
+        raise GlobeError(
+            f"output {path}: not the directory that rank 0 has made; expected one that all machines share: name such"
+        )
+    try:
+        with tempfile.TemporaryFile(dir=path), tempfile.TemporaryFile(dir=path / FOLDER):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _silent(line: str) -> None:
+    """A rank that does not speak."""
 
 
 @dataclass(frozen=True)
@@ -188,15 +237,17 @@ def finished_key(path: Path) -> dict[str, Any] | None:
         config = json.loads((path / "config.json").read_bytes())
         metrics = json.loads((path / "metrics.json").read_bytes())
         if config["quantization_config"]["quant_method"] == "globe":
-            return run_key(metrics["globe_version"], metrics["source"]["fingerprint"], metrics["settings"])
+            source, count = metrics["source"]["fingerprint"], metrics.get("ranks", 1)
+            return run_key(metrics["globe_version"], source, metrics["settings"], count)
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return None
 
 
-def run_key(version: str, fingerprint: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the weight files of a run depend on, as plain values."""
-    return {"globe_version": version, "source": {"fingerprint": fingerprint}, "settings": dict(settings)}
+def run_key(version: str, fingerprint: str, settings: Mapping[str, Any], ranks: int = 1) -> dict[str, Any]:
+    """What the weight files of a run depend on, as plain values; of one rank nothing is said of their number."""
+    shared = {"ranks": ranks} if ranks > 1 else {}
+    return {"globe_version": version, "source": {"fingerprint": fingerprint}, "settings": dict(settings), **shared}
 
 
 def _without_limit(key: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,11 +23,14 @@ from globe.artifact.factored import (
     shard_name,
 )
 from globe.checkpoint.formats.encoded import Encoded
+from globe.checkpoint.formats.packed import packed
 from globe.checkpoint.formats.tensors import as_decoded
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.powers import saturated, shared, times_power
 from globe.checkpoint.tensorfile import DTYPE_NAMES, TensorInfo, TensorWriter, copy_chunks, file_sha256, write_text
+from globe.compute import ranks
 from globe.errors import GlobeError
+from globe.fit.rounding import Rounded, above_least
 from globe.fit.stored_lefts import Fit, Solved, solve_lefts
 from globe.runs.job import Job
 from globe.runs.stages import Advance
@@ -77,7 +80,7 @@ def write_weights(
     replaced = [matrix for matrix in checkpoint.encoded if matrix.name in places or matrix.name in changed]
     total = sum(len(fit.family) for fit in fits.values())
     with job.stages.stage("write", total, _written_before(job.store)) as advance:
-        for count, shard in enumerate(checkpoint.shards):
+        for count, shard in ranks.own(list(enumerate(checkpoint.shards))):
             file, result = shard_name(shard.path.name), f"shard-{count}"
             entries: dict[str, tuple[str, tuple[int, ...]]] = {}
             tensors = as_decoded(shard.tensors, replaced)
@@ -122,15 +125,34 @@ def write_weights(
                 "elapsed": job.stages.so_far(),
             }
             job.store.save(result, {}, measured)
-        sha256, beyond = _write_bank(fits, target / BANK_FILE, weight_map)
-        written.files[BANK_FILE] = {"bytes": (target / BANK_FILE).stat().st_size, "sha256": sha256}
+        written, weight_map = _of_all_ranks(written, weight_map)
+        written.files[BANK_FILE], beyond = ranks.lead(lambda: _write_bank(fits, target / BANK_FILE, weight_map))
         beyond += sum(written.saturated.values())
         if beyond:
             job.log(f"{beyond:,} values of the factors are beyond bf16 and were written as its largest")
         size = sum(entry["bytes"] for entry in written.files.values())
         index: dict[str, Any] = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        write_text(target / INDEX_FILE, json.dumps(index, indent=1) + "\n")
+        ranks.lead(lambda: write_text(target / INDEX_FILE, json.dumps(index, indent=1) + "\n"))
     return written
+
+
+def _of_all_ranks(written: Written, weight_map: dict[str, str]) -> tuple[Written, dict[str, str]]:
+    """What all ranks have written, and where its tensors lie; every rank has written shards of its own."""
+    if ranks.size() == 1:
+        return written, weight_map
+
+    def total(counts: dict[str, int]) -> dict[str, int]:
+        return dict(zip(counts, map(int, ranks.summed_array(np.array([*counts.values()]))), strict=True))
+
+    files = {name: file for some in ranks.gathered(written.files) for name, file in some.items()}
+    places = {name: file for some in ranks.gathered(weight_map) for name, file in some.items()}
+    errors, energies, weighted = (
+        {name: ranks.summed_array(each) for name, each in some.items()}
+        for some in (written.errors, written.energies, written.weighted)
+    )
+    ridged, beyond = total(written.ridged), total(written.saturated)
+    found = Written(errors, energies, ridged, weighted, beyond, dict(sorted(files.items())))
+    return found, dict(sorted(places.items(), key=lambda place: place[1]))
 
 
 def _changed(store: Store, result: str, tensor: str) -> torch.Tensor:
@@ -195,11 +217,13 @@ def _entries(
     entries: dict[str, tuple[str, tuple[int, ...]]] = {}
     parts = _parts(fits, there)
     for part in parts:
-        shape = (fits[part.pool].family.p, fits[part.pool].state.bank.shape[1])
-        entries[left_name(tensor, part.family)] = ("BF16", (info.shape[0], *shape) if fused else shape)
-    for name in _kept_halves(fits, parts):
+        fit, name = fits[part.pool], left_name(tensor, part.family)
+        shape: tuple[int, ...] = (fit.family.p, fit.state.bank.shape[1])
+        shape = (info.shape[0], *shape) if fused else shape
+        entries |= {name: ("BF16", shape)} if fit.lefts is None else fit.lefts.entries(name, shape)
+    for half in _kept_halves(fits, parts):
         family = fits[parts[0].pool].family
-        entries[rest_name(tensor, name)] = (info.dtype, (info.shape[0], family.p, family.d))
+        entries[rest_name(tensor, half)] = (info.dtype, (info.shape[0], family.p, family.d))
     return entries
 
 
@@ -222,15 +246,29 @@ def _write_experts(
     for part in parts:
         lefts = [solved.left for solved in itertools.islice(solutions, len(part.numbers))]
         fused = fits[part.pool].family.experts[part.numbers[0]].index is not None
-        writer.write(left_name(tensor, part.family), torch.stack(lefts) if fused else lefts[0])
+        for name, value in _left_tensors(left_name(tensor, part.family), lefts, fused).items():
+            writer.write(name, value)
 
 
-def _write_bank(fits: dict[str, Fit], path: Path, weight_map: dict[str, str]) -> tuple[str, int]:
+def _left_tensors(name: str, lefts: list[torch.Tensor | Rounded], fused: bool) -> dict[str, torch.Tensor]:
+    """What the left factors of a source tensor are stored as: stacked where the tensor is."""
+
+    def together(tensors: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(tensors) if fused else tensors[0]
+
+    rounded = [left for left in lefts if isinstance(left, Rounded)]
+    if not rounded:
+        return {name: together([left for left in lefts if isinstance(left, torch.Tensor)])}
+    codes, scales = together([left.codes for left in rounded]), together([left.scales for left in rounded])
+    return packed(name, codes, scales, rounded[0].bits)
+
+
+def _write_bank(fits: dict[str, Fit], path: Path, weight_map: dict[str, str]) -> tuple[dict[str, Any], int]:
     tensors: dict[str, torch.Tensor] = {}
     beyond = 0
     for name, fit in fits.items():
-        atoms = times_power(fit.state.bank.float().cpu(), shared(fit.exponent)[1])
-        tensors[bank_name(name, "atoms")], count = saturated(atoms, torch.bfloat16)
+        found, count = _atom_tensors(bank_name(name, "atoms"), fit)
+        tensors |= found
         beyond += count
         for part, values in csr_parts(fit.state.codes).items():
             tensors[bank_name(name, part)] = values
@@ -239,4 +277,15 @@ def _write_bank(fits: dict[str, Fit], path: Path, weight_map: dict[str, str]) ->
         for name, value in tensors.items():
             writer.write(name, value)
     weight_map.update(dict.fromkeys(entries, path.name))
-    return writer.sha256, beyond
+    return {"bytes": path.stat().st_size, "sha256": writer.sha256}, beyond
+
+
+def _atom_tensors(name: str, fit: Fit) -> tuple[dict[str, torch.Tensor], int]:
+    """What a bank's atoms are stored as, and how many values or scales bf16 does not hold."""
+    power, atoms = shared(fit.exponent)[1], fit.atoms
+    if atoms is None:
+        values, beyond = saturated(times_power(fit.state.bank.float().cpu(), power), torch.bfloat16)
+        return {name: values}, beyond
+    scales, beyond = saturated(above_least(times_power(atoms.scales, power)), torch.bfloat16)
+    rows = fit.state.bank.shape[:2]
+    return packed(name, atoms.codes.view(*rows, -1), scales.view(*rows, -1), atoms.bits), beyond

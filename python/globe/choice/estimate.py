@@ -10,10 +10,12 @@ from globe.choice.choose import ORDER
 from globe.choice.plan import Plan, peaks
 from globe.choice.probe import LOOPS, SAMPLE
 from globe.choice.ratio_plan import probes
+from globe.compute import ranks
 from globe.compute.devices import thread_count
 from globe.compute.forms import per_core
 from globe.compute.rates import Rates, probe
 from globe.correction.work import correction_work
+from globe.fit.rounded_bank import recoding
 from globe.settings import Settings
 from globe.sizes.budget import memory_limit
 from globe.sizes.kept import fits_jointly, kept
@@ -26,15 +28,16 @@ from globe.sizes.work import (
     joint_start_work,
     lefts_work,
     proxies_work,
+    rounding_work,
     scan_work,
     seeds_work,
     step_work,
     sweep_work,
 )
-from globe.statistics.memory import calibration_bytes, own_plan
+from globe.statistics.memory import calibration_bytes, fisher_bytes, fisher_plan, own_plan
 from globe.statistics.mixture import tokens_for
 from globe.statistics.row_moments import moments_for
-from globe.statistics.work import calibration_work, sampling_work
+from globe.statistics.work import calibration_work, fisher_work, sampling_work
 
 _STARTING = 5.0  # seconds until transformers is there and a model without weights is made
 
@@ -92,17 +95,20 @@ def estimate(planned: Plan, settings: Settings, rates: Rates) -> Estimate:
     """What a compression will take, at these rates.
 
     The counts of operations are those of :mod:`globe.sizes.work`; loops and steps are as many as the settings allow
-    at most.
+    at most. Ranks share what is done for experts; samples and corrections are rank 0's.
     """
+    whole, rates = rates, replace(rates, products=rates.products * ranks.size(), wide=rates.wide * ranks.size())
     sparse, cached = per_core(planned.device), planned.blocks.cached
     stages = [_stage(f"{name}: scan", scan_work(family), rates) for name, family in planned.families.items()]
     if settings.ratio is not None:
         stages.append(_stage("plan", _ratio_work(planned, settings, sparse), rates))
     sampling, calibrating = sampling_work(planned.checkpoint, settings), calibration_work(planned.checkpoint, settings)
     if sampling.flops:
-        stages.append(_stage("sample", sampling, rates))
+        stages.append(_stage("sample", sampling, whole))
     if calibrating.flops:
         stages.append(_more(_stage("calibrate", calibrating, rates), _STARTING))
+    if settings.metric == "fisher" and calibrating.flops:
+        stages.append(_stage("fisher", fisher_work(planned.checkpoint, settings), rates))
     scratch, writing, tasks = 0, Work(), []
     for name, family in planned.families.items():
         task = Task(family, planned.shapes[name], settings, sparse)
@@ -116,16 +122,23 @@ def estimate(planned: Plan, settings: Settings, rates: Rates) -> Estimate:
         elif settings.outer_loops > 0:
             loops = (sweep_work(task) + dictionary_work(task)) * settings.outer_loops + sweep_work(task)
             stages.append(_stage(f"{name}: loops", loops, rates, sweep_work(task)))
+        packing = task.shape.storage.atoms
+        if packing is not None:
+            rounding = rounding_work(task.shape.bank * task.shape.rank, family.d, packing)
+            aligned = replace(task, settings=replace(settings, mod="aligned"))
+            rounding += sweep_work(aligned) * recoding(packing)
+            rounding += joint_pass_work(task, held) if fits_jointly(settings) else Work()
+            stages.append(_stage(f"{name}: round", rounding, rates))
         stages.append(_stage(f"{name}: proxies", proxies_work(task), rates))
         writing += lefts_work(task)
         tasks.append(task)
     correcting = correction_work(planned.checkpoint, tasks)
     if correcting.flops:
-        stages.append(_more(_stage("correct", correcting, rates), _STARTING))
+        stages.append(_more(_stage("correct", correcting, whole), _STARTING))
     everything = sum(info.nbytes for info in planned.checkpoint.tensors.values())
     rest = everything - sum(family.stored_bytes for family in planned.families.values())
     stages.append(_stage("write", writing + Work(read=rest, written=rest), rates))
-    return Estimate(tuple(stages), _peaks(planned, settings), scratch, rates)
+    return Estimate(tuple(stages), _peaks(planned, settings), scratch, whole)
 
 
 def seconds_of(work: Work, rates: Rates) -> float:
@@ -173,6 +186,10 @@ def _peaks(planned: Plan, settings: Settings) -> dict[str, int]:
         kinds, tokens = moments_for(settings.families, gates), tokens_for(settings, gates.d)
         own = own_plan(planned.checkpoint, tokens, len(kinds), memory_limit(settings), planned.device)
         needed = calibration_bytes(planned.checkpoint, tokens, len(kinds), own.directions)
-        found = {"calibrate": needed, **found}
+        first = {"calibrate": needed}
+        back = fisher_plan(planned.checkpoint, tokens, memory_limit(settings)).tokens
+        if settings.metric == "fisher" and back:
+            first["fisher"] = fisher_bytes(planned.checkpoint, back)
+        found = first | found
     unused = "loops" if fits_jointly(settings) else "joint"
     return {stage: size for stage, size in found.items() if stage != unused}

@@ -16,6 +16,7 @@ from globe.choice.ratio_plan import candidates
 from globe.compute.devices import thread_count
 from globe.errors import UsageError
 from globe.settings import Settings
+from globe.sizes.pools import storage
 from globe.sizes.ratios import Shape, ratios
 
 _RANKS = (1.0, 0.75, 0.5, 0.25)
@@ -30,8 +31,8 @@ def inspect(model: Path | str, settings: Settings | None = None, *, estimated: b
     model : Path or str
         A dense checkpoint directory, or its name on the hub (NAMESPACE/NAME, with @REVISION): no weights are fetched.
     settings : Settings, optional
-        Which families are chosen, and the target support that their codes are counted with; all of them for an
-        estimate.
+        Which families are chosen, the bits of their factors, and the target support that their codes are counted
+        with; all of them for an estimate.
     estimated : bool
         Time this machine's products for a second or two, and say what a compression would take.
 
@@ -39,7 +40,8 @@ def inspect(model: Path | str, settings: Settings | None = None, *, estimated: b
     -------
     dict
         `architecture`, `layout`, `families` (N, layers, p, d, dtype, bytes, floor r/d at the default rank),
-        `bytes` on three axes, `chosen` families, and `choices`: rank, bank size and the ratio on three axes with these.
+        `bytes` on three axes, `chosen` families, `bits` of the factors and the `group` that
+        shares a scale, and `choices`: rank, bank size and the ratio on three axes with these.
         With `settings.ratio`, the choices are those of a family that store so much of it.
         `notes` tell what of the directory no output will have. Where asked for, `estimate`: `seconds`, in all and by
         `stages`; `peak_bytes` of resident memory, in all and by stage (`peaks`); `scratch_bytes` of disk beside the
@@ -62,7 +64,7 @@ def _described(directory: Path, settings: Settings, estimated: bool) -> dict[str
     first = next(iter(families.values()))
     choices = []
     for rank, bank in _pairs(first, settings):
-        shape = Shape(rank, bank, min(bank, settings.support) * len(first))
+        shape = Shape(rank, bank, min(bank, settings.support) * len(first), storage(settings))
         saved = ratios(checkpoint, families, dict.fromkeys(families, shape))
         choices.append({"rank": rank, "bank": bank, "floor": rank / first.d, "ratio": asdict(saved)})
     described = {
@@ -99,6 +101,7 @@ def _described(directory: Path, settings: Settings, estimated: bool) -> dict[str
             "checkpoint": sum(info.nbytes for info in checkpoint.tensors.values()),
         },
         "chosen": list(families),
+        "bits": {**storage(settings).bits, "group": settings.group_size},
         "choices": choices,
         "notes": checkpoint.notes,
         **told,
@@ -108,11 +111,12 @@ def _described(directory: Path, settings: Settings, estimated: bool) -> dict[str
 def _pairs(family: Family, settings: Settings) -> list[tuple[int, int]]:
     """Ranks and bank sizes worth showing: all that store the ratio asked for, or a grid."""
     if settings.ratio is not None:
-        return [(size.rank, size.bank) for size in candidates(family, settings.ratio)]
+        return [(size.rank, size.bank) for size in candidates(family, settings.ratio, how=storage(settings))]
     sizes = {max(1, round(share * len(family))) for share in _BANK_RATIOS}
     try:
         sizes.add(settings.resolve_bank(len(family)))
     except UsageError:
         pass
-    ranks = [max(1, round(fraction * min(family.p, family.d))) for fraction in _RANKS]
+    step, least = storage(settings).step, min(family.p, family.d)
+    ranks = sorted({max(step, round(fraction * least / step) * step) for fraction in _RANKS}, reverse=True)
     return [(rank, bank) for rank in ranks for bank in sorted(sizes)]

@@ -24,7 +24,7 @@ from globe.runs.job import Job
 from globe.seeds.proxies import Scan
 from globe.settings import Settings
 from globe.sizes.budget import Room, fit_device, memory_limit, plan_blocks, size_text, stage_peaks
-from globe.sizes.pools import Size, groups, pools, sizes, units
+from globe.sizes.pools import Size, groups, pools, require_groups, sizes, storage, units
 from globe.sizes.ratios import Shape, ratios
 
 
@@ -76,6 +76,8 @@ def _sized(
     checkpoint: Checkpoint, whole: dict[str, Family], asked: dict[str, Size], settings: Settings, device: torch.device
 ) -> Plan:
     held, shapes = pools(whole, asked, settings)
+    for name, family in held.items():
+        require_groups(family, shapes[name])
     return Plan(checkpoint, whole, held, shapes, device, _blocks(held, shapes, settings, device))
 
 
@@ -138,7 +140,7 @@ def _largest(whole: dict[str, Family], settings: Settings, device: torch.device)
     assert settings.ratio is not None, "no ratio to plan for"
     fits, largest = _fits(whole, settings, device), {}
     for name, unit in whole.items():
-        offered = candidates(unit, settings.ratio, settings.scope)
+        offered = candidates(unit, settings.ratio, settings.scope, storage(settings))
         largest[name] = next((size for size in reversed(offered) if fits(name, size)), offered[0])
     return largest
 

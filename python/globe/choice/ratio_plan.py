@@ -15,8 +15,8 @@ from globe.checkpoint.family import Family
 from globe.choice.probe import LOOPS, Prober, samples
 from globe.errors import GlobeError, UsageError
 from globe.settings import Settings
-from globe.sizes.pools import Size, deal, groups
-from globe.sizes.ratios import Shape, stored_elements
+from globe.sizes.pools import Size, deal, groups, storage
+from globe.sizes.ratios import BF16, Shape, Storage, stored_bytes, stored_elements
 
 Array = NDArray[np.float64]
 
@@ -92,8 +92,10 @@ def sizes_of(plan: Mapping[str, Any]) -> dict[str, Size]:
     return {name: Size(**unit["size"]) for name, unit in plan["units"].items()}
 
 
-def candidates(unit: Family, ratio: float, scope: str | int = "global") -> list[Size]:
+def candidates(unit: Family, ratio: float, scope: str | int = "global", how: Storage = BF16) -> list[Size]:
     """Ranks and banks that store at most `ratio` of a unit, the largest rank for every share m / N of atoms.
+
+    `how` is how factors are stored: ranks are those that its groups divide.
 
     Raises
     ------
@@ -104,14 +106,14 @@ def candidates(unit: Family, ratio: float, scope: str | int = "global") -> list[
     found: dict[int, Size] = {}
     for share in SHARES:
         bank = max(least, round(share * len(unit)))
-        rank = _rank(unit, bank, ratio)
+        rank = _rank(unit, bank, ratio, how)
         if bank <= len(unit) and rank >= 1:
             found[bank] = Size(rank, bank)
     if not found:
-        lowest = stored_elements(unit, _shape(unit, Size(1, least))) / unit.counted
+        lowest = _ratio(unit, Size(how.step, least), how)
         raise UsageError(
-            f"ratio is {ratio:g}, but rank 1 and {least} atoms store {lowest:.3f} of family {unit.name} already: it is "
-            "not worth compressing at that ratio; raise --ratio or leave it out of --families"
+            f"ratio is {ratio:g}, but rank {how.step} and {least} atoms store {lowest:.3f} of family {unit.name}: "
+            "it is not worth compressing at that ratio; raise --ratio or leave it out of --families"
         )
     return list(found.values())
 
@@ -145,6 +147,11 @@ class Probing:
         assert self.settings.ratio is not None, "no ratio to plan for"
         return self.settings.ratio
 
+    @property
+    def how(self) -> Storage:
+        """How factors are stored."""
+        return storage(self.settings)
+
 
 def plan_ratio(whole: Mapping[str, Family], energies: Mapping[str, Array], probing: Probing) -> RatioPlan:
     """Choose rank and bank of every unit so that all together store at most the ratio asked for.
@@ -170,7 +177,8 @@ def plan_ratio(whole: Mapping[str, Family], energies: Mapping[str, Array], probi
     """
     ratio, seen = probing.ratio, {}
     for name, unit in whole.items():
-        sized = [size for size in candidates(unit, ratio, probing.settings.scope) if probing.fits(name, size)]
+        offered = candidates(unit, ratio, probing.settings.scope, probing.how)
+        sized = [size for size in offered if probing.fits(name, size)]
         if not sized:
             raise UsageError(f"ratio is {ratio:g}: no bank of family {name} at that ratio fits --max-memory; raise it")
         seen[name] = _probe_unit(unit, energies[name], sized, probing)
@@ -178,7 +186,7 @@ def plan_ratio(whole: Mapping[str, Family], energies: Mapping[str, Array], probi
         for name, unit in whole.items():
             seen[name] = _probe_around(unit, energies[name], seen[name], probing)
         worth = {name: float(energies[name].sum()) for name in whole}
-        seen = _split(whole, seen, ratio, worth)
+        seen = _split(whole, seen, worth, probing)
     for name, unit_plan in seen.items():
         for line in _lines(name, len(whole[name]), unit_plan, ratio):
             probing.log(line)
@@ -191,7 +199,7 @@ def probes(units: int) -> int:
 
 
 def _probe_unit(unit: Family, energy: Array, sized: list[Size], probing: Probing) -> UnitPlan:
-    scope, prober, ratio = probing.settings.scope, probing.prober, probing.ratio
+    scope, prober, ratio, how = probing.settings.scope, probing.prober, probing.ratio, probing.how
     sampled = samples(unit, energy, scope)
     found: dict[int, tuple[Point, list[Array]]] = {}
     refused: set[int] = set()
@@ -203,7 +211,7 @@ def _probe_unit(unit: Family, energy: Array, sized: list[Size], probing: Probing
         if errors is None:
             refused.add(place)
         else:
-            found[place] = Point(size.rank, size.bank, _ratio(unit, size), _mean(errors, sampled)), errors
+            found[place] = Point(size.rank, size.bank, _ratio(unit, size, how), _mean(errors, sampled)), errors
         lowest = min(found, key=lambda k: found[k][0].error, default=place)
         near = [k for k in (lowest - 1, lowest + 1) if 0 <= k < len(sized) and k not in refused and k not in found]
         place = near[0] if near else None
@@ -214,7 +222,8 @@ def _probe_unit(unit: Family, energy: Array, sized: list[Size], probing: Probing
     best, best_errors = next(found[k] for k in sorted(found) if found[k][0].error <= bound)
     step = -(-len(sampled) * len(sampled[0][0]) // _TRUNCATED)  # a few of every pool
     few = [(replace(sample, experts=sample.experts[::step]), energies[::step]) for sample, energies in sampled]
-    rank = max(1, math.floor(ratio * unit.counted / len(unit) / (unit.p + unit.d)))
+    share = 1.0 if how.lefts is None else how.lefts.bits / 16 + 1 / how.lefts.group
+    rank = max(1, math.floor(ratio * unit.counted / len(unit) / (unit.p + unit.d) / share))
     truncated = _mean([prober.truncated(sample, rank) for sample, _ in few], few)
     probing.advance(1)
     ours, size = _mean([errors[::step] for errors in best_errors], few), Size(best.rank, best.bank)
@@ -226,18 +235,20 @@ def _probe_around(unit: Family, energy: Array, seen: UnitPlan, probing: Probing)
     scope = probing.settings.scope
     sampled, others = samples(unit, energy, scope), []
     for near in (probing.ratio - _REACH, probing.ratio + _REACH):
-        size = Size(_rank(unit, seen.size.bank, near), seen.size.bank)
+        size = Size(_rank(unit, seen.size.bank, near, probing.how), seen.size.bank)
         errors = _errors(unit, size, sampled, scope, probing.prober) if size.rank >= 1 else None
         probing.advance(1)
         if errors is not None:
-            others.append(Point(size.rank, size.bank, _ratio(unit, size), _mean(errors, sampled)))
+            ratio = _ratio(unit, size, probing.how)
+            others.append(Point(size.rank, size.bank, ratio, _mean(errors, sampled)))
     return replace(seen, others=others)
 
 
 def _split(
-    whole: Mapping[str, Family], seen: dict[str, UnitPlan], ratio: float, worth: Mapping[str, float]
+    whole: Mapping[str, Family], seen: dict[str, UnitPlan], worth: Mapping[str, float], probing: Probing
 ) -> dict[str, UnitPlan]:
     """Split the bytes: ratios on a grid within what was probed, all together at most the one asked for."""
+    ratio, how = probing.ratio, probing.how
     steps = round(_REACH / _STEP)
     grid = [ratio + _STEP * step for step in range(-steps, steps + 1)]
     dense = {name: unit.counted for name, unit in whole.items()}
@@ -250,9 +261,9 @@ def _split(
         logs = np.log([error for _, error in curve])
         mine = []
         for near in grid:
-            size = Size(_rank(unit, chosen.size.bank, near), chosen.size.bank)
-            if size.rank >= 1 and (known[0] <= _ratio(unit, size) <= known[-1] or near == ratio):
-                stored = _ratio(unit, size)
+            size = Size(_rank(unit, chosen.size.bank, near, how), chosen.size.bank)
+            stored = _ratio(unit, size, how)
+            if size.rank >= 1 and (known[0] <= stored <= known[-1] or near == ratio):
                 mine.append((stored * dense[name], worth[name] * math.exp(np.interp(stored, known, logs)), size))
         options.append(mine)
     budget = ratio * sum(dense.values())
@@ -260,7 +271,7 @@ def _split(
     best_pick = min(allowed, key=lambda pick: sum(option[1] for option in pick))
     split = {}
     for (name, unit), (_, _, size) in zip(whole.items(), best_pick, strict=True):
-        split[name] = replace(seen[name], size=size, ratio=_ratio(unit, size))
+        split[name] = replace(seen[name], size=size, ratio=_ratio(unit, size, how))
     return split
 
 
@@ -285,20 +296,26 @@ def _mean(errors: list[Array], sampled: list[tuple[Family, Array]]) -> float:
     return lost / sum(float(energy.sum()) for _, energy in sampled)
 
 
-def _shape(unit: Family, size: Size) -> Shape:
-    return Shape(size.rank, size.bank, len(unit) * size.bank)  # all codes, so that no run stores more
+def _shape(unit: Family, size: Size, how: Storage) -> Shape:
+    return Shape(size.rank, size.bank, len(unit) * size.bank, how)  # all codes, so that no run stores more
 
 
-def _ratio(unit: Family, size: Size) -> float:
-    return stored_elements(unit, _shape(unit, size)) / unit.counted
+def _ratio(unit: Family, size: Size, how: Storage) -> float:
+    return stored_elements(unit, _shape(unit, size, how)) / unit.counted
 
 
-def _rank(unit: Family, bank: int, ratio: float) -> int:
-    """The largest rank that stores at most `ratio` with such a bank; 0 if none does."""
-    count = len(unit)
-    codes = stored_elements(unit, _shape(unit, Size(0, bank)))
-    rank = math.floor((ratio * unit.counted - codes) / (count * unit.p + bank * unit.d) + 1e-9)
-    return max(0, min(rank, unit.p, unit.d))
+def _rank(unit: Family, bank: int, ratio: float, how: Storage) -> int:
+    """The largest rank that stores at most `ratio` with such a bank, and can be stored; 0 if none does."""
+    step, allowed = how.step, 2 * ratio * unit.counted
+
+    def nbytes(steps: int) -> int:
+        return stored_bytes(unit, _shape(unit, Size(steps * step, bank), how))
+
+    none, many = nbytes(0), 32  # packed rows end with whole words: after so many steps without a gap
+    found = min(math.floor((allowed - none) * many / (nbytes(many) - none) + 1e-9), min(unit.p, unit.d) // step)
+    while found > 0 and nbytes(found) > allowed + 1e-6:
+        found -= 1
+    return max(0, found * step)
 
 
 def _lines(name: str, experts: int, plan: UnitPlan, ratio: float) -> Iterator[str]:

@@ -8,7 +8,9 @@ import click
 
 from globe._version import __version__
 from globe.cli import about, healing, making, using
+from globe.cli.launched import run_at_rank
 from globe.errors import GlobeError, UsageError
+from globe.machine.launch import launched_ranks
 
 
 def _cmake_dir(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
@@ -52,22 +54,30 @@ for command in (
 
 def main() -> None:
     """Run the command; every refusal is one line on stderr and exit status 1 (data) or 2 (usage)."""
+    arguments = sys.argv[1:] or ["--help"]
+    if launched_ranks() > 1:
+        sys.exit(run_at_rank(arguments, _run))
+    status, line = _run(arguments)
+    if line is not None:
+        click.echo(line, err=True)
+    sys.exit(status)
+
+
+def _run(arguments: list[str]) -> tuple[int, str | None]:
+    """Run the command: its exit status, and what is to be said on stderr."""
     try:
-        arguments = sys.argv[1:] or ["--help"]
-        sys.exit(cli.main(arguments, prog_name="globe", standalone_mode=False) or 0)
+        return cli.main(arguments, prog_name="globe", standalone_mode=False) or 0, None
     except click.ClickException as error:
-        _refuse(UsageError(error.format_message()))
+        return _refused(UsageError(error.format_message()))
     except GlobeError as error:
-        _refuse(error)
+        return _refused(error)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("globe: stopped", err=True)
-        sys.exit(130)
+        return 130, "globe: stopped"
     except BrokenPipeError:
-        sys.exit(141)
+        return 141, None
     except OSError as error:
-        _refuse(GlobeError(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)))
+        return _refused(GlobeError(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)))
 
 
-def _refuse(error: GlobeError) -> None:
-    click.echo(f"globe: error: {' '.join(str(error).split())}", err=True)
-    sys.exit(error.exit_status)
+def _refused(error: GlobeError) -> tuple[int, str]:
+    return error.exit_status, f"globe: error: {' '.join(str(error).split())}"

@@ -9,12 +9,12 @@ import click
 # Options stand under the heading that names them; those that no heading names, under the last.
 HEADINGS = {
     "What to compress": ("families", "scope", "share_families"),
-    "Size": ("rank", "ratio", "bank_ratio", "bank_size"),
+    "Size": ("rank", "ratio", "bank_ratio", "bank_size", "factor_bits", "left_bits", "atom_bits", "group_size"),
     "Seeds": ("method", "methods", "seed"),
     "Fit": ("solver", "mod", "outer_loops", "init_codes", "codes", "support", "joint_steps", "correct"),
     "Metric": (
-        "calibrate", "calibration_tokens", "text", "texts", "tokens", "window", "max_tokens", "row_moments", "against",
-        "tasks", "lm_eval_path", "limit", "own_tokens", "text_tokens",
+        "calibrate", "calibration_tokens", "text", "texts", "tokens", "window", "max_tokens", "row_moments", "fisher",
+        "against", "tasks", "lm_eval_path", "limit", "own_tokens", "text_tokens",
     ),
     "Machine": ("device", "precision", "max_memory", "time_limit", "threads", "trust_remote_code"),
     "Run": (),

@@ -24,6 +24,10 @@ from globe.settings.yaml_file import read_settings
 @click.argument("model", type=PATH)
 @click.option("--families", help="Any of gate, up and down.  [default: gate,up]")
 @click.option("--ratio", type=float, help="Show the ranks and bank sizes that store this much of these families.")
+@click.option("--factor-bits", type=int, metavar="16|8|4|3", help="Stored bits of a factor's value.  [default: 16]")
+@click.option("--left-bits", type=int, metavar="16|8|4|3", help="Of left factors.  [default: --factor-bits]")
+@click.option("--atom-bits", type=int, metavar="16|8|4|3", help="Of atoms.  [default: --factor-bits]")
+@click.option("--group-size", type=int, help="Values that share a scale below 16 bits, 32 to 128.  [default: 32]")
 @click.option(
     "--estimate", is_flag=True, help="Time products for a second, and say what a compression would take here."
 )
@@ -60,7 +64,11 @@ def inspect(model: Path, config: Path | None, estimate: bool, as_json: bool, qui
         sizes = (family[key] for key in ("experts", "layers", "p", "d", "dtype"))
         held.add_row(name, *map(str, sizes), f"{family['bytes'] / 1e6:,.1f}", f"{family['floor']:.3f}")
     console.print(held)
-    choices = Table(title=f"stored over dense, {' and '.join(found['chosen'])} together")
+    bits = found["bits"]
+    told = (
+        "" if bits["lefts"] == bits["atoms"] == 16 else f" (left factors {bits['lefts']} bits, atoms {bits['atoms']})"
+    )
+    choices = Table(title=f"stored over dense, {' and '.join(found['chosen'])} together{told}")
     for column in ("rank", "bank size", "floor r/d", "touched", "all experts", "checkpoint"):
         choices.add_column(column, justify="right")
     for row in found["choices"]:
@@ -104,6 +112,12 @@ def _print_estimate(found: dict[str, Any], console: Console) -> None:
     default="auto",
     show_default=True,
     help="p × p moments of every expert: of down's inputs (hidden), of all rows (full); auto: hidden if below 1 GiB.",
+)
+@click.option(
+    "--fisher/--no-fisher",
+    default=True,
+    show_default=True,
+    help="Find by gradients what the loss makes of errors of the experts.",
 )
 @click.option("--device", type=choice("device"), default="cpu", show_default=True)
 @click.option(
@@ -165,6 +179,10 @@ def calibrate(
 @click.option("--bank-size", type=int, help="Bank size.  [default: 128 from 512 experts, 64 from 256, else N/4]")
 @click.option("--families", help="Any of gate, up and down.  [default: gate,up]")
 @click.option("--ratio", type=float, help="Plan rank and bank sizes to store this share.  [default: not planned]")
+@click.option("--factor-bits", type=int, metavar="16|8|4|3", help="Stored bits of a factor's value.  [default: 16]")
+@click.option("--left-bits", type=int, metavar="16|8|4|3", help="Of left factors.  [default: --factor-bits]")
+@click.option("--atom-bits", type=int, metavar="16|8|4|3", help="Of atoms.  [default: --factor-bits]")
+@click.option("--group-size", type=int, help="Values that share a scale below 16 bits, 32 to 128.  [default: 32]")
 @click.option("--scope", type=Scope(), help="Layers that share a bank: global, layer or a count.  [default: global]")
 @click.option(
     "--share-families", is_flag=True, default=None, help="One bank for all families together.  [default: one each]"
@@ -214,6 +232,7 @@ def compress(
 
     began = time.perf_counter() - process_age()
     settings = read_settings(config, {key: value for key, value in options.items() if value is not None})
+    from globe.artifact.card import bits_text
     from globe.pipeline.compress import compress as run
 
     display = display_for(quiet)
@@ -237,10 +256,15 @@ def compress(
             f"stored over dense: {result.ratio.touched:.3f} of the touched matrices, {result.ratio.experts:.3f} of all "
             f"expert weights, {result.ratio.checkpoint:.3f} of the checkpoint"
         )
+        told = bits_text(result.metrics.get("bits"))
+        if told:
+            click.echo(told)
 
 
 @click.command(cls=Headed)
 @click.argument("plan", type=PATH, metavar="PLAN.yaml")
+@click.option("--devices", help="Deal the jobs to these, e.g. cuda:0,cuda:1.  [default: one after another]")
+@click.option("--jobs-per-device", type=int, default=1, show_default=True, help="Jobs at a time on each of --devices.")
 @tracking
 @resuming
 @trusting
@@ -248,13 +272,11 @@ def compress(
 def batch(
     plan: Path,
     tracker: str | None,
-    fresh: bool,
-    keep_run: bool,
-    trust_remote_code: bool,
     as_json: bool,
     quiet: bool,
+    **options: Any,
 ) -> None:
-    """Compress many checkpoints, one after another, and go on past one that fails.
+    """Compress many checkpoints, one after another or dealt to devices, and go on past one that fails.
 
     PLAN.yaml has `jobs`, each with `model` and `out` (relative to the plan's own folder), and if wanted `config` (a
     YAML file of settings) and `settings` on top; `defaults` are settings of all jobs. All jobs are checked before the
@@ -264,7 +286,6 @@ def batch(
     from globe.pipeline.batch import batch as run
     from globe.pipeline.batch import batch_table
 
-    options = {"fresh": fresh, "keep_run": keep_run, "trust_remote_code": trust_remote_code}
     outcomes = run(plan, **options, log=tracker, progress=display_for(quiet))
     if as_json:
         click.echo(json.dumps({"jobs": [outcome.as_dict() for outcome in outcomes]}))

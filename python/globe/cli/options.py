@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from globe.machine.launch import launched_rank
 from globe.runs.stages import Display, Silent
 from globe.runs.tracking import TRACKERS
 from globe.settings import Settings
@@ -82,7 +83,7 @@ def tracking(command: _Command) -> _Command:
 
 def display_for(quiet: bool) -> Display:
     """Where a command shows its stages."""
-    if quiet:
+    if quiet or launched_rank() != 0:
         return Silent()
     from globe.runs.display import RichDisplay
 

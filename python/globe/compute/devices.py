@@ -8,9 +8,11 @@ import os
 import torch
 
 from globe import kernels
+from globe.compute import ranks
 from globe.compute.gemm import matmul
 from globe.compute.spd import gram_inverse
 from globe.errors import GlobeError, UsageError
+from globe.machine.launch import local_rank, local_ranks, sharing
 from globe.machine.processors import usable_processors
 from globe.machine.waiting import warn_of_spinning
 
@@ -20,7 +22,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device of a `--device` value; auto is CUDA, then MPS, then the CPU.
+    """The torch device of a `--device` value; auto is CUDA, then MPS, then the CPU. Every rank has a GPU of its own.
 
     Raises
     ------
@@ -29,9 +31,16 @@ def pick_device(name: str) -> torch.device:
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(device for device, available in there.items() if available))
+        name = next(device for device, available in there.items() if available)
     if not there[name]:
         raise UsageError(f"device {name} is not available here; use --device auto or cpu")
+    if name == "cuda" and ranks.size() > 1:
+        if local_ranks() > torch.cuda.device_count():
+            raise UsageError(
+                f"{local_ranks()} ranks on a machine with {torch.cuda.device_count()} GPUs; expected one or more "
+                "GPUs for each: use --nproc-per-node gpu, or --device cpu"
+            )
+        return torch.device("cuda", local_rank())
     return torch.device(name)
 
 
@@ -81,8 +90,16 @@ def device_room(device: torch.device) -> int | None:
 
 
 def thread_count(threads: int | None) -> int:
-    """CPU threads to use: as many as given, or torch's at first and no more than the process has processors."""
-    return threads if threads is not None else min(_AT_FIRST, usable_processors())
+    """CPU threads to use: as many as given, or torch's at first and no more than the process has processors.
+
+    Ranks, and jobs that run at a time, share a machine's processors; that torchrun sets OMP_NUM_THREADS to 1 is not
+    taken for a wish.
+    """
+    if threads is not None:
+        return threads
+    if sharing() > 1:
+        return max(1, usable_processors() // sharing())
+    return min(_AT_FIRST, usable_processors())
 
 
 def set_threads(threads: int | None) -> None:

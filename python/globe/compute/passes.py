@@ -1,4 +1,7 @@
-"""The engine of passes over experts, in two forms: an expert to a core, or a batch of them on a device."""
+"""The engine of passes over experts, in two forms: an expert to a core, or a batch of them on a device.
+
+The third form, many processes that each pass over experts of their own, lies around it (:mod:`globe.compute.ranks`).
+"""
 
 from __future__ import annotations
 
@@ -79,6 +82,11 @@ def engine(device: torch.device) -> Iterator[Engine]:
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # which the workers have set for threads to come
+
+
+def shifted(span: slice, places: int) -> slice:
+    """A span so many places further on."""
+    return slice(span.start + places, span.stop + places)
 
 
 def within(span: slice, part: slice) -> slice:

@@ -10,13 +10,14 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from globe.compute.passes import shifted
 from globe.compute.stream import Lane, Sent, ahead
 
 _BUFFERS = 3
 
 
 class Shelf(Protocol):
-    """N matrices of one shape, fp32, written and read by runs of experts."""
+    """Matrices of one shape of some experts, fp32, written and read by runs of their numbers."""
 
     def put(self, some: slice, matrices: torch.Tensor) -> None:
         """Keep those of the experts of these numbers; `matrices` may be overwritten afterwards."""
@@ -31,20 +32,22 @@ class InMemory:
     Parameters
     ----------
     shape : tuple of int
-        (N, k, l).
+        (n, k, l).
     device : torch.device
+    first : int
+        The number of the first expert.
     """
 
-    def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:
-        self._kept = torch.empty(shape, device=device)
+    def __init__(self, shape: tuple[int, int, int], device: torch.device, first: int = 0) -> None:
+        self._kept, self._first = torch.empty(shape, device=device), first
 
     def put(self, some: slice, matrices: torch.Tensor) -> None:
         """As :meth:`Shelf.put`."""
-        self._kept[some] = matrices
+        self._kept[shifted(some, -self._first)] = matrices
 
     def take(self, spans: Sequence[slice]) -> Iterator[torch.Tensor]:
         """As :meth:`Shelf.take`."""
-        return (self._kept[span] for span in spans)
+        return (self._kept[shifted(span, -self._first)] for span in spans)
 
 
 class OnDisk:
@@ -53,23 +56,25 @@ class OnDisk:
     Parameters
     ----------
     shape : tuple of int
-        (N, k, l).
+        (n, k, l).
     device : torch.device
         Where matrices come from, and are taken to.
     file : Path
+    first : int
+        The number of the first expert.
     """
 
-    def __init__(self, shape: tuple[int, int, int], device: torch.device, file: Path) -> None:
+    def __init__(self, shape: tuple[int, int, int], device: torch.device, file: Path, first: int = 0) -> None:
         self._shape, self._lane, self._device = shape[1:], Lane(device), device
         self._stride = 4 * shape[1] * shape[2]
-        self._file = file
+        self._file, self._first = file, first
         with open(file, "wb") as made:
             made.truncate(shape[0] * self._stride)
         self._buffers: list[torch.Tensor] = []
 
     def put(self, some: slice, matrices: torch.Tensor) -> None:
         """As :meth:`Shelf.put`."""
-        left, place = _bytes(matrices.cpu().contiguous()), some.start * self._stride
+        left, place = _bytes(matrices.cpu().contiguous()), (some.start - self._first) * self._stride
         with open(self._file, "r+b", buffering=0) as file:
             while left:  # the system takes at most 2 GiB at a time
                 written = os.pwrite(file.fileno(), left, place)
@@ -88,7 +93,7 @@ class OnDisk:
                 def fill(out: torch.Tensor) -> torch.Tensor:
                     span = spans[place]
                     part = out[: span.stop - span.start]
-                    left, start = _bytes(part), span.start * self._stride
+                    left, start = _bytes(part), (span.start - self._first) * self._stride
                     while left:
                         found = os.preadv(file.fileno(), [left], start)
                         if not found:
@@ -124,11 +129,11 @@ class Shelves:
         self._device, self._left, self._folder = device, size, folder
         self._made = 0
 
-    def make(self, shape: tuple[int, int, int]) -> Shelf:
-        """A shelf of (N, k, l) matrices: those made first lie in memory."""
+    def make(self, shape: tuple[int, int, int], first: int = 0) -> Shelf:
+        """A shelf of (n, k, l) matrices, of experts from the number `first` on: those made first lie in memory."""
         size = 4 * shape[0] * shape[1] * shape[2]
         if size <= self._left:
             self._left -= size
-            return InMemory(shape, self._device)
+            return InMemory(shape, self._device, first)
         self._made += 1
-        return OnDisk(shape, self._device, self._folder / f"shelf-{self._made}")
+        return OnDisk(shape, self._device, self._folder / f"shelf-{self._made}", first)

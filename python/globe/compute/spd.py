@@ -15,6 +15,8 @@ from globe.compute.gemm import grams, lower_gram, lower_times
 # Of the mean diagonal: a ridge below it is lost in the rounding of the matrix.
 _LEAST_RIDGE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _SHIFT = 4 * torch.finfo(torch.float32).eps  # of the norm of a Gram matrix: what its factor in fp32 rounds
+# Of X Xᵀ, for rows that are to be orthonormal: 1/cond of what is dependent, and the ridge that it takes.
+_DEPENDENT, _DEPENDENT_RIDGE = 1e-12, 1e-9
 _RESOLVED = 8.0  # times the product of both shifts
 _LIFTS = tuple(16.0**-power for power in range(4, -1, -1))  # of the norm
 
@@ -102,6 +104,15 @@ def row_basis(matrices: torch.Tensor, ridge: float, rcond: float) -> tuple[torch
     factors, ridged, _ = _factors(lower_gram(wide), ridge, rcond)
     inner = torch.linalg.solve_triangular(factors, _identities(factors), upper=False)
     return inner.float(), lower_times(inner, wide).float(), ridged
+
+
+def orthonormal_rows(matrices: torch.Tensor) -> torch.Tensor:
+    """T⁻¹ X, with T Tᵀ = X Xᵀ and T lower triangular: the rows of X made orthonormal one after another (Gram–Schmidt).
+
+    X (n, r, d), and what is found, are fp32; products are fp64 where the device has it. Where X has dependent rows,
+    10⁻⁹ of the mean diagonal is added to X Xᵀ, or the identity if X is zero.
+    """
+    return row_basis(matrices, _DEPENDENT_RIDGE, _DEPENDENT)[1]
 
 
 def ridged_factor(matrix: torch.Tensor, ridge: float) -> torch.Tensor:

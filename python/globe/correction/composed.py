@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 
 from globe.checkpoint.expert_module import ExpertModule
-from globe.checkpoint.powers import shared, times_power
+from globe.checkpoint.powers import times_power
 from globe.compute.gemm import matmul, mixtures
 from globe.fit.stored_lefts import Fit, solve_lefts
 from globe.runs.job import Job
@@ -35,8 +35,8 @@ def compose_layer(experts: ExpertModule, fits: dict[str, Fit], layer: int, job: 
     solutions = solve_lefts(fits, there, job.settings, job.blocks)
     for name, members in groupby(there, lambda place: place[0]):
         fit = fits[name]
-        power = shared(fit.exponent)[1]
         for _, number in members:
             expert, solved = fit.family.experts[number], next(solutions)
-            mixed = times_power(mixtures(fit.state.codes[number : number + 1], fit.state.bank)[0].float(), power)
-            parts[expert.family][expert.expert] = matmul(solved.left.to(mixed.device).float(), mixed)
+            mixed = fit.rows(mixtures(fit.state.codes[number : number + 1], fit.state.bank).float())[0]
+            mixed = times_power(mixed, fit.power)
+            parts[expert.family][expert.expert] = matmul(solved.values.to(mixed.device), mixed)

@@ -31,9 +31,11 @@ _OWN_TOKENS = 8192  # of a healing of ten minutes; a shorter one has no time for
 _COSTS = {
     "sample": "calibration",
     "calibrate": "calibration",
+    "fisher": "calibration",
     "scan": "fit",
     "seeds": "fit",
     "joint": "fit",
+    "round": "fit",
     "proxies": "fit",
     "correct": "corrections",
     "read": "healing",

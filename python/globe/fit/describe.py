@@ -10,12 +10,13 @@ import torch
 from numpy.typing import NDArray
 
 from globe import kernels
+from globe.compute import ranks
 from globe.compute.codes import supports
 from globe.compute.gemm import bank_gram, correlations
 from globe.fit.training import Training
 from globe.runs.stages import Advance
 from globe.seeds.pool import Pool
-from globe.seeds.proxies import proxy_blocks
+from globe.seeds.proxies import proxy_blocks, row_spans
 
 Array = NDArray[np.float64]
 
@@ -76,11 +77,13 @@ def proxy_error(pool: Pool, bank: torch.Tensor, block_bytes: int, advance: Advan
     """Relative error of the NNLS codes of the normalised proxies on a bank; 0 where all proxies are."""
     family, rows = pool.family, pool.rows
     products, energy = np.zeros((len(family), len(bank))), np.zeros(len(family))
-    for span, block in proxy_blocks(family, rows.proxy, bank.device, block_bytes):
+    spans = row_spans(len(family), len(rows.proxy), family.d, block_bytes)
+    for span, block in proxy_blocks(family, rows.proxy, bank.device, ranks.share(spans)):
         block = block.float()
         products += correlations(block, bank[:, span].contiguous())
         advance((span.stop - span.start) / len(rows.proxy))
         energy += block.pow(2).sum(1).cpu().double().numpy()
+    products, energy = ranks.summed_array(products), ranks.summed_array(energy)
     products /= np.sqrt(np.where(energy > 0, energy, 1.0))[:, None]
     gram = bank_gram(bank)
     codes = kernels.nnls(gram, products).codes

@@ -10,6 +10,7 @@ import scipy.linalg
 import torch
 from numpy.typing import NDArray
 
+from globe.compute import ranks
 from globe.compute.blocks import BLOCKS, Blocks
 from globe.compute.gemm import matmul, mixtures, scatter_add
 from globe.compute.passes import Engine, engine, within
@@ -54,18 +55,22 @@ class Equations:
 
     Parameters
     ----------
-    codes : array, shape (N, m)
-    left_grams : torch.Tensor, shape (N, r, r), fp32 or bf16
+    codes : array, shape (n, m)
+        Of the experts of this rank.
+    left_grams : torch.Tensor, shape (n, r, r), fp32 or bf16
         A_iᵀA_i. In bf16, products inside the iteration are bf16 products: they change the change of the bank by
         less than a hundredth, which is below what a few CG steps leave.
     residual : torch.Tensor, shape (m, r, d), fp32
         Σ_i α_ij (A_iᵀW_i − A_iᵀA_i Σ_k α_ik B_k), at the bank as it is; in a metric that of `mod_metric`. A step
         overwrites it: its result takes the memory.
+    first : int
+        The number of the rank's first expert.
     """
 
     codes: Array
     left_grams: torch.Tensor
     residual: torch.Tensor
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ def mod_exact(equations: Equations, bank: torch.Tensor, how: Solving, blocks: Bl
                 products: torch.Tensor = products,
                 room: torch.Tensor = room,
             ) -> torch.Tensor:
-                total: torch.Tensor = shift * atoms
+                total = ridged_start(shift, atoms)
                 atoms = atoms.to(left_grams.dtype)
                 for some in spans(len(codes), EXPERTS_AT_ONCE):
                     mixtures(codes[some], atoms, mixed)
@@ -131,7 +136,7 @@ def mod_exact(equations: Equations, bank: torch.Tensor, how: Solving, blocks: Bl
 
                     workers.run(apply, some.stop - some.start)
                     scatter_add(codes[some], products[: some.stop - some.start], total, room)
-                return total
+                return ranks.summed(total)
 
             change = conjugate_gradients(
                 operator, lambda vector: matmul(inverse, vector), residual[:, :, span] - shift * start, how.steps
@@ -139,6 +144,11 @@ def mod_exact(equations: Equations, bank: torch.Tensor, how: Solving, blocks: Bl
             change = torch.where(used, (1 + how.over_relaxation) * change, torch.zeros_like(change))
             residual[:, :, span] = start + change
     return residual
+
+
+def ridged_start(shift: torch.Tensor, atoms: torch.Tensor) -> torch.Tensor:
+    """λ_j B_j, where sums over the experts of all ranks begin: at one of them, zero at the others."""
+    return shift * atoms if ranks.rank() == 0 or ranks.size() == 1 else torch.zeros_like(atoms)
 
 
 def left_blocks(
@@ -150,6 +160,7 @@ def left_blocks(
     room = torch.empty(EXPERTS_AT_ONCE, rank, rank, device=left_grams.device)
     for some in spans(len(weights), EXPERTS_AT_ONCE):
         scatter_add(weights[some], left_grams[some], blocks, room)
+    ranks.summed(blocks)
     mean = blocks.diagonal(dim1=1, dim2=2).mean(1)
     used = ridge * mean > 0 if ridge > 0 else mean > 0
     shift = torch.where(used, ridge * mean, torch.ones_like(mean))
@@ -203,7 +214,7 @@ def unit_atoms(bank: torch.Tensor, codes: Array) -> tuple[torch.Tensor, Array]:
 def _dot(left: torch.Tensor, right: torch.Tensor) -> float:
     """⟨X, Y⟩, in fp32 inside an atom and in fp64 across them."""
     products = [torch.dot(a.flatten(), b.flatten()) for a, b in zip(left, right, strict=True)]
-    return float(torch.stack(products).cpu().double().sum())
+    return ranks.agreed(float(torch.stack(products).cpu().double().sum()))
 
 
 def spans(count: int, size: int) -> Iterator[slice]:

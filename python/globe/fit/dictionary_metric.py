@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from globe.compute import ranks
 from globe.compute.blocks import BLOCKS, Blocks
 from globe.compute.forms import wide_dtype
 from globe.compute.gemm import matmul, mixtures, scatter_add
-from globe.compute.passes import Engine, engine, within
-from globe.fit.dictionary import Equations, Solving, conjugate_gradients, left_blocks, mod_exact, spans
+from globe.compute.passes import Engine, engine, shifted, within
+from globe.fit.dictionary import Equations, Solving, conjugate_gradients, left_blocks, mod_exact, ridged_start, spans
 from globe.statistics.metric import Metric, by_runs, stacked
 
 Array = NDArray[np.float64]
@@ -44,25 +45,28 @@ def mod_metric(
         return mod_exact(equations, bank, how, blocks)
     codes, left_grams, residual = equations.codes, equations.left_grams, equations.residual
     traces = left_grams.diagonal(dim1=1, dim2=2).float().sum(1).cpu().double().numpy()
-    size = min(blocks.experts, len(codes))
+    size, first = min(blocks.experts, max(1, len(codes))), equations.first
     mixed, products, room = (torch.empty(size, *bank.shape[1:], device=bank.device) for _ in range(3))
     with engine(bank.device) as workers:
         moments = Moments(metric, workers)
-        columns = moments.inverse_columns((codes**2).sum(1) * traces, workers)
-        inverse, shift, used = left_blocks(codes**2 * moments.means[:, None], left_grams, how.ridge, workers)
+        weights = np.zeros(len(metric.layers))
+        weights[first : first + len(codes)] = (codes**2).sum(1) * traces
+        columns = moments.inverse_columns(ranks.summed_array(weights), workers)
+        means = moments.means[first : first + len(codes), None]
+        inverse, shift, used = left_blocks(codes**2 * means, left_grams, how.ridge, workers)
 
         def operator(atoms: torch.Tensor) -> torch.Tensor:
-            total: torch.Tensor = shift * atoms
+            total = ridged_start(shift, atoms)
             for some in spans(len(codes), size):
                 mixtures(codes[some], atoms, mixed)
 
                 def apply(part: slice, some: slice = some) -> None:
                     mine = within(some, part)
-                    products[part] = moments.apply(mine, matmul(left_grams[mine].float(), mixed[part]))
+                    products[part] = moments.apply(shifted(mine, first), matmul(left_grams[mine].float(), mixed[part]))
 
                 workers.run(apply, some.stop - some.start)
                 scatter_add(codes[some], products[: some.stop - some.start], total, room)
-            return total
+            return ranks.summed(total)
 
         def precondition(vector: torch.Tensor) -> torch.Tensor:
             found = torch.empty_like(vector)

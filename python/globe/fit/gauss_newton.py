@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from globe.compute import ranks
 from globe.compute.gemm import correlations, matmul, mixtures, scatter_add
 from globe.compute.passes import Engine, engine, within
 from globe.fit.objective import Value
@@ -20,17 +21,20 @@ _RESIDUAL = 0.1
 
 @dataclass(frozen=True)
 class Vector:
-    """A direction or a slope: a part for the bank (m, r, d; fp32) and one for the codes' variables (N, m; fp64)."""
+    """A direction or a slope: a part for the bank (m, r, d; fp32) and one for the codes' variables (N, m; fp64).
+
+    With several ranks that for the bank has this rank's atoms.
+    """
 
     bank: torch.Tensor
     codes: Array
 
     def dot(self, other: Vector) -> float:
         """The inner product: of an atom in fp32, summed in fp64."""
-        products = torch.stack(
-            [torch.dot(a.flatten(), b.flatten()) for a, b in zip(self.bank, other.bank, strict=True)]
-        )
-        return float(products.cpu().double().sum()) + float((self.codes * other.codes).sum())
+        products = [torch.dot(a.flatten(), b.flatten()) for a, b in zip(self.bank, other.bank, strict=True)]
+        of_bank = float(torch.stack(products).cpu().double().sum()) if products else 0.0
+        of_codes = float((self.codes * other.codes).sum()) if ranks.rank() == 0 or ranks.size() == 1 else 0.0
+        return ranks.added(of_bank + of_codes)
 
     def scale_(self, factor: float) -> Vector:
         """This vector times `factor`, the bank in place."""
@@ -82,7 +86,7 @@ class Operator:
 
     def __init__(self, problem: Problem, point: Point, scale: float, workers: Engine) -> None:
         self._problem, self._point, self._scale, self._workers = problem, point, scale, workers
-        size = problem.spans[0].stop
+        size = problem.at_once
         self._rooms = [torch.empty(size, *point.bank.shape[1:], device=point.bank.device) for _ in range(2)]
 
     def __call__(self, vector: Vector) -> Vector:
@@ -90,10 +94,11 @@ class Operator:
         problem, point, chain = self._problem, self._point, self._point.chain
         changes = chain * vector.codes
         total, slopes = torch.zeros_like(point.bank), np.zeros_like(changes)
+        bank = ranks.assembled(vector.bank, len(point.bank))
         lefts, hidden = problem.lefts.take(problem.spans), problem.hidden.take(problem.spans)
         for span, left, columns in zip(problem.spans, lefts, hidden, strict=True):
             mixed = mixtures(changes[span], point.bank, self._rooms[0])
-            mixed += mixtures(point.codes[span], vector.bank, self._rooms[1])
+            mixed += mixtures(point.codes[span], bank, self._rooms[1])
 
             def work(
                 part: slice,
@@ -107,7 +112,9 @@ class Operator:
             self._workers.run(work, span.stop - span.start)
             slopes[span] = correlations(mixed, point.bank)
             scatter_add(point.codes[span], mixed, total, self._rooms[1])
-        return Vector(total.mul_(2 * self._scale), slopes * chain * (2 * self._scale))
+        del bank
+        total = ranks.scattered(total)
+        return Vector(total.mul_(2 * self._scale), ranks.summed_array(slopes) * chain * (2 * self._scale))
 
     def _project(self, numbers: slice, matrices: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """X_i K_i."""
@@ -161,7 +168,7 @@ def newton_step(problem: Problem, point: Point, value: Value, previous: Vector |
         operator = Operator(problem, point, value.scale, workers)
         precondition = Preconditioner(value, point.codes, chain, problem.metric is not None, workers)
         residual = Vector(value.bank.neg_(), -value.codes * chain)
-        step = Vector(torch.zeros_like(point.bank), np.zeros_like(point.codes))
+        step = Vector(torch.zeros_like(residual.bank), np.zeros_like(point.codes))
         if previous is not None:  # a code that has come to zero since has no variable
             previous = Vector(previous.bank, np.where(chain != 0, previous.codes, 0.0))
         slope, taken, deflated = 0.0, 0, _Deflated.of(previous, operator)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from globe.compute import ranks
 from globe.compute.codes import supports
 from globe.compute.gemm import matmul
 from globe.fit.codes import entmax_alpha, one_atom_each, prune, spread
@@ -134,7 +135,7 @@ def fit_joint(problem: Problem, start: State, job: Job, advance: Advance) -> tup
         median = float(np.median(supports(codes)))
         now = _noted(replace(now, seconds=time.perf_counter() - started), value, median)
         job.log(f"{name}: step {now.step}: error {value.error:.5f}, median support {median:g}")
-        changed, temperature = _supported(value, codes, now, settings)
+        changed, temperature = ranks.agreed(_supported(value, codes, now, settings))
         again = bare or changed is not None
         fitting = pace.steps(settings.joint_steps - now.step, settings.cg_steps, passes=int(again))
         now = replace(now, stopped=_ended(now, changed is None, settings) or (None if fitting.steps else "time_limit"))
@@ -149,29 +150,34 @@ def fit_joint(problem: Problem, start: State, job: Job, advance: Advance) -> tup
             codes = codes if changed is None else changed
             value = look(bank, codes, settings.seed + now.step)
             now = replace(now, evaluations=now.evaluations + 1, temperature=temperature)
+        sent = ranks.sent()
         newton = pace.products(
             partial(newton_step, problem, Point(bank, codes, signed), value, previous, fitting.iterations),
             lambda found: found.iterations,
         )
+        sent = ranks.sent() - sent
         bare = fitting.steps == 1
+        step = newton.step
         line = _Line(
             partial(look, seed=None if bare else settings.seed + now.step + 1),
             Point(bank, codes, signed),
-            newton,
+            replace(newton, step=Vector(ranks.assembled(step.bank, len(bank)), step.codes)),
             value.error,
             _centre(value.gram).to(bank.device),
         )
         del value
         found, tried = line.search(pace.fits_pass)
         now = replace(now, evaluations=now.evaluations + tried, iterations=now.iterations + newton.iterations)
+        if now.step == 0 and ranks.size() > 1:
+            job.log(f"{name}: {sent / newton.iterations / 1e6:,.1f} MB sent by each rank for a product in a step")
         if found is None:
             why = "no descent" if tried == _TRIALS else "time_limit"
             job.log(f"{name}: step {now.step}: no step lowers the error{' in time' * (tried < _TRIALS)}")
             now = replace(now, stopped=why)
             break
         bank, codes, value = found
-        previous = Vector(matmul(line.centre, newton.step.bank), newton.step.codes)
-        del line, newton, found  # a bank each
+        previous = Vector(matmul(line.centre, step.bank), step.codes)
+        del line, newton, step, found  # a bank each
         now = replace(now, step=now.step + 1)
         _save(job, name, (State(bank, codes, now.temperature), previous), now)
     state = _finished(State(bank, codes, now.temperature), settings)
@@ -292,8 +298,9 @@ def _finished(state: State, settings: Settings) -> State:
 
 def _save(job: Job, name: str, reached: tuple[State, Vector], now: Steps) -> None:
     mine, (state, previous) = f"{name}.joint-{now.step}", reached
+    step = ranks.assembled(previous.bank, len(state.bank))
     tensors = {"bank": state.bank, "codes": torch.from_numpy(state.codes)}
-    tensors |= {"step": previous.bank, "step.codes": torch.from_numpy(previous.codes)}
+    tensors |= {"step": step, "step.codes": torch.from_numpy(previous.codes)}
     job.store.save(mine, tensors, {**asdict(now), "elapsed": job.stages.so_far()})
     drop_joint(job.store, name, but=mine)  # after: a process that ends in between loses no step
 
@@ -306,6 +313,7 @@ def _recall(job: Job, start: State, problem: Problem) -> tuple[State, Vector | N
     meta = {key: value for key, value in saved.meta.items() if key != "elapsed"}
     now = Steps(**{**meta, "history": [Segment(**line) for line in meta["history"]]})
     state, step = (saved.tensors[kind].to(problem.device) for kind in ("bank", "step"))
+    step = step[ranks.atoms(len(step))]
     return State(state, saved.array("codes"), now.temperature), Vector(step, saved.array("step.codes")), now
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from globe.compute import ranks
 from globe.compute.forms import wide_dtype
 from globe.compute.gemm import correlations, scatter_add
 
@@ -26,7 +27,7 @@ class Value:
     error : float
         f. Where a left factor is `ridged` it is that of the ridged one.
     bank : torch.Tensor, shape (m, r, d), fp32
-        ∂f/∂B_j = −2 Σ_i α_ij A_iᵀ R_i L_iᵀ.
+        ∂f/∂B_j = −2 Σ_i α_ij A_iᵀ R_i L_iᵀ; with several ranks of this one's atoms, as `lefts`.
     codes : array, shape (N, m)
         ∂f/∂α_ij = −2 ⟨A_iᵀ R_i L_iᵀ, B_j⟩, for all atoms.
     errors : array, shape (N,)
@@ -157,6 +158,22 @@ class Sums:
         for name in ("energies", "errors", "means", "traces", "bank", "lefts", "columns", "curvature", "gram"):
             getattr(self, name).add_(getattr(other, name))
 
+    def over_ranks(self, everything: bool = True) -> Sums:
+        """The sums over the experts of all ranks, those of atoms for the atoms of this one.
+
+        Without `everything` those alone that f and the Gram matrix need.
+        """
+        names = ["energies", "errors", "gram"]
+        if everything:
+            self.codes = ranks.summed_array(self.codes)
+            self.bank, self.lefts = ranks.scattered(self.bank), ranks.scattered(self.lefts)
+            names += ["means", "traces", "columns", "curvature"]
+        for name in names:
+            ranks.summed(getattr(self, name))
+        self.ridged = ranks.summed(self.ridged.to(torch.uint8)).bool()
+        self.sampled = int(ranks.summed_array(np.array([self.sampled]))[0])
+        return self
+
     def value(self) -> Value:
         """f and the rest of all experts; takes the memory of the sums."""
         energy = float(self.energies.sum())
@@ -165,7 +182,7 @@ class Sums:
         mean = float(self.columns.diagonal().mean())
         columns = self.columns.cpu().double() / mean if mean > 0 else torch.eye(len(self.columns), dtype=torch.float64)
         return Value(
-            float(errors.sum()),
+            ranks.agreed(float(errors.sum())),
             self.bank.mul_(-2 * scale),
             self.codes * (-2 * scale),
             errors,

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from globe.compute import ranks
 from globe.compute.gemm import matmul
 from globe.compute.passes import Engine
 from globe.compute.spd import spd_factor_inverse
@@ -32,6 +33,8 @@ class Preconditioner:
     weigh_columns : bool
         Whether K is not the identity.
     workers : Engine
+
+    With several ranks each has some of the atoms, and what is multiplied are those.
     """
 
     def __init__(self, value: Value, codes: Array, chain: Array, weigh_columns: bool, workers: Engine) -> None:
@@ -46,7 +49,9 @@ class Preconditioner:
 
         workers.run(invert, len(lefts))
         self._inner, self._workers = lefts, workers
-        self._coupling = torch.from_numpy(_inverse_coupling(value.weights, codes).astype(np.float32)).to(device)
+        self._count = codes.shape[1]
+        coupling = _inverse_coupling(value.weights, codes)[ranks.atoms(self._count)]
+        self._coupling = torch.from_numpy(coupling.astype(np.float32)).to(device)
         self._columns: torch.Tensor | None = None
         if weigh_columns:
             values, vectors = torch.linalg.eigh(value.columns)
@@ -66,9 +71,9 @@ class Preconditioner:
             found[part] = moved if self._columns is None else matmul(moved, self._columns)
 
         self._workers.run(whiten, len(found))
-        flat = found.view(len(found), -1)
-        for columns in flat.split(1 << 20, 1):
-            columns.copy_(self._coupling @ columns)
+        whole = ranks.assembled(found, self._count)
+        for mine, columns in zip(found.flatten(1).split(1 << 20, 1), whole.flatten(1).split(1 << 20, 1), strict=True):
+            mine.copy_(self._coupling @ columns)
         self._workers.run(colour, len(found))
         return found
 

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from globe.compute import ranks
 from globe.compute.forms import per_core, wide_dtype
 from globe.compute.gemm import matmul, mixtures
-from globe.compute.passes import engine, within
+from globe.compute.passes import engine, shifted, within
 from globe.compute.shelf import Shelves
 from globe.compute.spd import row_basis
 from globe.compute.stream import expert_batches
+from globe.fit.dictionary import spans
 from globe.fit.objective import Part, Sums, Value
 from globe.fit.sketch import Sketch
 from globe.fit.support import above_target
@@ -28,7 +30,9 @@ _SMALL_ERROR = 1e-3  # of ‖W'‖²: below it the difference of squares in fp32
 
 
 class Problem:
-    """The experts of a pool as the metric sees them, W'_i = D_i W_i L_i, and what the last pass left of each.
+    """The experts of a pool that are this rank's as the metric sees them, and what the last pass left of each.
+
+    They are seen as W'_i = D_i W_i L_i; what a pass sums is over the experts of all ranks.
 
     Parameters
     ----------
@@ -56,13 +60,16 @@ class Problem:
         self._settings = job.settings
         self._rcond = job.settings.ridge_rcond**2  # of fp64, where the setting is for Gram matrices of fp32
         (_, r, d), count, p = shape, len(pool.family), pool.family.p
-        self.spans = [slice(some.start, some.stop) for some in pool.family.batches(min(job.blocks.experts, count))]
+        mine = ranks.dealt(pool.family)
+        self.at_once = min(job.blocks.experts, max(1, mine.stop - mine.start))
+        self.spans = [shifted(some, mine.start) for some in spans(mine.stop - mine.start, self.at_once)]
         self.whole = keeps_columns(pool.metric is not None, r, d)
         self._stride = max(1, count // SAMPLED)
         shelves = Shelves(job.device, job.blocks.cached, folder)
-        self.lefts = shelves.make((count, r, r))
-        self.hidden = shelves.make((count, d if self.whole else r, d))
-        self._weighted = shelves.make((count, p, d))
+        held, self._mine = mine.stop - mine.start, mine
+        self.lefts = shelves.make((held, r, r), mine.start)
+        self.hidden = shelves.make((held, d if self.whole else r, d), mine.start)
+        self._weighted = shelves.make((held, p, d), mine.start)
         self._made = False
         self._moments: dict[int | None, torch.Tensor] = {}
         if self.whole and pool.metric is not None:
@@ -74,11 +81,11 @@ class Problem:
 
         Without a seed f and the mean Gram matrix alone: the rest is zero, and nothing is kept of the experts.
         """
-        return self.sums(bank, codes, seed, advance).value()
+        return self.sums(bank, codes, seed, advance).over_ranks(seed is not None).value()
 
     def sums(self, bank: torch.Tensor, codes: Array, seed: int | None, advance: Advance) -> Sums:
-        """What `look` comes from."""
-        sums, size = Sums.none(bank, codes), self.spans[0].stop
+        """What `look` comes from, of this rank's experts."""
+        sums, size = Sums.none(bank, codes), self.at_once
         mixed_room, slope_room = (torch.empty(size, *bank.shape[1:], device=self.device) for _ in range(2))
         left_room = torch.empty(size, *sums.lefts.shape[1:], device=self.device)
         hidden_room = torch.empty(size, bank.shape[2 if self.whole else 1], bank.shape[2], device=self.device)
@@ -113,7 +120,7 @@ class Problem:
 
                 for part, found in workers.map(work, len(weighted)):
                     sums.add(within(span, part), found)
-                    advance(part.stop - part.start)
+                    advance((part.stop - part.start) * ranks.size())
                 if seed is None:
                     continue
                 lefts, hidden = left_room[: len(weighted)], hidden_room[: len(weighted)]
@@ -128,10 +135,10 @@ class Problem:
         if self._made:
             yield from zip(self.spans, self._weighted.take(self.spans), strict=True)
             return
-        size = self.spans[0].stop
+        size = self.at_once
         room = torch.empty(size, self.family.p, self.family.d, device=self.device)
         with engine(self.device) as workers:
-            for span, batch in expert_batches(self.family, size, self.device):
+            for span, batch in expert_batches(self.family, size, self.device, self._mine):
 
                 def weigh(part: slice, batch: torch.Tensor = batch, span: slice = span) -> None:
                     plain = batch[part].float()

@@ -13,6 +13,8 @@ from globe.fit.describe import proxy_error, training_report
 from globe.fit.joint import drop_joint, fit_joint, joint_before
 from globe.fit.problem import Problem
 from globe.fit.progress import States
+from globe.fit.rounded_bank import passes, round_bank
+from globe.fit.rounding import Rounded
 from globe.fit.stored_lefts import Fit, rounded
 from globe.fit.sums import State
 from globe.fit.training import Training, train
@@ -117,16 +119,52 @@ def _save_fit(pool: Pool, state: State, report: dict[str, Any], records: list[di
     job.store.save(f"{pool.name}.fit", {"atoms": state.bank, "codes": codes}, {"report": report, "stages": records})
 
 
+def round_fit(pool: Pool, job: Job) -> None:
+    """Round the atoms of a fit to what they are packed in, if they are to be and it is not done."""
+    packing, name = pool.shape.storage.atoms, f"{pool.name}.rounded"
+    if packing is None:
+        return
+    meta = job.store.check(name)
+    if meta is not None:
+        job.stages.recall(meta["stage"])
+        return
+    state = _state(pool, job)
+    with job.stages.stage(f"{pool.name}: round", 1 + passes(packing, job.settings) * len(pool.family)) as advance:
+        found = round_bank(pool, state, packing, job, advance)
+        advance(1)
+        tensors = {
+            "atoms": found.atoms.codes,
+            "scales": found.atoms.scales.bfloat16(),
+            "codes": torch.from_numpy(found.codes.astype("float32")),
+        }
+        job.store.save(name, tensors, {"refitted": found.refitted, "stage": job.stages.so_far()})
+    if found.refitted:
+        job.log(f"{pool.name}: {found.refitted} experts have new codes on the rounded atoms")
+
+
 def load_fit(pool: Pool, job: Job) -> Fit:
-    """The factors that the fit left: on the CPU the atoms are in bf16, elsewhere in fp32."""
+    """The factors that are stored: atoms are in bf16 on the CPU, elsewhere and where they are packed in fp32."""
+    state, storage = _state(pool, job), pool.shape.storage
+    if storage.atoms is None:
+        return Fit(pool.family, state, pool.metric, storage.lefts)
+    saved = job.store.load(f"{pool.name}.rounded")
+    if saved is None:
+        raise _fit_damaged(pool.name)
+    parts = saved.tensors
+    atoms = Rounded(parts["atoms"], parts["scales"].float(), storage.atoms.bits, storage.atoms.group)
+    bank = atoms.matrix().view(state.bank.shape).to(job.device)
+    state = State(bank, parts["codes"].double().numpy(), state.temperature)
+    return Fit(pool.family, state, pool.metric, storage.lefts, atoms)
+
+
+def _state(pool: Pool, job: Job) -> State:
     saved = job.store.load(f"{pool.name}.fit")
     if saved is None:
         raise _fit_damaged(pool.name)
     atoms = saved.tensors["atoms"]
     if job.device.type != "cpu":
         atoms = atoms.float().to(job.device)
-    state = State(atoms, saved.tensors["codes"].double().numpy(), saved.meta["report"]["temperature"])
-    return Fit(pool.family, state, pool.metric)
+    return State(atoms, saved.tensors["codes"].double().numpy(), saved.meta["report"]["temperature"])
 
 
 def fit_report(pool: Pool, job: Job) -> dict[str, Any]:

@@ -1,21 +1,25 @@
-"""The left factors that are stored, fitted to the atoms as stored."""
+"""The left factors that are stored, fitted to the atoms as stored, and rounded to what they are packed in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
 import torch
 
 from globe.checkpoint.family import Family
+from globe.checkpoint.formats.packed import Packing
 from globe.checkpoint.powers import saturated_each, shared, times_powers
 from globe.compute.blocks import Blocks
+from globe.compute.forms import wide_dtype
 from globe.compute.gemm import matmul, mixtures, weights_operand
 from globe.compute.passes import engine
+from globe.compute.spd import orthonormal_rows
 from globe.compute.stream import Lane, Sent, ahead
-from globe.fit.lefts import fit_lefts, row_energies, squared_errors
+from globe.fit.lefts import LeftFit, fit_lefts, row_energies, squared_errors
+from globe.fit.rounding import Rounded, above_least, round_with_feedback
 from globe.fit.sums import State
 from globe.settings import Settings
 from globe.statistics.metric import Metric
@@ -23,11 +27,26 @@ from globe.statistics.metric import Metric
 
 @dataclass(frozen=True)
 class Fit:
-    """A pool with the state to be stored: atoms rounded to bf16 (on the CPU they are in bf16), codes to fp32."""
+    """A pool with the state to be stored: atoms rounded to bf16 (on the CPU they are in bf16), codes to fp32.
+
+    Where atoms are packed, `atoms` are their integers (m r, d; int8) and scales (m r, groups), on the CPU, and the
+    state has the values of these in fp32. `lefts` is how left factors are packed.
+    """
 
     family: Family
     state: State
     metric: Metric | None = None
+    lefts: Packing | None = None
+    atoms: Rounded | None = None
+
+    def rows(self, mixed: torch.Tensor) -> torch.Tensor:
+        """Mixtures B̃_i (n, r, d) as stored left factors multiply them: of orthonormal rows where these are packed."""
+        return mixed if self.lefts is None else orthonormal_rows(mixed)
+
+    @property
+    def power(self) -> int:
+        """The power of two that these take up of `exponent`."""
+        return shared(self.exponent)[1] if self.lefts is None else 0
 
     @property
     def exponent(self) -> int:
@@ -45,15 +64,20 @@ def rounded(state: State) -> State:
 class Solved:
     """A left factor as stored (p, r), and what is measured with it, in the weights' own scale.
 
-    `beyond` are its values that bf16 does not hold, which are at its largest.
+    `beyond` are its values, or scales, that bf16 does not hold, which are at its largest.
     """
 
-    left: torch.Tensor
+    left: torch.Tensor | Rounded
     error: float
     energy: float
     ridged: bool
     weighted: tuple[float, float]
     beyond: int = 0
+
+    @property
+    def values(self) -> torch.Tensor:
+        """The left factor in fp32."""
+        return self.left.matrix() if isinstance(self.left, Rounded) else self.left.float()
 
 
 def solve_lefts(
@@ -157,14 +181,69 @@ def _reading(
 
 
 @dataclass(frozen=True)
+class _Lefts:
+    """Left factors of n experts as they are stored: values (n, p, r) in bf16, or integers and scales (n, p, groups).
+
+    `beyond` (n,) counts what bf16 does not hold.
+    """
+
+    values: torch.Tensor
+    beyond: torch.Tensor
+    scales: torch.Tensor | None = None
+    packing: Packing | None = None
+
+    def matrices(self) -> torch.Tensor:
+        """The values in fp32."""
+        return self.values.float() if self.scales is None else torch.stack([each.matrix() for each in self._rounded()])
+
+    def times_powers(self, exponents: list[int]) -> _Lefts:
+        """The same times 2^e_i."""
+        if not any(exponents):
+            return self
+        floats = self.values if self.scales is None else self.scales
+        scaled, beyond = saturated_each(times_powers(floats.float(), exponents), torch.bfloat16)
+        if self.scales is None:
+            return replace(self, values=scaled, beyond=self.beyond + beyond)
+        return replace(self, scales=above_least(scaled.float()), beyond=self.beyond + beyond)
+
+    def stored(self) -> list[torch.Tensor | Rounded]:
+        """Each one's, on the CPU."""
+        if self.scales is None:
+            return list(self.values.cpu())
+        return [replace(each, codes=each.codes.cpu(), scales=each.scales.cpu()) for each in self._rounded()]
+
+    def _rounded(self) -> list[Rounded]:
+        assert self.scales is not None and self.packing is not None, "left factors without scales"
+        how = self.packing.bits, self.packing.group
+        return [Rounded(codes, scales, *how) for codes, scales in zip(self.values, self.scales, strict=True)]
+
+
+def _as_stored(fit: LeftFit, packing: Packing | None) -> _Lefts:
+    """Left factors in bf16, or rounded to integers one column after another in their Hessian B̃ M B̃ᵀ.
+
+    They are rounded where there is fp64: on the host, if the device has none.
+    """
+    if packing is None:
+        return _Lefts(*saturated_each(fit.lefts, torch.bfloat16))
+    there = fit.lefts.device
+    here = there if wide_dtype(there) == torch.float64 else torch.device("cpu")
+    rounded = [
+        round_with_feedback(left, hessian, packing.bits, packing.group)
+        for left, hessian in zip(fit.lefts.to(here), fit.grams.to(here), strict=True)
+    ]
+    codes, scales = (torch.stack([getattr(each, part) for each in rounded]).to(there) for part in ("codes", "scales"))
+    return _Lefts(codes, torch.zeros_like(fit.ridged, dtype=torch.int64), scales, packing)
+
+
+@dataclass(frozen=True)
 class _Found:
-    """A run solved, where it was: left factors (n, p, r) as stored, and as `Solved` names them (n, 6) figures.
+    """A run solved, where it was: left factors as stored, and as `Solved` names them (n, 6) figures.
 
     The errors and energies are those of the weights as the pool has them.
     """
 
     run: _Run
-    lefts: torch.Tensor
+    lefts: _Lefts
     figures: torch.Tensor
 
     def told(self) -> list[Solved]:
@@ -173,7 +252,7 @@ class _Found:
         beyond = 4.0**fit.metric.exponent if fit.metric is not None else 1.0
         solved = []
         for expert, left, line in zip(
-            fit.family.experts[self.run.numbers], self.lefts.cpu(), self.figures.cpu().tolist(), strict=True
+            fit.family.experts[self.run.numbers], self.lefts.stored(), self.figures.cpu().tolist(), strict=True
         ):
             error, energy, lost, whole, ridged, clipped = line
             square = 4.0**expert.exponent
@@ -185,26 +264,25 @@ class _Found:
 
 def _solve_run(run: _Run, weights: torch.Tensor, mixed: torch.Tensor, settings: Settings) -> _Found:
     """Fit the left factors of experts W_i (n, p, d) to B̃_i (n, r, d), and store them in W_i's own scale."""
-    metric, weights = run.fit.metric, weights_operand(weights)
+    metric, weights, mixed = run.fit.metric, weights_operand(weights), run.fit.rows(mixed)
     energy = row_energies(weights)
     if metric is None:
         fit = fit_lefts(weights, mixed, settings)
-        stored, beyond = saturated_each(fit.lefts, torch.bfloat16)
-        error = squared_errors(weights, energy, mixed, fit, stored.float()).sum(1)
+        stored = _as_stored(fit, run.fit.lefts)
+        error = squared_errors(weights, energy, mixed, fit, stored.matrices()).sum(1)
         weighted = error, energy.sum(1)
     else:
         wanted, seen = metric.seen(run.numbers, weights.float()), metric.seen(run.numbers, mixed)
         fit = fit_lefts(wanted, seen, settings)
-        stored, beyond = saturated_each(fit.lefts, torch.bfloat16)
-        error = _squares(weights.float() - matmul(stored.float(), mixed))
-        lost = metric.weigh_rows(run.numbers, wanted - matmul(stored.float(), seen))
+        stored = _as_stored(fit, run.fit.lefts)
+        values = stored.matrices()
+        error = _squares(weights.float() - matmul(values, mixed))
+        lost = metric.weigh_rows(run.numbers, wanted - matmul(values, seen))
         weighted = _squares(lost), _squares(metric.weigh_rows(run.numbers, wanted))
     family = run.fit.family
-    exponents = [expert.exponent - shared(run.fit.exponent)[1] for expert in family.experts[run.numbers]]
-    if any(exponents):
-        stored, more = saturated_each(times_powers(stored.float(), exponents), torch.bfloat16)
-        beyond = beyond + more
-    columns = error, energy.sum(1), *weighted, fit.ridged, beyond
+    exponents = [expert.exponent - run.fit.power for expert in family.experts[run.numbers]]
+    stored = stored.times_powers(exponents)
+    columns = error, energy.sum(1), *weighted, fit.ridged, stored.beyond
     return _Found(run, stored, torch.stack([column.to(energy.dtype) for column in columns], 1))
 
 

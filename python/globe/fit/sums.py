@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from globe.compute import ranks
 from globe.compute.forms import wide_dtype
 from globe.compute.gemm import dictionary_dtype, scatter_add
+from globe.compute.passes import shifted
 from globe.fit.codes import Coding
 from globe.seeds.pool import Pool
 from globe.seeds.proxies import Rows
@@ -81,6 +83,11 @@ class Errors:
         self.squares.add_(other.squares)
         self.ridged.logical_or_(other.ridged)
 
+    def over_ranks(self) -> Errors:
+        """The errors that all ranks have found."""
+        ridged = ranks.summed(self.ridged.to(torch.uint8)).bool()
+        return replace(self, energies=ranks.summed(self.energies), squares=ranks.summed(self.squares), ridged=ridged)
+
     def trained(self) -> Array:
         """Every expert's error on the training rows."""
         energies, squares = self._here()
@@ -92,7 +99,7 @@ class Errors:
 
         def ratio(rows: slice | NDArray[np.int64]) -> float:
             energy = float(energies[:, rows].sum())
-            return float(squares[:, rows].sum()) / energy if energy > 0 else 0.0
+            return ranks.agreed(float(squares[:, rows].sum()) / energy if energy > 0 else 0.0)
 
         validation = ratio(self.rows.validation) if len(self.rows.validation) else float("nan")
         everything = slice(None)
@@ -122,7 +129,8 @@ class Sums:
     equations at the bank as it is. `irregular` counts the experts whose coding problem was singular or did not
     converge. `metric` is that of the normal equations, A_i standing for D_i A_i: their residual is then
     Σ_i α_ij A_iᵀ(D_i W_i − A_i Σ_k α_ik B_k) L_i L_iᵀ. `errors` (N,) are the experts' relative errors on the
-    training rows, for re-seeding. Experts that were not added have no codes and no A_iᵀA_i.
+    training rows, for re-seeding. Experts that were not added have no codes and no A_iᵀA_i, which are kept of `mine`
+    alone, the experts of this rank.
     """
 
     codes: Array
@@ -131,16 +139,17 @@ class Sums:
     left_grams: torch.Tensor | None
     metric: Metric | None = None
     errors: Array | None = None
+    mine: slice = field(default_factory=lambda: slice(0, None))
 
     @staticmethod
     def none(pool: Pool, state: State, settings: Settings) -> Sums:
         """Of no expert."""
         rank, device, exact = state.bank.shape[1], state.bank.device, settings.mod == "exact"
         kept = dictionary_dtype(settings.precision, device)
-        left_grams = torch.zeros(len(pool.family), rank, rank, dtype=kept, device=device) if exact else None
-        return Sums(
-            np.zeros_like(state.codes), 0, torch.zeros_like(state.bank), left_grams, pool.metric if exact else None
-        )
+        mine, metric = ranks.dealt(pool.family), pool.metric if exact else None
+        held = mine.stop - mine.start
+        left_grams = torch.zeros(held, rank, rank, dtype=kept, device=device) if exact else None
+        return Sums(np.zeros_like(state.codes), 0, torch.zeros_like(state.bank), left_grams, metric, mine=mine)
 
     def code(self, some: slice, coding: Coding) -> None:
         """Take the codes of the experts of these numbers."""
@@ -154,7 +163,7 @@ class Sums:
         """
         scatter_add(self.codes[some], summands, self.right_side, room)
         if self.left_grams is not None and left_grams is not None:
-            self.left_grams[some] = left_grams
+            self.left_grams[shifted(some, -self.mine.start)] = left_grams
 
     def merge(self, other: Sums) -> None:
         """Add what was summed over other experts."""
@@ -163,3 +172,10 @@ class Sums:
         self.right_side.add_(other.right_side)
         if self.left_grams is not None and other.left_grams is not None:
             self.left_grams.add_(other.left_grams)
+
+    def over_ranks(self) -> Sums:
+        """What all ranks have summed, but for the A_iᵀA_i, which stay where their experts are."""
+        irregular = int(ranks.summed_array(np.array([self.irregular]))[0])
+        return replace(
+            self, codes=ranks.summed_array(self.codes), irregular=irregular, right_side=ranks.summed(self.right_side)
+        )

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from globe.checkpoint.family import Family
+from globe.compute import ranks
 from globe.compute.blocks import Blocks
 from globe.compute.gemm import correlations, dictionary_dtype, matmul, mixtures, storable
 from globe.compute.passes import engine, within
@@ -24,7 +25,7 @@ from globe.settings import Settings
 
 def measure(pool: Pool, state: State, job: Job, advance: Advance) -> Measure:
     """Refit every left factor and measure the error, in the pool's metric if it has one; one pass."""
-    return measure_some(pool, state, job, advance, slice(0, len(pool.family))).measure()
+    return measure_some(pool, state, job, advance, ranks.dealt(pool.family)).over_ranks().measure()
 
 
 def sweep(pool: Pool, state: State, job: Job, advance: Advance) -> tuple[Measure, Sums]:
@@ -35,8 +36,9 @@ def sweep(pool: Pool, state: State, job: Job, advance: Advance) -> tuple[Measure
     mix where some are held out, experts and mixtures are seen through it (:class:`globe.fit.sight.Sight`). `aligned`
     then sums T_i = (D_i A_i)⁺ D_i W_i as they are: argmin Σ_i ‖(T_i − Σ_j α_ij B_j) L‖² with one L for all is MOD.
     """
-    errors, sums = sweep_some(pool, state, job, advance, slice(0, len(pool.family)))
-    return errors.measure(), replace(sums, errors=errors.trained())
+    errors, sums = sweep_some(pool, state, job, advance, ranks.dealt(pool.family))
+    errors = errors.over_ranks()
+    return errors.measure(), replace(sums.over_ranks(), errors=errors.trained())
 
 
 def measure_some(pool: Pool, state: State, job: Job, advance: Advance, some: slice) -> Errors:
@@ -55,7 +57,7 @@ def measure_some(pool: Pool, state: State, job: Job, advance: Advance, some: sli
 
             for part, found in workers.map(refit, len(batch)):
                 errors.add(within(span, part), found)
-                advance(part.stop - part.start)
+                advance((part.stop - part.start) * ranks.size())
     return errors
 
 
@@ -96,7 +98,7 @@ def sweep_some(pool: Pool, state: State, job: Job, advance: Advance, some: slice
 
             for part, found in workers.map(work, len(batch)):
                 errors.add(within(span, part), found)
-                advance(part.stop - part.start)
+                advance((part.stop - part.start) * ranks.size())
             matched = correlations(targets, state.bank)
             for alike, gram in sight.grams(span, workers):
                 coding = matched[alike.start - span.start : alike.stop - span.start]

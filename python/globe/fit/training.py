@@ -151,7 +151,7 @@ def _judge(before: Progress, measured: Measure, median: float, temperature: floa
 def _dictionary_step(state: State, sums: Sums, settings: Settings, relaxation: float, blocks: Blocks = BLOCKS) -> State:
     if sums.left_grams is not None:
         how = Solving(settings.mod_ridge, settings.cg_steps, relaxation)
-        equations = Equations(sums.codes, sums.left_grams, sums.right_side)
+        equations = Equations(sums.codes[sums.mine], sums.left_grams, sums.right_side, sums.mine.start)
         if sums.metric is None:
             bank = mod_exact(equations, state.bank, how, blocks)
         else:

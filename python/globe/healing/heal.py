@@ -20,7 +20,7 @@ from globe.evaluation.models import load_model
 from globe.healing.descent import Descent, Run, descend
 from globe.healing.loss import geometric_mean, perplexities
 from globe.healing.options import Healing
-from globe.healing.parts import Moving, moving, round_to_stored
+from globe.healing.parts import Moving, moving, require_movable, round_to_stored
 from globe.healing.publish import finish, put_in_place, write_aside
 from globe.healing.state import State
 from globe.healing.texts import Reading, given_texts, read_windows, texts_key
@@ -84,7 +84,7 @@ def heal(
     GlobeError
         If `out` is not a whole factored directory, or was made of another checkpoint.
     UsageError
-        If `out` holds a stopped healing of other options.
+        If `out` holds a stopped healing of other options, or left factors are to move that are packed.
     """
     return _heal(Path(out), local(against), options or Healing(), Access(device, trust_remote_code, fresh, progress))
 
@@ -98,6 +98,7 @@ def _heal(out: Path, against: Path, options: Healing, access: Access) -> dict[st
             state.remove()
             stages.display.log(f"{out}: what a healing that was stopped at its end had made is in place now")
         factored = open_factored(out)
+        require_movable(factored, options.parts)
         _require_source(factored, against)
         texts = given_texts(options)
         state.open(_key(factored, options, texts), fresh=access.fresh)

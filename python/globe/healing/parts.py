@@ -12,7 +12,7 @@ import torch
 from globe.artifact.factored import Factored, left_name
 from globe.checkpoint.layouts import Layout, read_layouts
 from globe.checkpoint.tensorfile import TORCH_DTYPES, TensorInfo
-from globe.errors import GlobeError
+from globe.errors import GlobeError, UsageError
 from globe.hf.experts import FactoredExperts
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -35,6 +35,24 @@ class Moving:
         """The stored tensors' names and their values now, not rounded."""
         whole = self.parameter.detach()
         yield from zip(self.stored, [whole] if len(self.stored) == 1 else whole.unbind(), strict=True)
+
+
+def require_movable(factored: Factored, parts: tuple[str, ...]) -> None:
+    """Refuse to move left factors that are packed in integers, which have no gradient.
+
+    Raises
+    ------
+    UsageError
+        Says what would do.
+    """
+    packed = {name: told["packed"] for name, told in factored.manifest["families"].items() if "packed" in told}
+    if packed and "lefts" in parts:
+        name, packing = next(iter(packed.items()))
+        others = ",".join(part for part in parts if part != "lefts") or "norms"
+        raise UsageError(
+            f"{factored.directory}: left factors of family {name} are stored in {packing['bits']} bits, and only bf16 "
+            f"ones can move; use --parts {others}, or compress with --left-bits 16 to heal it"
+        )
 
 
 def moving(model: Any, factored: Factored, parts: tuple[str, ...]) -> tuple[list[Moving], dict[str, TensorInfo]]:

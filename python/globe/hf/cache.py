@@ -6,14 +6,23 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import Any, Protocol, TypeVar
 
 from globe.errors import UsageError
 from globe.settings import parse_bytes
 
 DEFAULT_BUDGET = "2GiB"
+
+
+class Sized(Protocol):
+    """A tensor, or what else tells its bytes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes."""
+
+
+_Kept = TypeVar("_Kept", bound=Sized)
 
 
 @dataclass(frozen=True)
@@ -50,14 +59,14 @@ class MixtureCache:
 
     def __init__(self, budget: int | str | None = DEFAULT_BUDGET) -> None:
         self._lock = threading.Lock()
-        self._entries: OrderedDict[Hashable, torch.Tensor] = OrderedDict()
+        self._entries: OrderedDict[Hashable, Any] = OrderedDict()
         self._budget = read_budget(budget)
         self._bytes = self._hits = self._misses = self._evictions = 0
 
-    def get(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def get(self, key: Hashable, make: Callable[[], _Kept]) -> _Kept:
         """The tensor of a key, made where it is not held."""
         with self._lock:
-            held = self._entries.get(key)
+            held: _Kept | None = self._entries.get(key)
             if held is not None:
                 self._hits += 1
                 self._entries.move_to_end(key)
@@ -67,7 +76,8 @@ class MixtureCache:
         with self._lock:
             if key in self._entries:
                 self._entries.move_to_end(key)
-                return self._entries[key]
+                first: _Kept = self._entries[key]
+                return first
             if self._budget is None or made.nbytes <= self._budget:
                 self._make_room(made.nbytes)
                 self._entries[key] = made

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
 from globe.checkpoint.expert_module import ExpertModule, expert_module
+from globe.checkpoint.formats.packed import PACKED, SCALE, Packing
 from globe.checkpoint.layouts import FAMILIES
-from globe.hf.banks import Bank, Banks
+from globe.hf.banks import AsStored, Bank, Banks, register_packed, require_packed, unpacked
 
+_NONE: Mapping[str, Packing] = MappingProxyType({})
 Held = dict[str, tuple[torch.Tensor, ...]]  # parameters by name, expert by expert
 
 
@@ -29,12 +33,13 @@ class Place:
         return self.first + self.step * expert
 
 
-class FactoredExperts(nn.Module):
+class FactoredExperts(AsStored):
     """Stands in for an experts module of transformers, of whatever architecture, and is called as it is.
 
     A factored family has parameter `{family}_left` (E, p, r), the left factors; one that is not is dense: `gate_dense`
     and `up_dense` (E, p, d), or the module's own `gate_up_proj` (`up_proj` of experts without a gate) where neither is
-    factored, and its `down_proj`. Biases are the module's own.
+    factored, and its `down_proj`. Biases are the module's own. Packed left factors are buffers `{family}_left_packed`
+    and so on, and each is made values of each time it is used.
 
     Parameters
     ----------
@@ -44,15 +49,19 @@ class FactoredExperts(nn.Module):
         The factored families.
     banks : Banks
         Shared by all layers.
+    packings : mapping
+        Of the families whose left factors are packed.
     """
 
-    def __init__(self, dense: nn.Module, places: dict[str, Place], banks: Banks) -> None:
+    def __init__(
+        self, dense: nn.Module, places: dict[str, Place], banks: Banks, packings: Mapping[str, Packing] = _NONE
+    ) -> None:
         super().__init__()
         form = expert_module(dense)
         first: nn.Parameter = getattr(dense, form.first)
         experts, width, size = form.shape[0], form.shape[2], form.turned(first).shape[2]
         self.num_experts, self.hidden_dim, self.intermediate_dim = experts, size, width
-        self.places = places
+        self.places, self.packings = places, packings
         # In tuples, so that they are no submodules: the banks of every layer, and the module without its parameters.
         self._banks = (banks,)
         self._form = (ExpertModule(_emptied(dense), form.first, form.transposed, form.interleaved),)
@@ -63,11 +72,16 @@ class FactoredExperts(nn.Module):
                 self.register_parameter(name, value)
         for name, child in dense.named_children():
             self.add_module(name, child)
-        families = FAMILIES if form.gated else FAMILIES[1:]
-        for family in families:
+        for family in FAMILIES if form.gated else FAMILIES[1:]:
             if family in places:
-                shape = (experts, width, places[family].bank.rank)
-                self.register_parameter(f"{family}_left", nn.Parameter(first.new_empty(shape)))
+                rank = places[family].bank.rank
+                packing = packings.get(family)
+                if packing is not None:
+                    words, groups = (experts, width, packing.words(rank)), (experts, width, rank // packing.group)
+                    register_packed(self, f"{family}_left", words, groups)
+                    places[family].bank.orthonormal = True
+                    continue
+                self.register_parameter(f"{family}_left", nn.Parameter(first.new_empty(experts, width, rank)))
             elif family != "down" and form.first not in kept:
                 self.register_parameter(f"{family}_dense", nn.Parameter(first.new_empty(experts, width, size)))
 
@@ -110,7 +124,8 @@ class FactoredExperts(nn.Module):
         if "down_proj" in held:
             made = linear(hidden, form.turned(held["down_proj"][expert]))
         else:
-            made = (hidden @ held["down_left"][expert]) @ self.mixture("down", expert, hidden)  # W_downᵀ ≈ A B̃
+            left = self.left("down", expert, held, hidden)
+            made = (hidden @ left) @ self.mixture("down", expert, hidden)  # W_downᵀ ≈ A B̃
         if "down_proj_bias" in held:
             made = made + held["down_proj_bias"][expert]
         return form.finished(made)
@@ -132,19 +147,39 @@ class FactoredExperts(nn.Module):
     def _rows(self, family: str, expert: int, held: Held, x: torch.Tensor) -> torch.Tensor:
         if family not in self.places:
             return linear(x, held[f"{family}_dense"][expert])
-        return linear(linear(x, self.mixture(family, expert, x)), held[f"{family}_left"][expert])
+        return linear(linear(x, self.mixture(family, expert, x)), self.left(family, expert, held, x))
+
+    def left(self, family: str, expert: int, held: Held, like: torch.Tensor) -> torch.Tensor:
+        """The left factor of an expert; a packed one in the dtype of another tensor."""
+        packing = self.packings.get(family)
+        if packing is None:
+            return held[f"{family}_left"][expert]
+        return unpacked(self, f"{family}_left", expert, packing, like.dtype)
 
     def mixture(self, family: str, expert: int, like: torch.Tensor) -> torch.Tensor:
         """B̃ of an expert, in the dtype and on the device of another tensor."""
         place = self.places[family]
         return self._banks[0].mixture(place.bank, place.row(expert), like)
 
-    def precompose(self) -> None:
-        """Put the mixtures of all experts into the cache."""
+    def precompose(self, dtype: torch.dtype) -> None:
+        """Put the mixtures of all experts into the cache, in the dtype that the model computes in."""
         for family in self.places:
-            left = getattr(self, f"{family}_left")
+            held = f"{family}_left{PACKED}" if family in self.packings else f"{family}_left"
+            like = torch.empty(0, dtype=dtype, device=getattr(self, held).device)
             for expert in range(self.num_experts):
-                self.mixture(family, expert, left)
+                self.mixture(family, expert, like)
+
+    def require_packed(self, name: str) -> None:
+        """Check left factors that are packed; `name` is the module's.
+
+        Raises
+        ------
+        GlobeError
+            As :func:`globe.checkpoint.formats.packed.require_parts`.
+        """
+        for family, packing in self.packings.items():
+            if family in self.places and self.get_buffer(f"{family}_left{SCALE}").device.type != "meta":
+                require_packed(self, f"{family}_left", f"{name}.{family}_left", packing)
 
 
 def _emptied(module: nn.Module) -> nn.Module:

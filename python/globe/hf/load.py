@@ -18,6 +18,7 @@ def load(
     directory: str | Path,
     *,
     cache: int | str | None = DEFAULT_BUDGET,
+    cache_bits: int = 16,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     **options: Any,
@@ -34,6 +35,8 @@ def load(
     cache : int, str or None
         Most bytes of composed mixtures: a number, a size such as "2GiB", "all" to compose and keep every mixture now,
         or 0 to compose each time it is used.
+    cache_bits : {16, 8}
+        8: the cache keeps mixtures as integers of 8 bits, 32 of a row to a scale, so that twice as many fit in it.
     dtype : str or torch.dtype
         To compute in; by default as the checkpoint states.
     device : str or torch.device
@@ -51,9 +54,10 @@ def load(
     GlobeError
         If the directory is not whole.
     UsageError
-        If the cache's budget is none.
+        If the cache's budget is none, or it has other bits.
     """
     read_budget(cache)
+    _require_bits(cache_bits)
     directory = Path(directory)
     if not (directory / "config.json").is_file() or (directory / "globe.json").is_file():
         open_factored(directory)
@@ -63,14 +67,29 @@ def load(
         raise UsageError(f"{directory}: not factored; use transformers to load it")
     if "device_map" not in options:
         model.to(device)
-    set_cache(model, cache)
+    set_cache(model, cache, cache_bits)
     return model
 
 
-def set_cache(model: Any, cache: int | str | None) -> None:
-    """Give the cache of mixtures of a loaded model another budget (as `cache` of `load`)."""
+def set_cache(model: Any, cache: int | str | None, bits: int = 16) -> None:
+    """Give the cache of mixtures of a loaded model another budget, and bits (as `cache` and `cache_bits` of `load`).
+
+    Raises
+    ------
+    UsageError
+        If these are none.
+    """
+    _require_bits(bits)
     model.globe.cache.resize(cache)
+    if model.globe.bits != bits:
+        model.globe.cache.clear()
+        model.globe.bits = bits
     if read_budget(cache) is None:
         for module in model.modules():
             if isinstance(module, FactoredExperts):
-                module.precompose()
+                module.precompose(model.dtype)
+
+
+def _require_bits(bits: int) -> None:
+    if type(bits) is not int or bits not in (16, 8):
+        raise UsageError(f"cache_bits is {bits!r}; expected 16 or 8")

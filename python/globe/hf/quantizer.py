@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -13,14 +14,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from globe.artifact.autoload import METHOD
 from globe.artifact.factored import FORMAT_VERSION, INDEX_FILE, bank_name, left_name, rest_name
+from globe.checkpoint.formats.packed import PACKED, SCALE, SHAPE, Packing, read_packing
 from globe.checkpoint.quantised import KEY, require_plain
 from globe.checkpoint.tensorfile import TensorInfo, read_header
 from globe.errors import GlobeError
-from globe.hf.banks import Banks
+from globe.hf.banks import Banks, bank_parts
 from globe.hf.experts import FactoredExperts, Place
 from globe.hf.save import save_pretrained
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?experts$")
+_OURS = re.compile(rf"(?:^|[._])(?:gate|up|down)_left(?:{PACKED}|{SCALE}|{SHAPE})?$")  # in files of any maker
 _GATE_UP, _UP, _DOWN = "experts.gate_up_proj", "experts.up_proj", "experts.down_proj"
 
 
@@ -28,7 +31,8 @@ _GATE_UP, _UP, _DOWN = "experts.gate_up_proj", "experts.up_proj", "experts.down_
 class GlobeConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`quantization_config` of config.json: `weights` is the weight file, or the index of several.
 
-    `experts` has, per family and layer, the arguments of `Place`, with the bank by its name.
+    `experts` has, per family and layer, the arguments of `Place`, with the bank by its name. `packed` has bits and
+    group of packed left factors (`lefts`) by family, and of packed atoms (`atoms`) by bank.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class GlobeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         weights: str = INDEX_FILE,
         format_version: int = FORMAT_VERSION,
         replaced: dict[str, Any] | None = None,
+        packed: dict[str, dict[str, Any]] | None = None,
         **unknown: Any,
     ) -> None:
         if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
@@ -52,6 +57,26 @@ class GlobeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.experts = experts
         if replaced:
             self.replaced = replaced
+        if packed:
+            self.packed = packed
+
+    def packings(self, part: str) -> dict[str, Packing]:
+        """How left factors (`lefts`, by family) or atoms (`atoms`, by bank) are packed.
+
+        Raises
+        ------
+        GlobeError
+            If config.json is damaged.
+        """
+        told = getattr(self, "packed", {}).get(part, {})
+        try:
+            found = {name: read_packing(each, each["group"]) for name, each in told.items()}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise GlobeError(
+                f"config.json: quantization_config: packed {part} are {told!r}; expected bits and group by name: "
+                "compress again"
+            ) from None
+        return {name: packing for name, packing in found.items() if packing is not None}
 
 
 @register_quantizer(METHOD)
@@ -65,7 +90,8 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         stored = _stored_tensors(kwargs.get("checkpoint_files"))
-        kept = [info.dtype for name, info in stored.items() if not name.startswith("globe.")]
+        lefts, atoms = (self.quantization_config.packings(part) for part in ("lefts", "atoms"))
+        kept = [info.dtype for name, info in stored.items() if not name.startswith("globe.") and not _OURS.search(name)]
         replaced = getattr(self.quantization_config, "replaced", {})
         require_plain(
             Path(kwargs["checkpoint_files"][0]).parent,
@@ -77,10 +103,10 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
         experts: dict[str, dict[str, list[Any]]] = self.quantization_config.experts
         names = dict.fromkeys(place[0] for layers in experts.values() for place in layers.values())
         for name in names:
-            for part in ("atoms", "codes.indptr", "codes.indices", "codes.values"):
+            for part in bank_parts(atoms.get(name)):
                 if bank_name(name, part) not in shapes:
                     raise GlobeError(f"tensor {bank_name(name, part)} is in none of the weight files; compress again")
-        model.globe = Banks(names, shapes)
+        model.globe = Banks(names, shapes, atoms)
         modules = {name: match for name, _ in model.named_modules() if (match := _LAYER.search(name))}
         for name, match in modules.items():
             places = {
@@ -90,7 +116,7 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
             }
             if places:
                 dense = model.get_submodule(name)
-                factored = FactoredExperts(dense, places, model.globe)
+                factored = FactoredExperts(dense, places, model.globe, lefts)
                 _require_stored(shapes, int(match[1]), factored)
                 model.set_submodule(name, factored)
         _require_untied(model)
@@ -99,7 +125,7 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Merge the experts' left factors as transformers merges their matrices, and split them again on saving."""
-        factored = set(self.quantization_config.experts)
+        factored, packed = set(self.quantization_config.experts), self.quantization_config.packings("lefts")
         before: list[Any] = []
         kept: list[Any] = []
         for conversion in weight_conversions:
@@ -112,26 +138,37 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
                     "of which none is factored: run what globe export writes"
                 )
             if not factored & set(families):
-                before += _stacked(sources, targets, factored)
+                before += _stacked(sources, targets, factored, packed)
                 kept.append(conversion)
                 continue
             for family, source in zip(families, sources, strict=True):
                 name = left_name(source, family) if family in factored else source
                 target = re.sub(r"(gate_up|up|down)_proj$", _parameter(family, factored), targets[0])
-                if any(isinstance(step, MergeModulelist) for step in conversion.operations):
-                    before.append(conversion.copy([name], [target], operations=[MergeModulelist(dim=0)]))
-                else:  # a stack of the family's own
-                    before.append(WeightRenaming(name, target))
-        fused = {left_name(_DOWN if name == "down" else _GATE_UP, name): name for name in factored}
-        fused |= {left_name(_UP, name): name for name in factored & {"up"}}
+                merged = any(isinstance(step, MergeModulelist) for step in conversion.operations)
+                for part in _parts(family, packed):
+                    if merged:
+                        operations = [MergeModulelist(dim=0)]
+                        before.append(conversion.copy([name + part], [target + part], operations=operations))
+                    else:  # a stack of the family's own
+                        before.append(WeightRenaming(name + part, target + part))
+        stacks = [(_DOWN if name == "down" else _GATE_UP, name) for name in factored]
+        stacks += [(_UP, name) for name in factored & {"up"}]
+        fused = {
+            left_name(stack, name) + part: f"{name}_left{part}"
+            for stack, name in stacks
+            for part in _parts(name, packed)
+        }
         if factored & {"gate", "up"}:
-            fused |= {rest_name(_GATE_UP, name): name for name in {"gate", "up"} - factored}
-        renamed = [WeightRenaming(stored, f"experts.{_parameter(name, factored)}") for stored, name in fused.items()]
+            fused |= {rest_name(_GATE_UP, name): f"{name}_dense" for name in {"gate", "up"} - factored}
+        renamed = [WeightRenaming(stored, f"experts.{parameter}") for stored, parameter in fused.items()]
         return [*before, *kept, *renamed]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for bank in model.globe.banks.values():
             bank.prepare()
+        for name, module in model.named_modules():
+            if isinstance(module, FactoredExperts):
+                module.require_packed(name)
         model.globe_stats = model.globe.stats
         model.save_pretrained = MethodType(save_pretrained, model)
         return model
@@ -146,13 +183,17 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
-def _stacked(sources: list[str], targets: list[str], factored: set[str]) -> list[Any]:
+def _stacked(sources: list[str], targets: list[str], factored: set[str], packed: Container[str]) -> list[Any]:
     """The names of the parts of a stack of gate and up that transformers changes as it loads it."""
     if len(sources) != 1 or len(targets) != 1 or not targets[0].replace("\\", "").endswith(_GATE_UP):
         return []
     names = {name: (left_name if name in factored else rest_name)(sources[0], name) for name in ("gate", "up")}
     place = targets[0].removesuffix("gate_up_proj")
-    return [WeightRenaming(stored, place + _parameter(name, factored)) for name, stored in names.items()]
+    return [
+        WeightRenaming(stored + part, place + _parameter(name, factored) + part)
+        for name, stored in names.items()
+        for part in (_parts(name, packed) if name in factored else ("",))
+    ]
 
 
 def _require_untied(model: Any) -> None:
@@ -178,6 +219,11 @@ def _families(conversion: Any, targets: list[str], sources: list[str]) -> tuple[
     return ()
 
 
+def _parts(family: str, packed: Container[str]) -> tuple[str, ...]:
+    """What the names of a family's tensors of left factors end with."""
+    return (PACKED, SCALE, SHAPE) if family in packed else ("",)
+
+
 def _parameter(family: str, factored: set[str]) -> str:
     """The parameter of `FactoredExperts` that holds a family."""
     if family in factored:
@@ -195,8 +241,9 @@ def _stored_tensors(files: list[str] | None) -> dict[str, TensorInfo]:
 def _require_stored(shapes: dict[str, tuple[int, ...]], layer: int, experts: FactoredExperts) -> None:
     """Check that the files hold the left factors of a layer, which transformers would otherwise make up."""
     for family in experts.places:
-        wanted = tuple(getattr(experts, f"{family}_left").shape)
-        ours = re.compile(rf"(?:^|\.)layers\.{layer}\..*\.(?:globe_)?{family}_left$")
+        held = f"{family}_left{PACKED}" if family in experts.packings else f"{family}_left"
+        wanted = tuple(getattr(experts, held).shape)
+        ours = re.compile(rf"(?:^|\.)layers\.{layer}\..*\.(?:globe_)?{held}$")
         found = [shape for name, shape in shapes.items() if ours.search(name)]
         if found != [wanted] and found != [wanted[1:]] * wanted[0]:
             told = f"{len(found)} tensors of shapes {sorted(set(found))}"

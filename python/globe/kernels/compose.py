@@ -6,7 +6,6 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import scipy.sparse
 from numpy.typing import DTypeLike, NDArray
@@ -14,13 +13,8 @@ from numpy.typing import DTypeLike, NDArray
 from globe import _native
 from globe.kernels.arguments import number, plain, writeable
 from globe.kernels.backends import check_threads, choose
-from globe.kernels.csr import checked_codes
-
-_NAMES = {
-    np.dtype(np.float32): "float32",
-    np.dtype(np.float16): "float16",
-    np.dtype(ml_dtypes.bfloat16): "bfloat16",
-}
+from globe.kernels.csr import checked_codes, csr_arrays
+from globe.kernels.dtypes import NAMES, contiguous, kind_of, storage
 
 
 def compose(
@@ -76,7 +70,7 @@ def compose(
     matrix = checked_codes(codes)
     flat = _wide("bank", bank, matrix.shape[1], "one per column of codes")
     shape = (matrix.shape[0], *np.shape(bank)[1:])
-    kind = _kind(dtype, flat.dtype if out is None else getattr(out, "dtype", flat.dtype))
+    kind = kind_of(dtype, flat.dtype if out is None else getattr(out, "dtype", flat.dtype))
     if out is None:
         out = np.empty(shape, dtype=kind)
     target = writeable("out", out, shape, kind).reshape(shape[0], flat.shape[1])
@@ -88,7 +82,7 @@ def compose(
     count = check_threads(threads)
     chosen = choose(backend)
     if chosen == "native":
-        arguments = (*_csr(matrix), _storage(flat), _NAMES[flat.dtype], _storage(target), _NAMES[target.dtype])
+        arguments = (*csr_arrays(matrix), storage(flat), NAMES[flat.dtype], storage(target), NAMES[target.dtype])
         _native.compose(*arguments, epsilon, count)
     else:
         _implementation(chosen).compose(_prune(matrix, epsilon), flat, target, count)
@@ -175,9 +169,9 @@ def compose_code_gradient(
     count = check_threads(threads)
     chosen = choose(backend)
     if chosen == "native":
-        kinds = _NAMES[rows.dtype], _NAMES[atoms.dtype]
+        kinds = NAMES[rows.dtype], NAMES[atoms.dtype]
         products = _native.compose_code_gradient(
-            *_csr(matrix), _storage(rows), kinds[0], _storage(atoms), kinds[1], count
+            *csr_arrays(matrix), storage(rows), kinds[0], storage(atoms), kinds[1], count
         )
     else:
         products = _implementation(chosen).code_gradient(matrix, rows, atoms, count)
@@ -186,16 +180,6 @@ def compose_code_gradient(
 
 def _implementation(backend: str) -> ModuleType:
     return importlib.import_module(f"globe.kernels.{backend}.compose")
-
-
-def _kind(dtype: DTypeLike | None, default: Any) -> np.dtype[Any]:
-    try:
-        kind = np.dtype(default if dtype is None else dtype)
-    except TypeError as error:
-        raise ValueError(f"dtype: found {dtype!r}; expected a dtype ({error})") from None
-    if kind not in _NAMES:
-        raise ValueError(f"dtype: found {kind}; expected float32, float16 or ml_dtypes.bfloat16")
-    return kind
 
 
 def _prune(codes: scipy.sparse.csr_array, epsilon: float) -> scipy.sparse.csr_array:
@@ -209,29 +193,11 @@ def _prune(codes: scipy.sparse.csr_array, epsilon: float) -> scipy.sparse.csr_ar
 
 def _wide(argument: str, array: NDArray[Any], rows: int, of_what: str) -> NDArray[Any]:
     """The array as a matrix with one long row for each of `rows`."""
-    array = plain(argument, array)
-    if array.dtype not in _NAMES:
-        raise ValueError(
-            f"{argument}: found {array.dtype}; expected float32, float16 or ml_dtypes.bfloat16; convert first"
-        )
+    array = contiguous(argument, array)
     if array.ndim < 1:
         raise ValueError(f"{argument}: found a scalar; expected an array of shape (rows, ...); stack the vectors first")
-    if not array.flags.c_contiguous:
-        raise ValueError(f"{argument}: found a strided array; expected C order; pass numpy.ascontiguousarray(...)")
     if array.shape[0] != rows:
         raise ValueError(
             f"{argument}: found {array.shape[0]} vectors; expected {rows}, {of_what}; check that both belong together"
         )
     return array.reshape(rows, int(np.prod(array.shape[1:], dtype=np.int64)))
-
-
-def _csr(matrix: scipy.sparse.csr_array) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    return (
-        np.ascontiguousarray(matrix.indptr, dtype=np.int64),
-        np.ascontiguousarray(matrix.indices, dtype=np.int32),
-        np.ascontiguousarray(matrix.data, dtype=np.float32),
-    )
-
-
-def _storage(array: NDArray[Any]) -> NDArray[Any]:
-    return array if array.dtype == np.float32 else array.view(np.uint16)

@@ -42,6 +42,15 @@ def checked_codes(codes: Any, *, values: bool = True) -> scipy.sparse.csr_array:
     return scipy.sparse.csr_array((_single(data, values), indices, indptr), shape=codes.shape)
 
 
+def csr_arrays(matrix: scipy.sparse.csr_array) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Offsets, columns and values as the native kernels take them."""
+    return (
+        np.ascontiguousarray(matrix.indptr, dtype=np.int64),
+        np.ascontiguousarray(matrix.indices, dtype=np.int32),
+        np.ascontiguousarray(matrix.data, dtype=np.float32),
+    )
+
+
 def _vector(name: str, array: Any) -> NDArray[Any]:
     if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray) or array.ndim != 1:
         kind = type(array).__name__

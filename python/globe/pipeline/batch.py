@@ -1,7 +1,10 @@
-"""Many compressions one after another, from a plan that can be run again."""
+"""Many compressions, one after another or dealt to devices, from a plan that can be run again."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from globe.checkpoint.hub import local
 from globe.choice.plan import plan
 from globe.errors import GlobeError, UsageError
 from globe.pipeline.compress import compress
+from globe.pipeline.dealing import Place, deal, places
 from globe.runs.stages import Display, Silent
 from globe.runs.tracking import require_tracker
 from globe.settings import Settings
@@ -125,9 +129,11 @@ def batch(
     keep_run: bool = False,
     log: str | None = None,
     trust_remote_code: bool = False,
+    devices: str | None = None,
+    jobs_per_device: int = 1,
     progress: Display | None = None,
 ) -> list[Outcome]:
-    """Run the jobs one after another; one that fails does not keep the others from running.
+    """Run the jobs one after another, or dealt to devices; one that fails does not keep the others from running.
 
     Jobs that are finished are skipped, one that was stopped is continued.
 
@@ -139,8 +145,12 @@ def batch(
         As for `compress`.
     log : {"trackio", "wandb", "tensorboard"}, optional
         As for `compress`: every job's histories; a job whose tracker fails is failed, its output finished.
+    devices : str, optional
+        Devices to deal the jobs to, such as ``cuda:0,cuda:1``, each job in a process of its own.
+    jobs_per_device : int
+        How many run on a device at a time. Processors and memory of the host are shared by all that run.
     progress : Display, optional
-        Shows stages and lines as they go.
+        Shows stages and lines as they go; of jobs that are dealt, where they run and how they ended.
 
     Raises
     ------
@@ -152,12 +162,15 @@ def batch(
     jobs = read_plan(Path(jobs)) if isinstance(jobs, str | Path) else list(jobs)
     _check(jobs)
     display = progress or Silent()
+    options = {"fresh": fresh, "keep_run": keep_run, "log": log, "trust_remote_code": trust_remote_code}
+    if devices is not None:
+        return _dealt(jobs, places(devices, jobs_per_device), display, options)
     threads = torch.get_num_threads()
     outcomes = []
     for number, job in enumerate(jobs, 1):
         display.log(f"job {number} of {len(jobs)}: {job.out}")
         _reset_threads(threads)  # an earlier job may have set its own
-        outcome = _run(job, display, fresh=fresh, keep_run=keep_run, log=log, trust_remote_code=trust_remote_code)
+        outcome = _run(job, display, **options)
         if outcome.error is not None:
             display.log(f"job {number} of {len(jobs)} failed: {outcome.error}")
         outcomes.append(outcome)
@@ -181,6 +194,43 @@ def batch_table(outcomes: list[Outcome]) -> Table:
         speeds = (f"{told['experts_per_second']:.1f}", f"{told['gb_per_second']:.3f}")
         table.add_row(str(outcome.job.out), outcome.status, ratio, errors, *speeds, end_section=True)
     return table
+
+
+def _dealt(jobs: list[Entry], where: list[Place], display: Display, options: Mapping[str, Any]) -> list[Outcome]:
+    """Run the jobs at these places."""
+    kinds = {place.kind for place in where}
+    for number, job in enumerate(jobs, 1):
+        if kinds != {job.settings.device} and job.settings.device != "auto":
+            told = f"device is {job.settings.device}, and jobs are dealt to {', '.join(sorted(kinds))}"
+            raise UsageError(f"job {number} ({job.out}): {told}; expected auto")
+
+    def work(number: int, job: Entry, place: Place) -> Outcome:
+        display.log(f"job {number} of {len(jobs)} on {place.device}: {job.out}")
+        outcome = _in_process(job, place, options)
+        ended = f"failed: {outcome.error}" if outcome.error is not None else outcome.status
+        display.log(f"job {number} of {len(jobs)} {ended}, {outcome.seconds:.1f} s")
+        return outcome
+
+    return deal(jobs, where, work)
+
+
+def _in_process(job: Entry, place: Place, options: Mapping[str, Any]) -> Outcome:
+    """Run a job in a process that sees the device of its place alone."""
+    started = time.perf_counter()
+    request = {"model": str(job.model), "out": str(job.out), "settings": job.settings.as_dict(), "options": options}
+    done = subprocess.run(
+        [sys.executable, "-m", "globe.pipeline.batch"],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        env=place.environment(),
+    )
+    seconds = time.perf_counter() - started
+    if done.returncode == 0:
+        told = json.loads(done.stdout.splitlines()[-1])
+        return Outcome(job, told["status"], seconds, told["error"], told["metrics"])
+    said = done.stderr.strip().splitlines() or ["nothing said"]
+    return Outcome(job, "failed", seconds, f"the process ended with status {done.returncode}: {said[-1]}")
 
 
 def _run(job: Entry, display: Display, **options: Any) -> Outcome:
@@ -238,3 +288,15 @@ def _known_keys(found: Mapping[str, Any], known: tuple[str, ...], where: str) ->
     for key in found:
         if key not in known:
             raise UsageError(f"{where}: key {key!r} is unknown; expected {', '.join(known)}")
+
+
+def _main() -> None:
+    """Be the process of a job that was dealt to a place."""
+    request = json.load(sys.stdin)
+    job = Entry(Path(request["model"]), Path(request["out"]), Settings(**request["settings"]))
+    outcome = _run(job, Silent(), **request["options"])
+    print(json.dumps({"status": outcome.status, "error": outcome.error, "metrics": outcome.metrics}))
+
+
+if __name__ == "__main__":
+    _main()

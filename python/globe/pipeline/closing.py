@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from globe.checkpoint.family import Family
 from globe.checkpoint.json_file import read_json
 from globe.checkpoint.tensorfile import write_text
 from globe.choice.plan import Plan
+from globe.compute import ranks
 from globe.correction.down import Corrections
 from globe.errors import GlobeError
 from globe.fit.stored_lefts import Fit
@@ -28,7 +29,8 @@ from globe.pipeline.metrics import families_report, stored_report
 from globe.pipeline.opening import Opened, environment
 from globe.report import report as draw
 from globe.runs.job import Job
-from globe.sizes.ratios import Ratios, Shape, ratios
+from globe.sizes.pools import storage
+from globe.sizes.ratios import Ratios, ratios
 from globe.statistics.calibration import Calibration
 from globe.statistics.held_out import HeldOut
 
@@ -65,8 +67,10 @@ def describe(opened: Opened, made: Made, written: Written, job: Job) -> dict[str
         **families_report(job.settings.families, reports, made.fits, written),
         **({"plan": made.seen} if made.seen is not None else {}),
         "ratio": asdict(_ratios(made)),
+        "bits": {**storage(job.settings).bits, "group": job.settings.group_size},
         "bytes": _bytes(made.plan, written),
         "files": written.files,
+        "ranks": ranks.size(),
         **{key: told[key] for key in ("device", "threads", "precision", "blocks")},
         "settings": job.settings.as_dict(),
         "source": opened.described(),
@@ -133,7 +137,7 @@ def _with_stored(report: dict[str, Any], stored: dict[str, Any]) -> dict[str, An
 def _ratios(made: Made) -> Ratios:
     """With the codes that are stored."""
     stored = {
-        name: Shape(shape.rank, shape.bank, int(np.count_nonzero(made.fits[name].state.codes)))
+        name: replace(shape, nonzeros=int(np.count_nonzero(made.fits[name].state.codes)))
         for name, shape in made.plan.shapes.items()
     }
     return ratios(made.plan.checkpoint, made.plan.families, stored)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from time import perf_counter as clock
+from time import perf_counter
 from typing import Any
 
-from globe.artifact.output import Existing, finished_key, run_directory
+from globe.artifact.output import Existing, finished_key, shared_directory
 from globe.artifact.write import write_weights
 from globe.checkpoint.hub import local
 from globe.choice.plan import Plan, plan_sizes, usual_size
 from globe.choice.seeding import seed
+from globe.compute import ranks
 from globe.compute.gemm import pick_precision, working_precision
 from globe.correction.down import correct, correction_text
-from globe.fit.stages import alternate, fit_jointly, fit_report, load_fit
+from globe.fit.stages import alternate, fit_jointly, fit_report, load_fit, round_fit
 from globe.pipeline.closing import Made, describe, draw_report, finished, publish
-from globe.pipeline.opening import Opened, open_source
+from globe.pipeline.opening import Opened, open_alike
 from globe.pipeline.schedule import Schedule, done_stages, measured, schedule
 from globe.runs.job import Job
 from globe.runs.stages import Display, Stages
@@ -46,6 +48,7 @@ class Result:
     found: bool = False
 
 
+@ranks.joined()
 def compress(
     model_dir: Path | str,
     out_dir: Path | str,
@@ -103,14 +106,14 @@ def compress(
     """
     if log is not None:
         require_tracker(log)
-    settings, stages = settings or Settings(), Stages(progress)
-    began = began if began is not None else clock()
-    turn = Turn(began + settings.time_limit, clock) if settings.time_limit is not None else None
-    opened = open_source(local(model_dir), settings, stages, trust_remote_code=trust_remote_code)
+    settings, stages = settings or Settings(), Stages(progress if ranks.rank() == 0 else None)
+    began = began if began is not None else perf_counter()
+    opened = open_alike(local(model_dir), settings, stages, trust_remote_code=trust_remote_code)
+    turn = Turn(ranks.agreed(began) + settings.time_limit, ranks.clock) if settings.time_limit is not None else None
     run = Run(opened, Path(out_dir), settings, Existing(fresh, overwrite, keep_run), turn)
     result = _run(run, stages)
     if log is not None:
-        track(log, result.directory, result.metrics)
+        ranks.lead(partial(track, log, result.directory, result.metrics))
     return result
 
 
@@ -129,17 +132,18 @@ def _run(run: Run, stages: Stages) -> Result:
     opened, target, settings, existing = run.opened, run.target, run.settings, run.existing
     identity, planned, show = opened.identity(settings), opened.plan, stages.display.log
     timed: Schedule | None = None
-    if existing.overwrite or existing.fresh or finished_key(target) != identity.key:
-        named_calibration(planned.checkpoint, settings.calibrate)  # before anything is removed or made
-        timed = schedule(run.turn, planned, settings)
+    if existing.overwrite or existing.fresh or ranks.agreed(finished_key(target)) != identity.key:
+        with ranks.together():
+            named_calibration(planned.checkpoint, settings.calibrate)  # before anything is removed or made
+        timed = ranks.agreed(schedule(run.turn, planned, settings))
         if timed is not None:
             anew = existing.overwrite or existing.fresh
             layers = planned.checkpoint.family("down").layers
-            timed.refuse(settings, set() if anew else done_stages(target / FOLDER, layers))
-    directory = run_directory(target, opened.claim(settings), identity, existing, show)
+            timed.refuse(settings, set() if anew else ranks.agreed(done_stages(target / FOLDER, layers)))
+    directory = shared_directory(target, opened.claim(settings), identity, existing, show)
     with working_precision(pick_precision(settings.precision, planned.device)), directory as store:
         if store is None:
-            metrics = finished(target, show)
+            metrics = ranks.lead(partial(finished, target, show))
             return Result(target, metrics, Ratios(**metrics["ratio"]), found=True)
         job = Job(settings, planned.device, planned.blocks, stages, store)
         scans = {name: scan_family(family, job) for name, family in planned.families.items()}
@@ -148,27 +152,31 @@ def _run(run: Run, stages: Stages) -> Result:
         trusted = opened.trust_remote_code
         calibration = calibration_for(planned.checkpoint, job, target / FOLDER / STATISTICS, trust_remote_code=trusted)
         text = correction_text(calibration, job)
-        timed = measured(timed, planned, settings, stages)
+        timed = ranks.agreed(measured(timed, planned, settings, stages))
         pools, reports = {}, {}
         for pool in _pools(planned, scans, calibration, job):
             seeds = seed(pool, job)
-            job = replace(job, turn=timed.turn_of(pool.name, job) if timed is not None else None)
+            job = replace(job, turn=ranks.agreed(timed.turn_of(pool.name, job)) if timed is not None else None)
             alternate(pool, seeds, job, measured=False)
             fit_jointly(pool, job)
+            round_fit(pool, job)
             pools[pool.name], reports[pool.name] = pool, fit_report(pool, job)
         fits = {name: load_fit(pool, job) for name, pool in pools.items()}
-        corrected = correct(planned.checkpoint, fits, text, job, trust_remote_code=trusted)
+        corrected = ranks.lead(partial(correct, planned.checkpoint, fits, text, job, trust_remote_code=trusted))
         made = Made(planned, calibration, fits, reports, seen, corrected)
         written = write_weights(planned.checkpoint, fits, target, job, made.changed)
         metrics = describe(opened, made, written, job)
-        publish(target, opened, made, metrics, job)
-    draw_report(target, show)
+        ranks.lead(partial(publish, target, opened, made, metrics, job))
+    ranks.lead(partial(draw_report, target, show))
     return Result(target, metrics, Ratios(**metrics["ratio"]))
 
 
 def _sized(planned: Plan, scans: dict[str, Scan], job: Job) -> tuple[Plan, dict[str, Any] | None]:
     """The plan, with sizes for a ratio probed if one is asked for, and what was seen."""
-    return (planned, None) if job.settings.ratio is None else plan_sizes(planned, scans, job)
+    if job.settings.ratio is None:
+        return planned, None
+    planned, seen = plan_sizes(planned, scans, job)
+    return replace(planned, blocks=ranks.agreed(planned.blocks)), seen
 
 
 def _pools(planned: Plan, scans: dict[str, Scan], calibration: Calibration | None, job: Job) -> Iterator[Pool]:

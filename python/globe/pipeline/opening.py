@@ -16,10 +16,13 @@ from globe.checkpoint.companions import companions
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.quantised import quantised_dtypes, quantization_of, told
 from globe.choice.plan import Plan, peaks, plan, require_correction_memory
+from globe.compute import ranks
 from globe.compute.blocks import BLOCKS
 from globe.compute.devices import check_device, keep_memory, set_threads
 from globe.compute.gemm import precision_report
+from globe.errors import GlobeError, UsageError
 from globe.runs.stages import Stages
+from globe.runs.store import differences
 from globe.settings import Settings
 from globe.sizes.budget import machine_memory, size_text
 from globe.sizes.kept import fits_jointly, kept
@@ -50,7 +53,8 @@ class Opened:
 
     def identity(self, settings: Settings) -> Identity:
         """What the weight files depend on."""
-        return Identity(run_key(__version__, self.fingerprint, settings.as_dict()), environment(self.plan, settings))
+        key = run_key(__version__, self.fingerprint, settings.as_dict(), ranks.size())
+        return Identity(key, environment(self.plan, settings))
 
     def described(self) -> dict[str, Any]:
         """What the manifest and metrics.json say of the source."""
@@ -83,6 +87,33 @@ def open_source(source: Path, settings: Settings, stages: Stages, *, trust_remot
         return Opened(source, planned, checkpoint.fingerprint(), trust_remote_code)
 
 
+def open_alike(source: Path, settings: Settings, stages: Stages, *, trust_remote_code: bool = False) -> Opened:
+    """`open_source` at every rank, and the same there: what is in hand at a time is what rank 0 has room for.
+
+    Raises
+    ------
+    UsageError
+        If ranks have other settings, or there are more of them than layers.
+    GlobeError
+        If one sees another checkpoint, or cannot use it.
+    """
+    with ranks.together():
+        opened = open_source(source, settings, stages, trust_remote_code=trust_remote_code)
+    keys = ranks.gathered(opened.identity(settings).key)
+    for number, key in enumerate(keys):
+        different = differences(keys[0], key)
+        if different:
+            kind = GlobeError if key["settings"] == keys[0]["settings"] else UsageError
+            raise kind(f"rank {number} is not as rank 0: {', '.join(different[:3])}; start all with the same command")
+    layers = opened.plan.checkpoint.leading.layers
+    if ranks.size() > layers:
+        raise UsageError(
+            f"{ranks.size()} ranks for {layers} layers with experts; expected at most a rank for each layer: use "
+            f"--nproc-per-node {layers} or less"
+        )
+    return replace(opened, plan=replace(opened.plan, blocks=ranks.agreed(opened.plan.blocks)))
+
+
 def _formats(checkpoint: Checkpoint) -> Iterator[str]:
     """What is stored as codes, and what becomes of it."""
     formats = sorted({matrix.scheme.text for matrix in checkpoint.encoded})
@@ -108,6 +139,8 @@ def environment(planned: Plan, settings: Settings) -> dict[str, Any]:
 def _needed_bytes(planned: Plan, settings: Settings, scratch: int = 0) -> int:
     """Disk that a run takes: banks in fp32, and scratch files, while a family is fitted, or the output.
 
+    A fitted bank is kept in bf16, and where atoms are packed in integers of 8 bits too.
+
     Of the loops three, the best, the newest and the next; of the joint fit its start, and the newest and the next with
     the step that led there.
     """
@@ -116,15 +149,21 @@ def _needed_bytes(planned: Plan, settings: Settings, scratch: int = 0) -> int:
     touched = sum(family.stored_bytes for family in families.values())
     output = everything - touched + 2 * sum(stored_elements(families[name], shapes[name]) for name in families)
     banks = [shapes[name].bank * shapes[name].rank * family.d for name, family in families.items()]
+    packed = sum(size for name, size in zip(families, banks, strict=True) if shapes[name].storage.atoms is not None)
     saved = 5 if fits_jointly(settings) else 3
     corrected = planned.checkpoint.family("down").stored_bytes if settings.correct == "down" else 0
-    return 2 * sum(banks) + max(output + corrected, saved * 4 * max(banks) + scratch)
+    return 2 * sum(banks) + packed + max(output + corrected, saved * 4 * max(banks) + scratch)
 
 
 def scratch_bytes(planned: Plan, settings: Settings) -> int:
-    """Disk that the joint fit takes for what it keeps of single experts and memory has no room for: of one pool."""
+    """Disk that the joint fit takes for what it keeps of single experts and memory has no room for: of one pool.
+
+    Of all ranks, whose files lie side by side.
+    """
     cached, families = planned.blocks.cached, planned.families
-    return max(kept(family, planned.shapes[name], settings, cached).on_disk for name, family in families.items())
+    return ranks.size() * max(
+        kept(family, planned.shapes[name], settings, cached).on_disk for name, family in families.items()
+    )
 
 
 def _scratch(planned: Plan, settings: Settings) -> Scratch | None:

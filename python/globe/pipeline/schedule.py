@@ -118,6 +118,8 @@ def _stages_of(results: Iterable[str]) -> Iterable[str]:
             yield from ("sample", "calibrate")
         elif kind in ("scan", "proxies"):
             yield f"{pool}: {kind}"
+        elif kind == "rounded":
+            yield f"{pool}: round"
         elif kind in ("fit", "warm") or re.fullmatch(r"(joint|loop)-\d+", kind):
             yield f"{pool}: seeds"
             if kind == "fit":

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from globe.artifact.card import bits_text
 from globe.report.costs import costs_section
 from globe.report.data import Run
 from globe.report.findings import findings
@@ -72,6 +73,8 @@ def _summary(runs: Sequence[Run]) -> str:
         )
         asked = run.settings.get("ratio")
         wanted = f" A ratio of {number(asked)} was asked for." if asked is not None else ""
+        bits = bits_text(run.metrics.get("bits"))
+        wanted += f" {bits[0].upper()}{bits[1:]}." if bits else ""
         words = (
             f"{' and '.join(run.settings['families'])} of {_source(run)}: {size(nbytes['checkpoint'])} became "
             f"{size(nbytes['stored'])}, in {duration(sum(one['seconds'] for one in run.metrics['stages']))}.{wanted} "

@@ -39,7 +39,8 @@ class Silent:
 class Stage:
     """A finished stage: wall seconds, bytes of tensors read, and the process's peak resident memory at its end.
 
-    `resumed` where an earlier process did the stage or a part of it; its seconds and bytes are counted.
+    `resumed` where an earlier process did the stage or a part of it; its seconds and bytes are counted. With several
+    ranks bytes read and memory are those of rank 0, and `bytes_sent` is what each sent to the others.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Stage:
     bytes_read: int
     peak_rss_bytes: int
     resumed: bool = False
+    bytes_sent: int = 0
 
 
 class Stages:
@@ -55,24 +57,29 @@ class Stages:
     def __init__(self, display: Display | None = None) -> None:
         self.display: Display = display or Silent()
         self.records: list[Stage] = []
-        self._running: tuple[float, int, Stage] | None = None
+        self._running: tuple[float, int, int, Stage] | None = None
 
     @contextmanager
     def stage(self, name: str, total: float, earlier: dict[str, Any] | None = None) -> Iterator[Advance]:
         """Time a stage of `total` steps, on top of the record of the part that an earlier process did."""
         before = Stage(**earlier) if earlier is not None else Stage(name, 0.0, 0, 0)
-        self._running = (time.perf_counter(), _bytes_read(), replace(before, resumed=earlier is not None))
+        before = replace(before, resumed=earlier is not None)
+        self._running = (time.perf_counter(), _bytes_read(), _bytes_sent(), before)
         with self.display.stage(name, total) as advance:
             yield advance
         self.records.append(Stage(**self.so_far()))
+        sent = self.records[-1].bytes_sent
+        if sent > 50_000:
+            self.display.log(f"{name}: {sent / 1e6:,.1f} MB sent by each rank")
 
     def so_far(self) -> dict[str, Any]:
         """The record of the running stage as of now."""
         assert self._running is not None, "no stage is running"
-        started, read, before = self._running
+        started, read, sent, before = self._running
         seconds = before.seconds + time.perf_counter() - started
         peak = max(before.peak_rss_bytes, peak_rss_bytes())
-        return asdict(Stage(before.name, seconds, before.bytes_read + _bytes_read() - read, peak, before.resumed))
+        read, sent = before.bytes_read + _bytes_read() - read, before.bytes_sent + _bytes_sent() - sent
+        return asdict(Stage(before.name, seconds, read, peak, before.resumed, sent))
 
     def recall(self, record: dict[str, Any]) -> None:
         """Add the record of a stage that an earlier process finished."""
@@ -91,6 +98,12 @@ def _bytes_read() -> int:
     )
 
     return bytes_read()
+
+
+def _bytes_sent() -> int:
+    from globe.compute import ranks  # as above
+
+    return ranks.sent()
 
 
 def peak_rss_bytes() -> int:

@@ -29,7 +29,7 @@ from globe.errors import GlobeError
 
 FOLDER = ".globe-run"
 _KEY = "key.json"
-_SCRATCH = "scratch"
+SCRATCH = "scratch"
 _CHUNK = 1 << 24
 
 Log = Callable[[str], None]
@@ -131,7 +131,7 @@ class RunStore:
         for left in directory.glob("*.safetensors"):
             if not left.with_suffix(".json").exists():  # an earlier process ended between the two
                 left.unlink()
-        for folder in directory.glob(f"{_SCRATCH}*"):
+        for folder in directory.glob(f"{SCRATCH}*"):
             shutil.rmtree(folder, ignore_errors=True)
         began = _read_key(directory)
         for line in differences(began["environment"], environment) if began is not None else ():
@@ -195,7 +195,7 @@ class RunStore:
 
     def scratch(self) -> AbstractContextManager[str]:
         """An empty directory, removed at the end or when the store is opened again."""
-        return tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=self.directory)
+        return tempfile.TemporaryDirectory(prefix=SCRATCH, dir=self.directory)
 
     def _file(self, name: str) -> Path:
         return self.directory / f"{name}.safetensors"

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from globe.compute import ranks
 from globe.compute.gemm import GramSum, matmul
 from globe.compute.stream import ahead
 from globe.seeds.gram_space import seeds_from_gram
@@ -68,8 +69,8 @@ def _shared_right_subspace(task: SeedTask) -> torch.Tensor:
 
 def _mean(task: SeedTask, reference: torch.Tensor) -> torch.Tensor:
     total = torch.zeros_like(reference)
-    for _, weights in training_rows(task):
+    for _, weights in training_rows(task, ranks.dealt(task.family)):
         for proxy in aligned(weights.float(), reference):
             norm = proxy.norm()
             total += proxy / torch.where(norm > 0, norm, torch.ones_like(norm))
-    return total / len(task.family)
+    return ranks.summed(total) / len(task.family)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from globe.compute import ranks
 from globe.compute.gemm import GramSum, correlations, matmul
 from globe.errors import GlobeError
 from globe.seeds.sources import Proxies
@@ -28,7 +29,7 @@ def seeds_from_gram(proxies: Proxies, choose: Callable[[SeedTask, Array], Array]
     summed = GramSum(len(proxies.task.family))
     for _, block in proxies.blocks():
         summed.add(block)
-    gram, norms, there = normalised(summed.matrix)
+    gram, norms, there = normalised(ranks.summed_array(summed.matrix))
     weights = choose(proxies.task, gram)
     products = gram @ weights.T
     lengths = np.sqrt(np.einsum("ji,ij->j", weights, products))
@@ -49,10 +50,10 @@ def combine(proxies: Proxies, weights: Array) -> torch.Tensor:
     """Σ_i w_ji B_i⁰ for the rows of `weights` (m, N): (m, r, d), fp32 on the device; one pass."""
     task = proxies.task
     rows = torch.from_numpy(weights.astype(np.float32)).to(task.device)
-    bank = torch.empty(len(weights), task.rank, task.family.d, device=task.device)
+    bank = torch.zeros(len(weights), task.rank, task.family.d, device=task.device)
     for span, block in proxies.blocks():
         bank[:, span] = matmul(rows, block.float()).view(len(bank), -1, task.family.d)
-    return bank
+    return ranks.summed(bank)
 
 
 def correlate(proxies: Proxies, bank: torch.Tensor) -> Array:
@@ -60,7 +61,7 @@ def correlate(proxies: Proxies, bank: torch.Tensor) -> Array:
     total = np.zeros((len(proxies.task.family), len(bank)))
     for span, block in proxies.blocks():
         total += correlations(block.float(), bank[:, span])
-    return total
+    return ranks.summed_array(total)
 
 
 def unit(bank: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from globe.compute import ranks
 from globe.compute.gemm import bank_gram, grams, matmul
 from globe.compute.stream import ahead
 from globe.errors import GlobeError
@@ -54,16 +55,20 @@ def grouped_subspace(task: SeedTask) -> Seeds:
         )
     labels: Labels = np.arange(len(family)) % size  # any group will do for experts of zeros
     labels[there] = balanced_groups(overlaps[np.ix_(there, there)], size)
-    bank = torch.empty(size, task.rank, family.d, device=task.device)
-    kept = 0.0
+    bank = torch.zeros(size, task.rank, family.d, device=task.device)
+    kept, mine, seen = np.zeros(size), set(ranks.share(range(size))), 0
     for group in range(size):
+        start = torch.randn(family.d, task.rank, generator=random)  # of every group, whoever has it
+        if group not in mine:
+            continue
         members = there[labels[there] == group]
-        gram = _group_gram(task, members)
-        basis, inside = leading_subspace(gram, task.rank, task.settings.subspace_steps, random)
+        gram, seen = _group_gram(task, members), seen + len(members)
+        basis, inside = leading_subspace(gram, start.to(task.device), task.settings.subspace_steps)
         bank[group] = _atom(basis, inside)
-        kept += float(inside.trace())
-    task.advance(1 - len(there) / len(family))
-    explained = kept / float(energy.sum())
+        kept[group] = float(inside.trace())
+    task.advance(1 - seen / len(family))
+    ranks.summed(bank)
+    explained = float(ranks.summed_array(kept).sum()) / float(energy.sum())
     return Seeds(bank, np.eye(size)[labels], explained, 1 - explained)
 
 
@@ -71,15 +76,16 @@ def _overlaps(task: SeedTask, random: torch.Generator) -> tuple[NDArray[np.float
     """⟨S_i, S_j⟩ (N, N) and ‖W_i‖² (N,); one pass."""
     family = task.family
     probe = torch.randn(family.d, min(SKETCH_COLUMNS, family.d), generator=random).to(task.device)
-    sketches = torch.empty(len(family), probe.numel(), device=task.device)
-    energy = np.zeros(len(family))
-    for number, weights in enumerate(_experts(task, range(len(family)))):
+    sketches = torch.zeros(len(family), probe.numel(), device=task.device)
+    energy, mine = np.zeros(len(family)), ranks.dealt(family)
+    for number, weights in enumerate(_experts(task, range(mine.start, mine.stop)), mine.start):
         weights = weights.float()
         energy[number] = float(weights.pow(2).sum(1).cpu().double().sum())
         sketches[number] = matmul(weights.mT, matmul(weights, probe)).flatten()
         sketches[number] *= family.d / energy[number] if energy[number] > 0 else 0.0
         task.advance(1 / len(family))
-    return bank_gram(sketches), energy
+    task.advance(1 - (mine.stop - mine.start) / len(family))
+    return bank_gram(ranks.summed(sketches)), ranks.summed_array(energy)
 
 
 def _experts(task: SeedTask, numbers: Iterable[int]) -> Iterator[torch.Tensor]:
@@ -101,18 +107,15 @@ def _group_gram(task: SeedTask, members: Labels) -> torch.Tensor:
     return total.float().to(task.device)
 
 
-def leading_subspace(
-    gram: torch.Tensor, rank: int, steps: int, random: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
+def leading_subspace(gram: torch.Tensor, start: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """An orthonormal basis V (d, r) of about the leading eigenvectors of G, and VᵀGV (r, r) in fp64 on the CPU.
 
     Subspace iteration with Cholesky QR. After two plain steps V ← orth(G V) the mean of the discarded eigenvalues is
     known from traces alone, and the others are V ← orth(G V − σ_k V) with σ_k the Chebyshev nodes of the interval
     that holds the most of them: together a polynomial in G that is small there.
     """
-    width = len(gram)
+    (width, rank), basis = start.shape, start
     total = float(gram.diagonal().sum())
-    basis = torch.randn(width, rank, generator=random).to(gram.device)
     mean, filtered = 0.0, max(1, steps - _PLAIN_STEPS)
     for step in range(steps):
         image = matmul(gram, basis)

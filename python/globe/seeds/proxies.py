@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from globe.checkpoint.family import Family
 from globe.checkpoint.powers import times_power, usual_exponent
+from globe.compute import ranks
 from globe.compute.gemm import to_numpy
 from globe.compute.passes import engine
 from globe.compute.stream import ahead, expert_batches
@@ -93,12 +94,12 @@ def scan(family: Family, settings: Settings, advance: Advance) -> Scan:
         If an expert holds NaN, Inf, or a value so large that the other experts would not count; the tensor, the row
         and the value are named.
     """
-    step = -(-len(family) // settings.energy_experts)
+    step, mine, share = -(-len(family) // settings.energy_experts), ranks.dealt(family), ranks.size()
     ranked = np.zeros(family.p)
     energy, peaks = np.zeros(len(family)), np.zeros(len(family))
     cpu = torch.device("cpu")
-    with engine(cpu) as workers:
-        for span, batch in expert_batches(family, _SCANNED_AT_ONCE, cpu):
+    with ranks.together(), engine(cpu) as workers:
+        for span, batch in expert_batches(family, _SCANNED_AT_ONCE, cpu, mine):
 
             def energies(part: slice, batch: torch.Tensor = batch) -> list[tuple[NDArray[np.float64], float]]:
                 return [_row_energies(matrix) for matrix in batch[part]]
@@ -115,7 +116,8 @@ def scan(family: Family, settings: Settings, advance: Advance) -> Scan:
                 energy[number] = rows.sum()
                 if number % step == 0:
                     ranked += rows
-                advance(1)
+                advance(share)
+    ranked, energy, peaks = (ranks.summed_array(each) for each in (ranked, energy, peaks))
     if not energy.any():
         raise GlobeError(f"family {family.name}: all experts are zero; there is nothing to factorise")
     result = Scan(ranked, energy)
@@ -174,19 +176,26 @@ def split_rows(p: int, rank: int, row_energy: NDArray[np.float64], settings: Set
 
 
 def proxy_blocks(
-    family: Family, rows: NDArray[np.int64], device: torch.device, budget: int
+    family: Family, rows: NDArray[np.int64], device: torch.device, spans: list[slice]
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """The proxies B_i⁰ = S W_i of all experts, a block of rows at a time; the next block is read meanwhile.
+
+    Parameters
+    ----------
+    family : Family
+    rows : array of int
+        S.
+    device : torch.device
+    spans : list of slice
+        The blocks of rows, of `row_spans`.
 
     Yields
     ------
     slice
         The rows of the proxies in hand.
     torch.Tensor, shape (N, block · d), in the checkpoint's dtype
-        Those rows of all proxies. With the block being read and one copy in fp32 they take `budget` bytes at most
-        (one row at least).
+        Those rows of all proxies.
     """
-    spans = row_spans(len(family), len(rows), family.d, budget)
 
     def read(span: slice) -> torch.Tensor:
         chosen = rows[span]
@@ -203,6 +212,9 @@ def proxy_blocks(
 
 
 def row_spans(experts: int, rank: int, d: int, budget: int) -> list[slice]:
-    """The rows of a block of proxies: two blocks of two (four) bytes a value and one (no) copy in fp32 fit."""
+    """Blocks of rows of proxies: two of two (four) bytes a value and one (no) copy in fp32 take `budget` bytes.
+
+    One row at least.
+    """
     block = max(1, budget // (8 * experts * d))
     return [slice(first, min(first + block, rank)) for first in range(0, rank, block)]

@@ -15,6 +15,7 @@ import scipy.linalg
 import torch
 from numpy.typing import NDArray
 
+from globe.compute import ranks
 from globe.compute.gemm import GramSum, matmul, to_numpy
 from globe.compute.stream import ahead, expert_batches
 from globe.errors import GlobeError
@@ -33,17 +34,22 @@ class Proxies:
     ----------
     task : SeedTask
     read : callable
-        Starts a pass: the rows in hand, and those rows of all proxies, (N, block · d), in bf16, fp16 or fp32.
+        Starts a pass over blocks of rows: the rows in hand, and those rows of all proxies, (N, block · d), in bf16,
+        fp16 or fp32.
     """
 
     task: SeedTask
-    read: Callable[[], Blocks]
+    read: Callable[[list[slice]], Blocks]
 
     def blocks(self) -> Blocks:
-        """One pass, with its progress reported."""
-        for span, block in self.read():
+        """One pass over the blocks of rows that are dealt to this rank, with its progress reported."""
+        task = self.task
+        spans = row_spans(len(task.family), task.rank, task.family.d, task.job.blocks.proxy_bytes)
+        mine = ranks.share(spans)
+        for span, block in self.read(mine):
             yield span, block
-            self.task.advance((span.stop - span.start) / self.task.rank)
+            task.advance((span.stop - span.start) / task.rank)
+        task.advance(1 - sum(span.stop - span.start for span in mine) / task.rank)
 
 
 def proxies_of(task: SeedTask) -> Proxies:
@@ -53,9 +59,7 @@ def proxies_of(task: SeedTask) -> Proxies:
 
 def row_proxies(task: SeedTask) -> Proxies:
     """B_i⁰ = S W_i, rows of the checkpoint itself (specification, A)."""
-    return Proxies(
-        task, partial(proxy_blocks, task.family, task.pool.rows.proxy, task.device, task.job.blocks.proxy_bytes)
-    )
+    return Proxies(task, partial(proxy_blocks, task.family, task.pool.rows.proxy, task.device))
 
 
 def projected_proxies(task: SeedTask) -> tuple[Proxies, Array]:
@@ -64,10 +68,10 @@ def projected_proxies(task: SeedTask) -> tuple[Proxies, Array]:
     Of the training rows alone: a bank that has seen the rows held out would look best before it is trained.
     """
     summed = GramSum(len(task.pool.rows.train))
-    for _, weights in training_rows(task):
+    for _, weights in training_rows(task, ranks.dealt(task.family)):
         for matrix in weights:
             summed.add(matrix)
-    projector = leading_eigenvectors(summed.matrix, task.rank).to(task.device)
+    projector = leading_eigenvectors(ranks.summed_array(summed.matrix), task.rank).to(task.device)
     return stored_proxies(task, lambda weights: matmul(projector, weights))
 
 
@@ -78,16 +82,19 @@ def leading_eigenvectors(gram: Array, count: int) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(vectors[:, ::-1].T, dtype=np.float32))
 
 
-def training_rows(task: SeedTask) -> Blocks:
-    """One pass over the experts without the rows held out, (n, p − held, d) in the checkpoint's dtype.
+def training_rows(task: SeedTask, some: slice | None = None) -> Blocks:
+    """One pass over all or some experts without the rows held out, (n, p − held, d) in the checkpoint's dtype.
 
     As many experts as fit into a block: in the checkpoint's dtype three times, in fp32, and what is made of them.
     """
     family, train = task.family, torch.from_numpy(task.pool.rows.train).to(task.device)
     count = max(1, task.job.blocks.proxy_bytes // (16 * family.p * family.d))
-    for span, weights in expert_batches(family, count, task.device):
+    left = 1.0
+    for span, weights in expert_batches(family, count, task.device, some):
         yield span, weights[:, train] if len(train) < family.p else weights
         task.advance(len(weights) / len(family))
+        left -= len(weights) / len(family)
+    task.advance(left)
 
 
 def stored_proxies(task: SeedTask, make: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Proxies, Array]:
@@ -127,8 +134,8 @@ def stored_proxies(task: SeedTask, make: Callable[[torch.Tensor], torch.Tensor])
                 view = view[file.readinto(view) or _ended(path) :]
         return buffer.view(count, -1)
 
-    def blocks() -> Blocks:
-        for span, block in zip(spans, ahead(partial(read, span) for span in spans), strict=True):
+    def blocks(some: list[slice]) -> Blocks:
+        for span, block in zip(some, ahead(partial(read, span) for span in some), strict=True):
             yield span, block.to(task.device)
 
     return Proxies(task, blocks), energy

@@ -147,12 +147,24 @@ class Settings:
         down: what the compressed layers get wrong is taken up by `down`, which stays dense and is refitted in closed
         form, layer after layer, on the calibration text, as far as a quarter of it that is held out agrees. Its stored
         size does not change.
+    metric : {"fisher", "residual"}
+        What an error of an expert's product is weighed by: the loss of the next token, as far as the calibration knows
+        its Fisher information; or its size beside the residual stream.
     metric_rows : float
-        Power of the row weights: 1 weighs a row by its effect on the expert's output, 0 not at all.
+        For residual: power of the row weights: 1 weighs a row by its effect on the expert's output, 0 not at all.
     metric_layers : float
-        Power of the inverse residual stream by which layers are weighed.
+        For residual: power of the inverse residual stream by which layers are weighed.
     metric_shrinkage : float
         Tokens that the layer's diagonal counts for beside an expert's own, where a calibration has no more of it.
+    factor_bits : {16, 8, 4, 3}
+        Bits that a value of the factors is stored in: 16 is bf16; below, integers with a bf16 scale for each group.
+    left_bits : {16, 8, 4, 3}, optional
+        Of left factors; `factor_bits` if not given.
+    atom_bits : {16, 8, 4, 3}, optional
+        Of atoms; `factor_bits` if not given.
+    group_size : int
+        Values along the rank r of a left factor, or along the d inputs of an atom, that share a scale; has to divide
+        them.
     """
 
     rank: float | int = 0.75
@@ -221,9 +233,14 @@ class Settings:
     calibrate: str = "auto"
     calibration_tokens: int | None = None
     correct: Literal["none", "down"] = "none"
+    metric: Literal["fisher", "residual"] = "fisher"
     metric_rows: float = 1.0
     metric_layers: float = 1.0
     metric_shrinkage: float = 4096.0
+    factor_bits: int = 16
+    left_bits: int | None = None
+    atom_bits: int | None = None
+    group_size: int = 32
 
     def __post_init__(self) -> None:
         if isinstance(self.max_memory, str):
@@ -239,11 +256,14 @@ class Settings:
                 _require(
                     value in typing.get_args(hint), field.name, value, f"one of {', '.join(typing.get_args(hint))}"
                 )
-            elif field.name not in ("families", "scope", "share_families", "calibrate"):
+            elif field.name not in ("families", "scope", "share_families", "calibrate", *_BITS_OF):
                 _require(_is_number(value, hint), field.name, value, "a number" if hint is not int else "an integer")
         for name in self.families:
             _require(name in ("gate", "up", "down"), "families", name, "any of gate, up and down")
         _require(len(set(self.families)) == len(self.families) > 0, "families", self.families, "each family once")
+        for name in _BITS_OF:
+            bits = getattr(self, name)
+            _require(bits is None or (type(bits) is int and bits in BITS), name, bits, "16, 8, 4 or 3")
         several = type(self.scope) is int and self.scope >= 1
         _require(
             several or self.scope in ("global", "layer"), "scope", self.scope, "global, layer or a count of layers"
@@ -308,6 +328,12 @@ class Settings:
             raise UsageError(f"bank size is {size}; expected 1 to the family's {experts} experts")
         return size
 
+    @property
+    def stored_bits(self) -> tuple[int, int]:
+        """The bits of left factors, and those of atoms."""
+        left, atoms = self.left_bits, self.atom_bits
+        return self.factor_bits if left is None else left, self.factor_bits if atoms is None else atoms
+
     def expected_support(self, bank: int) -> int:
         """The non-zero codes of an expert that are planned for, on a bank of this size."""
         steered = self.codes in ("entmax", "sparsemax") and self.outer_loops > 0
@@ -320,6 +346,8 @@ class Settings:
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Settings)}
 SIZES = ("rank", "bank_size", "bank_ratio")
+BITS = (16, 8, 4, 3)
+_BITS_OF = ("factor_bits", "left_bits", "atom_bits")
 _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("bank_ratio", 0, 1),
     ("bank_size", 1, 1 << 20),
@@ -357,6 +385,7 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("patience", 1, 100_000),
     ("seed", 0, 2**63 - 1),
     ("threads", 1, 4096),
+    ("group_size", 32, 128),
     ("max_memory", 1 << 20, 1 << 50),
     ("time_limit", 1, 1e9),
 )

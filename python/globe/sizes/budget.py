@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from globe.checkpoint.family import Family
+from globe.compute import ranks
 from globe.compute.blocks import BLOCKS, SMALLEST, Blocks
 from globe.errors import UsageError
 from globe.machine import control_groups
+from globe.machine.launch import sharing
 from globe.settings import Settings
 from globe.sizes.flops import PROBED, SKETCHED, keeps_columns
 from globe.sizes.kept import fits_jointly, kept
@@ -34,8 +36,8 @@ def machine_memory() -> int:
 
 
 def memory_limit(settings: Settings) -> int:
-    """`max_memory`, or half of the machine's."""
-    return settings.max_memory if settings.max_memory is not None else machine_memory() // 2
+    """`max_memory`, or half of the machine's, shared with GloBE's other processes there."""
+    return settings.max_memory if settings.max_memory is not None else machine_memory() // 2 // sharing()
 
 
 def plan_blocks(
@@ -126,7 +128,10 @@ def _costs(
     threads: int | None,
     exact_bytes: int,
 ) -> list[_Cost]:
-    stored = 2 * sum(shapes[name].bank * shapes[name].rank * family.d for name, family in families.items())
+    stored = sum(
+        (2 if shapes[name].storage.atoms is None else 5) * shapes[name].bank * shapes[name].rank * family.d
+        for name, family in families.items()
+    )
     return [_Cost(family, shapes[name], settings, threads, exact_bytes, stored) for name, family in families.items()]
 
 
@@ -166,7 +171,7 @@ class _Cost:
     @property
     def left_grams(self) -> int:
         exact = self.settings.mod == "exact" and self.loops > 0
-        return len(self.family) * self.shape.rank**2 * self.exact_bytes if exact else 0
+        return ranks.most_dealt(self.family) * self.shape.rank**2 * self.exact_bytes if exact else 0
 
     @property
     def metric(self) -> int:
@@ -196,7 +201,16 @@ class _Cost:
         """Of every stage."""
         fit = max(self.loop(blocks), self.dictionary(blocks))
         found = {"seeds": self.seeds(blocks), "loops": fit, "joint": self.joint(blocks), "write": self.writing(blocks)}
+        if self.shape.storage.atoms is not None:
+            found["round"] = self.rounding(blocks)
         return {stage: self.base + size for stage, size in found.items()}
+
+    def rounding(self, blocks: Blocks) -> int:
+        """Of atoms: the bank, what is left of it, integers; and passes in which codes are fitted anew."""
+        rounding = 4 * self.bank + 32 * self.family.d**2 + self.metric
+        if fits_jointly(self.settings):
+            rounding = max(rounding + 8 * self.shape.bank * self.shape.rank**2, self.joint(blocks) + self.bank)
+        return max(rounding, self.loop(blocks) + self.bank)
 
     def writing(self, blocks: Blocks) -> int:
         """Of the stored left factors."""
@@ -232,6 +246,12 @@ class _Cost:
         columns = r * blocks.columns * (8 * 4 * m + 3 * 4 * EXPERTS_AT_ONCE)
         return 2 * self.bank + self.left_grams + 4 * m * r * r + columns + 4 * EXPERTS_AT_ONCE * r * r
 
+    @property
+    def _banks(self) -> int:
+        """Of the joint fit: the five of a step are of a rank's own atoms; it sends and receives two."""
+        together = ranks.size()
+        return _BANKS * self.bank if together == 1 else (_BANKS - 5 + 2) * self.bank + 5 * self.bank // together
+
     def joint(self, blocks: Blocks) -> int:
         if not fits_jointly(self.settings):
             return 0
@@ -245,7 +265,7 @@ class _Cost:
         read = 3 * p * d * self.family.bytes_per_weight
         hand = read + held.buffer + 4 * p * d + 12 * r * d + 8 * r * r + 4 * hidden * d + 4 * d * SKETCHED
         work = self._at_once(blocks) * (8 * p * d + 8 * p * r + 44 * r * d + 40 * r * r + 12 * d * d + probes)
-        return _BANKS * self.bank + curvature + moments + held.in_memory + self.metric + blocks.experts * hand + work
+        return self._banks + curvature + moments + held.in_memory + self.metric + blocks.experts * hand + work
 
 
 def _advice(cost: _Cost, least: Blocks, limit: int, found: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from globe.checkpoint.family import Family
+from globe.compute import ranks
 from globe.settings import Settings
 from globe.sizes.flops import keeps_columns
 from globe.sizes.ratios import Shape
@@ -20,7 +21,7 @@ class Kept:
 
 
 def kept(family: Family, shape: Shape, settings: Settings, cached: int) -> Kept:
-    """C_i (r × r), K_i (d × d) or a basis (r × d), and W'_i (p × d) of N experts, in fp32.
+    """C_i (r × r), K_i (d × d) or a basis (r × d), and W'_i (p × d) of a rank's experts, in fp32.
 
     Parameters
     ----------
@@ -34,7 +35,7 @@ def kept(family: Family, shape: Shape, settings: Settings, cached: int) -> Kept:
     if not fits_jointly(settings):
         return Kept(0, 0, 0)
     weighed = {"none": (False,), "auto": (False, True)}.get(settings.calibrate, (True,))
-    found = [_placed(_sizes(family, shape, each), len(family), cached) for each in weighed]
+    found = [_placed(_sizes(family, shape, each), ranks.most_dealt(family), cached) for each in weighed]
     return Kept(*(max(column) for column in zip(*found, strict=True)))
 
 

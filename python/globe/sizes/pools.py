@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from globe.checkpoint.family import Family
+from globe.checkpoint.formats.packed import Packing
 from globe.errors import UsageError
 from globe.settings import Settings
-from globe.sizes.ratios import Shape
+from globe.sizes.ratios import Shape, Storage
 
 
 @dataclass(frozen=True)
@@ -103,5 +104,33 @@ def pools(
         for pool, bank in zip(split, deal(asked[name].bank, [len(pool) for pool in split]), strict=True):
             found[pool.name] = pool
             support = settings.expected_support(bank)
-            shapes[pool.name] = Shape(asked[name].rank, bank, len(pool) * support)
+            shapes[pool.name] = Shape(asked[name].rank, bank, len(pool) * support, storage(settings))
     return found, shapes
+
+
+def storage(settings: Settings) -> Storage:
+    """How the settings ask for factors to be stored."""
+    lefts, atoms = (None if bits == 16 else Packing(bits, settings.group_size) for bits in settings.stored_bits)
+    return Storage(lefts, atoms)
+
+
+def require_groups(family: Family, shape: Shape) -> None:
+    """Refuse packed factors whose groups do not divide a rank, or the inputs of an atom.
+
+    Raises
+    ------
+    UsageError
+        Says what would do.
+    """
+    lefts, atoms = shape.storage.lefts, shape.storage.atoms
+    if lefts is not None and shape.rank % lefts.group:
+        near = shape.rank // lefts.group * lefts.group or lefts.group
+        raise UsageError(
+            f"family {family.name}: rank is {shape.rank}, which groups of {lefts.group} do not divide, as left factors "
+            f"of {lefts.bits} bits need; use --rank {near}, another --group-size, or --left-bits 16"
+        )
+    if atoms is not None and family.d % atoms.group:
+        raise UsageError(
+            f"family {family.name}: its matrices have {family.d} columns, which groups of {atoms.group} do not divide, "
+            f"as atoms of {atoms.bits} bits need; use another --group-size, or --atom-bits 16"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from globe.checkpoint.family import Family
+from globe.checkpoint.formats.packed import Packing
 from globe.settings import Settings
 from globe.sizes.flops import (
     SAMPLED,
@@ -19,7 +20,7 @@ from globe.sizes.flops import (
 )
 from globe.sizes.kept import Kept
 from globe.sizes.own import own_directions
-from globe.sizes.ratios import Shape
+from globe.sizes.ratios import Shape, stored_bytes
 
 
 @dataclass(frozen=True)
@@ -196,10 +197,19 @@ def proxies_work(task: Task) -> Work:
 
 def lefts_work(task: Task) -> Work:
     """Of the left factors as stored, their errors, and what they take on disk."""
-    n, p, d, r, m = task.sizes
+    n, p, d, r, _ = task.sizes
     products = 2 * p * d * r + 4 * p * r * r + (0 if task.sparse else 2 * p * d * r)
     wide = task.gram(d) + 2 * r**3
     if task.weighed:
         products += 2 * (p + r) * d * d + 4 * p * r * d
     each = Work(flops=products, wide=wide, moved=4 * (6 * p * d + 4 * r * d), calls=2) + task.mixing(d)
-    return each * n + Work(read=task.stored, written=2 * (n * p * r + m * r * d))
+    packing = task.shape.storage.lefts
+    if packing is not None:
+        each += rounding_work(p, r, packing)
+    return each * n + Work(read=task.stored, written=stored_bytes(task.family, task.shape))
+
+
+def rounding_work(rows: int, columns: int, packing: Packing) -> Work:
+    """Of rounding a matrix with feedback: factors of the Hessian, and what every column does to those that follow."""
+    across = 12 * rows * columns * packing.group + 12 * rows * columns * columns / packing.group
+    return Work(flops=rows * columns**2, wide=4 / 3 * columns**3, moved=across, calls=1)

@@ -56,6 +56,13 @@ class LayerStatistics:
         Λ_e, shrunk towards zero; all zero where an expert's tokens say nothing that the layer's do not.
     own_sizes : torch.Tensor, shape (E,), optional
         c_e; 1 there.
+    gate_fisher, up_fisher : torch.Tensor, shape (E, p), optional
+        Fisher information of the products gate x and up x: see `globe.statistics.fisher.Fisher`. It is of fewer tokens
+        than the other means, none of which is weighed.
+    output_fisher : torch.Tensor, shape (d, d), optional
+        That of the block's output.
+    fisher_counts : torch.Tensor of int64, shape (E,), optional
+        Tokens routed to each expert, of those.
     """
 
     moment: torch.Tensor
@@ -72,6 +79,10 @@ class LayerStatistics:
     own_directions: torch.Tensor | None = None
     own_values: torch.Tensor | None = None
     own_sizes: torch.Tensor | None = None
+    gate_fisher: torch.Tensor | None = None
+    up_fisher: torch.Tensor | None = None
+    output_fisher: torch.Tensor | None = None
+    fisher_counts: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

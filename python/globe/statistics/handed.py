@@ -26,6 +26,11 @@ class Arguments:
         self._calls = calls
         self._handed: dict[tuple[int, int], Any] = {}
 
+    @property
+    def hands_on(self) -> bool:
+        """Whether layers give anything beside the stream that the next is called with."""
+        return any(value is HANDED for calls in self._calls.values() for call in calls for value in call.values())
+
     def of(self, number: int, span: slice) -> dict[str, Any]:
         """The arguments of a layer."""
         there = self._handed.get((number - 1, span.start))

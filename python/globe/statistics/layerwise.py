@@ -222,19 +222,25 @@ class Layerwise:
     @contextmanager
     def whole(self) -> Iterator[Any]:
         """The model with all its weights, its output layer among them, for as long as the scope lasts."""
-        beside = set(self.base.modules())
         with ExitStack() as held:
-            held.enter_context(self._loaded(None, self.base, set(self.layers)))
+            held.enter_context(self.ends())
             for number in range(len(self.layers)):
                 held.enter_context(self.layer(number))
-            head = self.model.get_output_embeddings()
-            tied = head is not None and not any(name.startswith("lm_head.") for name in self._names.get(_HEAD, []))
+            yield self.model
+
+    @contextmanager
+    def ends(self) -> Iterator[Any]:
+        """The model with what lies before and behind its layers, for as long as the scope lasts."""
+        beside = set(self.base.modules())
+        head = self.model.get_output_embeddings()
+        tied = head is not None and not any(name.startswith("lm_head.") for name in self._names.get(_HEAD, []))
+        with self._loaded(None, self.base, set(self.layers)):
             if tied:
                 beside.add(head)
                 head.weight = self.model.get_input_embeddings().weight
-            held.enter_context(self._loaded(_HEAD, self.model, beside))
             try:
-                yield self.model
+                with self._loaded(_HEAD, self.model, beside):
+                    yield self.model
             finally:
                 if tied:
                     _to_meta(head)

@@ -16,6 +16,17 @@ class OwnPlan:
 
 
 @dataclass(frozen=True)
+class FisherPlan:
+    """From how many tokens the Fisher information is found at most, and why from none."""
+
+    tokens: int
+    why_not: str | None = None
+
+
+NOT_ASKED = FisherPlan(0, "not asked for")
+
+
+@dataclass(frozen=True)
 class Manner:
     """How statistics are measured.
 
@@ -29,9 +40,12 @@ class Manner:
         ``auto``: in bf16 on a CPU that has such products, of a checkpoint in bf16; anything else: in fp32 on a CPU.
     own : OwnPlan
         What of the experts' own d × d moments is.
+    fisher : FisherPlan
+        How the Fisher information of the experts' products is found.
     """
 
     device: torch.device
     kept: tuple[str, ...]
     precision: str
     own: OwnPlan
+    fisher: FisherPlan

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from globe._version import __version__
+from globe.compute import ranks
 from globe.errors import GlobeError, UsageError
 from globe.runs.stages import Stages
-from globe.statistics.calibration import TOKENS, Calibration, LayerStatistics, save_calibration
+from globe.statistics.calibration import TOKENS, Calibration, LayerStatistics, load_calibration, save_calibration
+from globe.statistics.fisher import Fisher, fisher, spread
 from globe.statistics.handed import Arguments
-from globe.statistics.layerwise import Layerwise, own_code
-from globe.statistics.manner import Manner
+from globe.statistics.layerwise import Layerwise, NotFinite, own_code
+from globe.statistics.manner import NOT_ASKED, Manner
 from globe.statistics.moments import Moments
 from globe.statistics.stand_in import in_place_of, layer_experts
 from globe.statistics.windows import Reading
@@ -46,29 +48,37 @@ def measure(reading: Reading, manner: Manner, path: Path, stages: Stages) -> Cal
                 "builds it, but not in both; calibration cannot read them"
             )
     last = max(with_experts)
-    with stages.stage("calibrate", last + 1) as advance:
-        layers = {}
-        with own_code(checkpoint):
-            for number, statistics in _stream(streamed, reading.parts, last, manner):
-                if statistics is not None:
-                    layers[number] = statistics
-                advance(1)
-        warnings = _warnings(layers, reading.about["tokens"], gates.d)
-        for line in warnings:
-            stages.display.log(line)
-        own = _own_report(layers, manner)
-        stages.display.log(own["text"])
-        about = {
-            **reading.about,
-            "globe_version": __version__,
-            "device": str(manner.device),
-            "products": products(reading, manner),
-            "own_moments": own,
-            "warnings": warnings,
-        }
-        tokens = dict(zip(TOKENS, (reading.windows, reading.samples, reading.held_out), strict=True))
-        there = {name: ids for name, ids in tokens.items() if ids is not None and len(ids) > 0}
-        return save_calibration(path, layers, about, there)
+    layers = {}
+    with stages.stage("calibrate", last + 1) as advance, own_code(checkpoint):
+        for number, statistics in _stream(streamed, list(map(_mine, reading.parts)), last, manner):
+            if statistics is not None:
+                layers[number] = statistics
+            advance(1)
+    warnings = _warnings(layers, reading.about["tokens"], gates.d)
+    for line in warnings:
+        stages.display.log(line)
+    own = _own_report(layers, manner)
+    stages.display.log(own["text"])
+    about = {
+        **reading.about,
+        "globe_version": __version__,
+        "device": str(manner.device),
+        "products": products(reading, manner),
+        "own_moments": own,
+        "warnings": warnings,
+    }
+    some, why_not = spread(reading.parts, manner.fisher.tokens), manner.fisher.why_not
+    if why_not is None:
+        found, why_not = _fisher(streamed, [_mine(part)[0] for part in some], path.parent, stages)
+        layers |= {number: each.beside(layers[number]) for number, each in found.items()}
+    if why_not is not None and manner.fisher != NOT_ASKED:
+        stages.display.log(f"errors are weighed beside the residual stream, without Fisher information: {why_not}")
+    about["fisher"] = {"tokens": 0 if why_not else sum(part.numel() for part in some), "none": why_not}
+    tokens = dict(zip(TOKENS, (reading.windows, reading.samples, reading.held_out), strict=True))
+    there = {name: ids for name, ids in tokens.items() if ids is not None and len(ids) > 0}
+    ranks.lead(lambda: save_calibration(path, layers, about, there))
+    ranks.seen(path)
+    return load_calibration(path)
 
 
 def require_place(path: Path) -> None:
@@ -91,11 +101,20 @@ def products(reading: Reading, manner: Manner) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _mine(windows: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The windows that are dealt to this rank, and the number of the first of them."""
+    first, last = (len(windows) * (ranks.rank() + end) // ranks.size() for end in (0, 1))
+    return (windows[first:last], first) if ranks.size() > 1 else (windows, 0)
+
+
 def _stream(
-    streamed: Layerwise, parts: list[torch.Tensor], last: int, manner: Manner
+    streamed: Layerwise, parts: list[tuple[torch.Tensor, int]], last: int, manner: Manner
 ) -> Iterator[tuple[int, LayerStatistics | None]]:
-    """The statistics of one layer after another, None where it has no experts; a part's windows are of one length."""
-    states = [streamed.embed(windows) for windows in parts]
+    """The statistics of one layer after another, None where it has no experts.
+
+    A part are windows of one length, of this rank, with the number of the first.
+    """
+    states = [(*streamed.embed(windows), first) for windows, first in parts if len(windows)]
     for number in range(last + 1):
         if number < last:
             streamed.expect(number + 1)
@@ -103,13 +122,13 @@ def _stream(
 
 
 def _pass(
-    streamed: Layerwise, number: int, states: list[tuple[torch.Tensor, Arguments]], manner: Manner
+    streamed: Layerwise, number: int, states: list[tuple[torch.Tensor, Arguments, int]], manner: Manner
 ) -> LayerStatistics | None:
     """Let all windows through a layer, in place."""
     with streamed.layer(number) as layer:
         module = streamed.experts(number)
         if module is None:
-            for hidden, arguments in states:
+            for hidden, arguments, _ in states:
                 for span in streamed.batches(hidden):
                     hidden[span] = streamed.run(number, layer, hidden, arguments, span)
             return None
@@ -117,11 +136,24 @@ def _pass(
         count, d, p = experts.down.shape
         moments = Moments(count, d, p, manner.kept, manner.own.directions)
         with in_place_of(module, experts, streamed) as calls:
-            for hidden, arguments in states:
+            for hidden, arguments, first in states:
                 for span in streamed.batches(hidden):
                     hidden[span] = streamed.run(number, layer, hidden, arguments, span)
-                    moments.add(calls.pop(), hidden[span].flatten(0, 1).flatten(1), span.start * hidden.shape[1])
-        return moments.statistics(experts.down)
+                    place = (first + span.start) * hidden.shape[1]
+                    moments.add(calls.pop(), hidden[span].flatten(0, 1).flatten(1), place)
+        return moments.over_ranks().statistics(experts.down)
+
+
+def _fisher(
+    streamed: Layerwise, parts: list[torch.Tensor], folder: Path, stages: Stages
+) -> tuple[dict[int, Fisher], str | None]:
+    """The Fisher information of all layers, or why it cannot be had."""
+    try:
+        return fisher(streamed, parts, folder, stages), None
+    except NotFinite:
+        raise
+    except GlobeError as error:
+        return {}, str(error)
 
 
 def _own_report(layers: dict[int, LayerStatistics], manner: Manner) -> dict[str, Any]:

@@ -13,13 +13,16 @@ from globe.settings import Settings
 from globe.sizes.budget import BASE, memory_limit, size_text
 from globe.sizes.own import own_directions
 from globe.statistics.experts import FACTORS
+from globe.statistics.fisher import LOGITS, TOKENS
 from globe.statistics.layerwise import LAYER, TOKENS_AT_ONCE
-from globe.statistics.manner import OwnPlan
+from globe.statistics.manner import FisherPlan, OwnPlan
 from globe.statistics.mixture import MEASURED, tokens_for
 from globe.statistics.row_moments import moments_for
+from globe.statistics.windows import WINDOW
 
 _STACKING = 4  # stacks of an expert's matrix, as stored, beside the layer's weights while they are loaded
 _ESTIMATES = 12  # d × d matrices in hand while an expert's own moment is shrunk
+_OF_LOGITS = 6  # in fp32: they, their exponentials and gradients
 ACTIVATIONS = 16  # of a token, each as wide as the widest side of an expert
 
 
@@ -86,6 +89,34 @@ def calibration_bytes(checkpoint: Checkpoint, tokens: int, kept_moments: int = 0
     activations = 4 * min(tokens, TOKENS_AT_ONCE) * (ACTIVATIONS * max(p, d) + pair)
     stored = kept + own * count * d
     return BASE + 4 * tokens * d + max(embedding, layer + 4 * summed + activations + sums) + 4 * stored
+
+
+def fisher_plan(checkpoint: Checkpoint, tokens: int, limit: int) -> FisherPlan:
+    """From how many of a calibration's tokens the Fisher information is found: none where there is no memory."""
+    some = min(tokens, TOKENS)
+    needed = fisher_bytes(checkpoint, some)
+    if needed > limit:
+        return FisherPlan(0, f"it needs about {size_text(needed)} of memory, and {size_text(limit)} may be used")
+    return FisherPlan(some)
+
+
+def fisher_bytes(checkpoint: Checkpoint, tokens: int) -> int:
+    """Peak memory of finding the Fisher information in float32, beside as much of a calibration as stays.
+
+    The states of all tokens and their gradient; a layer with what differentiating it keeps of 4,096 tokens, or what
+    lies beside the layers with the logits of as many as are in hand.
+    """
+    gates, config = checkpoint.leading, checkpoint.text_config
+    count, p, d = len(gates), gates.p, gates.d
+    choices = config.get("num_experts_per_tok")
+    pair = (choices if isinstance(choices, int) else count // gates.layers) * (FACTORS * p + d)
+    differentiated = 4 * min(tokens, TOKENS_AT_ONCE) * (2 * ACTIVATIONS * max(p, d) + 3 * pair)
+    vocabulary = config.get("vocab_size")
+    vocabulary = vocabulary if isinstance(vocabulary, int) else _weights(checkpoint).get(None, 0) // d
+    logits = 4 * _OF_LOGITS * max(LOGITS, WINDOW * vocabulary)
+    stored = 2 * gates.layers * d * d + count * (d + 5 * p)
+    held = max(embedding_bytes(checkpoint) + logits, layer_bytes(checkpoint) + differentiated + 8 * d * d)
+    return BASE + 8 * tokens * d + 4 * stored + held
 
 
 def layer_bytes(checkpoint: Checkpoint) -> int:

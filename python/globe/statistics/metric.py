@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import torch
 
-from globe.checkpoint.family import Family
+from globe.checkpoint.family import Expert, Family
 from globe.checkpoint.powers import times_power, usual_exponent
 from globe.compute.forms import per_core
 from globe.compute.gemm import matmul, times_lower, times_upper
@@ -22,11 +22,12 @@ from globe.statistics.shrinkage import DAMPING, damped_factor
 
 _ALIKE = 1e-3
 _LEAST_ROW = 1e-4  # of the mean weight
+_PRIOR = 64.0  # tokens
 
 
 @dataclass(frozen=True)
 class Metric:
-    """Σ_i ‖D_i (W_i − Ŵ_i) L_i‖² for the experts of a pool: the squared error of the residual stream relative to it.
+    """Σ_i ‖D_i (W_i − Ŵ_i) L_i‖² for the experts of a pool: what their errors cost the model.
 
     Every W_i, and B̃_i, is seen through it: D_i W_i L_i ≈ (D_i A_i) (B̃_i L_i) is a plain least squares problem, and
     the left factor does not depend on D_i.
@@ -184,9 +185,13 @@ def build_metric(family: Family, calibration: Calibration, settings: Settings, d
 
     Columns of gate and up: the second moments of the layer's inputs, per expert with what the calibration says of its
     own tokens; where that is a diagonal alone, (n_e diag_e + κ diag) / (n_e + κ) with κ = `metric_shrinkage`. Rows of
-    gate and up: what an error there does to the expert's output, through the other product, the activation and the
-    column of down. Rows of down (which is taken transposed): E[h hᵀ]. Layers: the output's error relative to the
-    residual stream behind it, to the power `metric_layers`; 0 gives every layer the error of its own output.
+    gate and up: the Fisher information of the products. Rows of down (which is taken transposed): E[h hᵀ]; its columns:
+    the Fisher information of the layer's output.
+
+    With `metric: residual`, or without Fisher information, rows of gate and up are weighed by what an error there does
+    to the expert's output, through the other product, the activation and the column of down; down has no columns; and
+    layers by the output's error relative to the residual stream behind it, to the power `metric_layers`; 0 gives every
+    layer the error of its own output.
 
     Raises
     ------
@@ -202,16 +207,17 @@ def build_metric(family: Family, calibration: Calibration, settings: Settings, d
     for expert in family.experts:
         if statistics is None or expert.layer != number:
             number, statistics = expert.layer, calibration.layer(expert.layer)
-        weighed = expert.family != "down"
-        if weighed and number not in columns:
-            columns[number] = damped_factor(statistics.moment).to(device)
-        layers.append(number if weighed else None)
-        weight = statistics.share[expert.expert].clamp(min=1e-6) * statistics.residual**-settings.metric_layers
-        if weighed and statistics.own_sizes is not None:
-            weight = weight * statistics.own_sizes[expert.expert]
-        rows.append((_row_factor(statistics, expert.family, expert.expert, settings) * weight.sqrt()).to(device))
-        scales.append(_scale(statistics, expert.expert, settings.metric_shrinkage).to(device))
-        if weighed:
+        by_loss = settings.metric == "fisher" and statistics.gate_fisher is not None
+        moment = statistics.output_fisher if expert.family == "down" else statistics.moment
+        moment = moment if by_loss or expert.family != "down" else None
+        if moment is not None and number not in columns:
+            columns[number] = damped_factor(moment).to(device)
+        layers.append(number if moment is not None else None)
+        rows.append(_rows(statistics, expert, settings, by_loss).to(device))
+        if expert.family == "down":
+            scales.append(torch.ones(family.d, device=device))
+        else:
+            scales.append(_scale(statistics, expert.expert, settings.metric_shrinkage).to(device))
             own = _set_own(own, (len(layers) - 1, len(family)), statistics, expert.expert, device)
     alike = own is not None or all(bool((scale - 1).abs().max() < _ALIKE) for scale in scales)
     exponent = _exponent(rows)
@@ -240,6 +246,32 @@ _DIAGONALS: Mapping[str, Callable[[LayerStatistics], torch.Tensor]] = {
     "up": lambda found: found.up_rows,
     "down": lambda found: found.hidden,
 }
+
+
+def _rows(statistics: LayerStatistics, expert: Expert, settings: Settings, by_loss: bool) -> torch.Tensor:
+    """D_i: by the Fisher information of the expert's products, or by their effect beside the residual stream."""
+    share = statistics.share[expert.expert].clamp(min=1e-6)
+    size = torch.ones(())
+    if expert.family != "down" and statistics.own_sizes is not None:
+        size = statistics.own_sizes[expert.expert]
+    if not by_loss:
+        weight = share * statistics.residual**-settings.metric_layers * size
+        return _row_factor(statistics, expert.family, expert.expert, settings) * weight.sqrt()
+    if expert.family == "down":
+        return _row_factor(statistics, "down", expert.expert, settings) * share.sqrt()
+    return (_fisher_rows(statistics, expert) * size).sqrt()
+
+
+def _fisher_rows(statistics: LayerStatistics, expert: Expert) -> torch.Tensor:
+    """E[δ_k²] of an expert's rows, with what their effect on its output says as that of a few tokens more."""
+    found, counts = getattr(statistics, f"{expert.family}_fisher").double(), statistics.fisher_counts
+    assert counts is not None
+    effect = _DIAGONALS[expert.family](statistics).double() * statistics.share.double()[:, None]
+    effect *= found.sum() / effect.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    count = float(counts[expert.expert])
+    rows = (count * found[expert.expert] + _PRIOR * effect[expert.expert]) / (count + _PRIOR)
+    floored: torch.Tensor = rows.clamp(min=_LEAST_ROW * float(found.mean()))
+    return floored.float()
 
 
 def _row_factor(statistics: LayerStatistics, family: str, expert: int, settings: Settings) -> torch.Tensor:

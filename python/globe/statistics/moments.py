@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
+from globe.compute import ranks
 from globe.compute.passes import engine
 from globe.statistics.calibration import MOMENTS, LayerStatistics
 from globe.statistics.experts import FACTORS, Seen, row_blocks
@@ -108,6 +110,15 @@ class Moments:
         for name, total in self.products.items():
             total += other.products[name]
         self.own.merge(other.own)
+
+    def over_ranks(self) -> Moments:
+        """The sums over the tokens of all ranks."""
+        tokens, worth = ranks.summed_array(np.array([self.tokens, self.worth]))
+        self.tokens, self.worth = int(tokens), float(worth)
+        for total in (self.moment, self.counts, self.halves, self.diagonals, self.squares, *self.products.values()):
+            ranks.summed(total)
+        self.own.over_ranks()
+        return self
 
     def statistics(self, down: torch.Tensor) -> LayerStatistics:
         """The means over the tokens taken, with the down matrices (E, d, p)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from globe.compute import ranks
 from globe.compute.passes import engine
 from globe.statistics.grams import mirrored, upper_gram
 from globe.statistics.shrinkage import Whitened
@@ -45,6 +46,11 @@ class OwnMoments:
             self.totals = other.totals
         elif other.totals is not None:
             self.totals += other.totals.to(self.totals.device)
+
+    def over_ranks(self) -> None:
+        """Take the sums over the tokens of all ranks."""
+        if any(ranks.gathered(self.totals is not None)):
+            self.totals = ranks.summed(self.totals if self.totals is not None else torch.zeros(self.shape))
 
     def statistics(self, moment: torch.Tensor, halves: torch.Tensor, counts: torch.Tensor) -> dict[str, torch.Tensor]:
         """`own_directions`, `own_values` and `own_sizes` of `LayerStatistics`.

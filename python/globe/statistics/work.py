@@ -9,6 +9,7 @@ from globe.settings import Settings
 from globe.sizes.budget import memory_limit
 from globe.sizes.own import own_directions
 from globe.sizes.work import Work
+from globe.statistics.fisher import TOKENS
 from globe.statistics.layerwise import LAYER
 from globe.statistics.mixture import AUTO, MEASURED, SELF, tokens_for
 from globe.statistics.own import AT_ONCE, LENGTH
@@ -57,6 +58,18 @@ def stream_work(checkpoint: Checkpoint, tokens: int) -> Work:
     flops = tokens * (2 * beside + 6 * experts * p * d + attention)
     moved = 4 * tokens * (12 * (last + 1) * d + experts * (16 * p + 4 * d)) + 3 * read
     return Work(flops=flops, moved=moved, read=read)
+
+
+def fisher_work(checkpoint: Checkpoint, settings: Settings) -> Work:
+    """Of the Fisher information: tokens once forwards and once back, which takes the way forwards again."""
+    if settings.calibrate not in MEASURED or settings.metric != "fisher":
+        return Work()
+    gates = checkpoint.leading
+    tokens = min(TOKENS, tokens_for(settings, gates.d))
+    beside = sum(math.prod(info.shape) for name, info in checkpoint.tensors.items() if LAYER.match(name) is None)
+    kept = 2 * (gates.layers + 1) * tokens * gates.d * 4
+    back = stream_work(checkpoint, tokens) * 4 + Work(flops=6.0 * tokens * beside, read=kept, written=kept)
+    return back + Work(flops=tokens * gates.layers * (choices(checkpoint) * 2 * gates.p + 5 * gates.d / 4) * gates.d)
 
 
 def sampling_work(checkpoint: Checkpoint, settings: Settings) -> Work:

@@ -1,0 +1,200 @@
+"""Many ranks make what one process makes, refuse as one, and go on together after one of them has ended."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import checkpoints  # noqa: E402
+from checkpoints import make_tiny  # noqa: E402
+from globe.artifact.factored import INDEX_FILE  # noqa: E402
+from launched import Ended, Launcher  # noqa: E402
+from refusals import in_process  # noqa: E402
+from trips import digests  # noqa: E402
+
+RUN = ("--support", "2", "--device", "cpu", "--threads", "1", "-q")
+COMMON = ("--rank", "0.5", "--bank-size", "4", *RUN)
+WEIGHTS = ("--calibrate", "none")
+JOINT = (*WEIGHTS, "--joint-steps", "3")
+LOOPS = (*WEIGHTS, "--solver", "alternate", "--outer-loops", "2")
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Launcher]:
+    with Launcher() as launcher:
+        yield launcher
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny("olmoe", tmp_path_factory.mktemp("olmoe") / "source", shards=2)
+
+
+def metrics(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "metrics.json").read_text())
+    return found
+
+
+def finished(ended: list[Ended]) -> None:
+    assert [(each.status, each.err) for each in ended] == [(0, "")] * len(ended)
+
+
+def refusal(ended: list[Ended], status: int) -> str:
+    """The one line that all ranks have to say, which rank 0 says."""
+    assert [each.status for each in ended] == [status] * len(ended), ended
+    assert [each.err for each in ended[1:]] == [""] * (len(ended) - 1)
+    assert ended[0].err.count("\n") == 1 and ended[0].out == ""
+    return ended[0].err
+
+
+CASES = {
+    "joint": (2, JOINT),
+    "exact": (2, (*LOOPS, "--method", "ts-pca", "--scope", "layer")),
+    "aligned": (2, (*LOOPS, "--mod", "aligned", "--method", "left-gram")),
+}
+MORE = {
+    "fixed": (2, (*LOOPS, "--mod", "fixed", "--method", "aligned-pca", "--share-families")),
+    "rpca": (2, (*LOOPS, "--outer-loops", "0", "--method", "rpca", "--families", "down")),
+    "auto": (2, (*LOOPS, "--method", "auto", "--codes", "nnls")),
+    "ratio": (2, (*WEIGHTS, "--ratio", "0.6", "--joint-steps", "2")),
+    "signed": (2, (*JOINT, "--codes", "signed")),
+    "limit": (2, (*JOINT, "--time-limit", "10h")),
+    "bits": (2, (*JOINT, "--rank", "32", "--factor-bits", "4")),
+}
+
+
+def as_one_process(case: tuple[int, tuple[str, ...]], ranks: Launcher, source: Path, folder: Path) -> None:
+    """Compress with one process and with many ranks, and compare."""
+    count, options = case
+    options = (*(RUN if "--ratio" in options else COMMON), *options)
+    one, many = folder / "one", folder / "many"
+    done = in_process("compress", source, one, *options)
+    assert done.returncode == 0, done.stderr
+    finished(ranks.run(count, "compress", source, many, *options))
+    wanted, found = metrics(one), metrics(many)
+    assert found["ranks"] == count
+    for name, family in wanted["families"].items():
+        for kind in ("relative_error", "weighted_error"):
+            assert family[kind] is None or found["families"][name][kind] == pytest.approx(family[kind], rel=1e-3)
+    assert json.loads((many / INDEX_FILE).read_text()) == json.loads((one / INDEX_FILE).read_text())
+    assert {path.name for path in many.iterdir()} == {path.name for path in one.iterdir()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_as_one_process(case: str, ranks: Launcher, source: Path, tmp_path: Path) -> None:
+    as_one_process(CASES[case], ranks, source, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE)
+def test_as_one_process_all(case: str, ranks: Launcher, source: Path, tmp_path: Path) -> None:
+    as_one_process(MORE[case], ranks, source, tmp_path)
+
+
+@pytest.mark.slow
+def test_four_ranks(ranks: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the metric of a calibration, with corrections; four ranks of four layers."""
+    options = ("--calibrate", "pydoc", "--calibration-tokens", "512", "--joint-steps", "2", "--correct", "down")
+    monkeypatch.setitem(checkpoints._COMMON, "num_hidden_layers", 4)
+    source = make_tiny("olmoe", tmp_path / "source", shards=3)
+    as_one_process((4, options), ranks, source, tmp_path)
+
+
+@pytest.mark.slow
+def test_loops_in_the_metric(ranks: Launcher, source: Path, tmp_path: Path) -> None:
+    options = ("--calibrate", "pydoc", "--calibration-tokens", "512", "--solver", "alternate", "--outer-loops", "2")
+    as_one_process((2, options), ranks, source, tmp_path)
+
+
+def test_bit_equal_after_a_rank_has_ended(ranks: Launcher, source: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    finished(ranks.run(2, "compress", source, first, *COMMON, *JOINT))
+    trap = {"place": "globe.compute.ranks:summed", "call": 40, "entered": True}
+    ended = ranks.run(2, "compress", source, second, *COMMON, *JOINT, rank1=trap)
+    assert ended[1].status == -9 and ended[0].status == 1
+    assert "another rank has ended" in ended[0].err
+    finished(ranks.run(2, "compress", source, second, *COMMON, *JOINT))
+    assert digests(first) == digests(second)
+
+
+@pytest.mark.slow
+def test_killed_anywhere(ranks: Launcher, source: Path, tmp_path: Path) -> None:
+    """Ten times, at random ranks and places: nothing is lost, and the weight files are the same to the bit."""
+    whole, out, random = tmp_path / "whole", tmp_path / "out", np.random.default_rng(0)
+    finished(ranks.run(2, "compress", source, whole, *COMMON, *JOINT))
+    killed = 0
+    for _ in range(10):
+        places = ("globe.compute.ranks:summed", "globe.compute.ranks:lead", "globe.runs.store:RunStore.save")
+        place, call = str(random.choice(places)), int(random.integers(1, 60))
+        trap = {"place": place, "call": call, "entered": bool(random.integers(2))}
+        number = 0 if "store" in place else int(random.integers(2))
+        ended = ranks.run(2, "compress", source, out, *COMMON, *JOINT, **{f"rank{number}": trap})
+        if ended[number].status == -9:
+            killed += 1
+            assert ended[1 - number].status != 0
+            continue
+        finished(ended)
+        assert digests(out) == digests(whole)
+        shutil.rmtree(out)
+    assert killed > 3
+    finished(ranks.run(2, "compress", source, out, *COMMON, *JOINT))
+    assert digests(out) == digests(whole)
+
+
+@pytest.mark.slow
+def test_torchrun_itself(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "globe")
+    done = subprocess.run(
+        [*torchrun, "compress", str(source), str(out), *COMMON, *JOINT, "--json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ranks"] == 2
+    done = subprocess.run(
+        [*torchrun, "compress", str(source), str(out), *COMMON, *JOINT, "--seed", "1"], capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("globe: error:") == 1 and "settings.seed" in done.stderr
+
+
+def test_refusals(ranks: Launcher, source: Path, tmp_path: Path) -> None:
+    other = make_tiny("olmoe", tmp_path / "other", shards=2, seed=1)
+    out = tmp_path / "out"
+    line = refusal(ranks.run(2, "compress", [source, other], out, *COMMON, *JOINT), 1)
+    assert "rank 1 is not as rank 0: source.fingerprint" in line
+    line = refusal(ranks.run(2, "compress", [source, tmp_path / "nowhere"], out, *COMMON, *JOINT), 1)
+    assert "rank 1: " in line and "nowhere" in line
+    line = refusal(ranks.run(2, "compress", source, out, *COMMON, *JOINT, "--seed", ["0", "7"]), 2)
+    assert "rank 1 is not as rank 0: settings.seed (found 0, expected 7)" in line
+    line = refusal(ranks.run(3, "compress", source, out, *COMMON, *JOINT), 2)
+    assert "3 ranks for 2 layers" in line
+    assert "bank_size is -1" in refusal(ranks.run(2, "compress", source, out, *COMMON, *JOINT, "--bank-size", "-1"), 2)
+    assert "one process" in refusal(ranks.run(2, "heal", source, out), 2)
+    assert not out.exists()
+    denied = {"place": "tempfile:TemporaryFile", "denied": True}
+    line = refusal(ranks.run(2, "compress", source, out, *COMMON, *JOINT, rank1=denied), 1)
+    assert "rank 1: " in line and "cannot be written (Permission denied)" in line
+    assert not out.exists()
+
+
+def test_another_number_of_ranks(ranks: Launcher, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    trap = {"place": "globe.compute.ranks:summed", "call": 40, "entered": True}
+    ended = ranks.run(2, "compress", source, out, *COMMON, *JOINT, rank0=trap)
+    assert ended[0].status == -9 and ended[1].status == 1
+    done = in_process("compress", source, out, *COMMON, *JOINT)
+    assert done.returncode == 2 and "ranks (found 2" in done.stderr and "--fresh" in done.stderr
+    done = in_process("compress", source, out, *COMMON, *JOINT, "--fresh")
+    assert done.returncode == 0
+    shutil.rmtree(out)
