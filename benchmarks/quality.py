@@ -1,19 +1,22 @@
-"""Every way to store the experts in the same bytes: errors, perplexity, seconds and peak memory, side by side.
+"""Every way to store the experts: bytes, errors, perplexity, seconds and peak memory, side by side.
 
 python benchmarks/quality.py MODEL [--ratio 0.688] [--families gate,up] [--methods svd,svd@inputs,globe-joint@inputs]
-                             [--calibration FILE] [--baseline-seconds 600] [--config FILE] [--json FILE]
-                             [--plot FILE.svg]
+                             [--calibration FILE] [--baseline-seconds 600] [--config FILE] [--json FILE [--keep]]
+                             [--plot FILE.svg] [--front FILE.svg]
 
-A method is NAME or NAME@METRIC. NAME: svd, shared (one right subspace a layer), d2 (D²-MoE's base and deltas),
-mobe-silu, mobe-tanh and mobe-none (MoBE's form, trained by Adam), globe-alternate and globe-joint. METRIC: weights (the
-default), inputs (activation-weighted, layers and rows alike: svd@inputs is SVD-LLM) and both (rows weighted
-as well; for GloBE layers too, as `globe compress` does it unless told otherwise).
+A method is NAME[:BITS][@METRIC]. NAME: svd, shared (one right subspace a layer), d2 (D²-MoE's base and deltas),
+mobe-silu, mobe-tanh and mobe-none (MoBE's form, trained by Adam), globe-alternate and globe-joint keep factors, in the
+bytes of every RATIO. BITS: their factors in 8, 4, 3 or 2 bits and not in bf16, in groups of 32 or as in 4g128; with
+zero points 4g128z. rtn (to the nearest), gptq, hqq, quanto, torchao and llm-compressor keep whole experts in BITS,
+which say how many bytes that takes (baselines/libraries.py: how to install the last four). METRIC: weights (the
+default), inputs (activation-weighted, layers and rows alike: svd@inputs is SVD-LLM) and both (rows weighted as well;
+for GloBE layers too, as `globe compress` does it unless told otherwise). `--methods bits` is the comparison of bytes.
 
 GloBE runs first; MoBE's form is trained for 1, 3 and 10 times (`--times`) the seconds that GloBE took in the same
 metric, never longer than `--baseline-seconds`; its tuning comes on top and is not counted. Every method runs in a
 process of its own and leaves a dense checkpoint, from which errors and perplexity are taken, on the texts of
 quality_texts.py: columns of each over the original's, and their geometric mean. Weighted error is that of
-`inputs` for all. Needs transformers, and matplotlib for the plot: the extras `hf` and `bench`.
+`inputs` for all. Needs transformers, and matplotlib for the plots: the extras `hf` and `bench`.
 """
 
 from __future__ import annotations
@@ -39,13 +42,24 @@ DEFAULT = ",".join(
     + [f"{name}{metric}" for name in _BASELINES for metric in ("", "@inputs")]
     + ["svd@both"]
 )
+_WHOLE = ("rtn", "gptq", "hqq", "quanto", "torchao", "llm-compressor")
+BITS = ",".join(
+    [f"globe-joint{bits}@both" for bits in ("", ":8", ":4")]
+    + [f"gptq:{bits}@inputs" for bits in ("8g128", "4g32", "4g128", "3g32", "3g128", "2g32", "2g128")]
+    + [f"rtn:{bits}" for bits in ("8g128", "4g32", "4g128", "3g32", "2g32")]
+    + [f"llm-compressor:{bits}@inputs" for bits in ("4g32", "3g32", "2g32z")]
+    + ["hqq:4g64", "hqq:3g64", "hqq:2g64", "quanto:8", "quanto:4g32", "torchao:4g32", "torchao:3g32"]
+    + [f"{name}{bits}@inputs" for name in ("svd", "mobe-none") for bits in ("", ":8", ":4")]
+)
 
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--ratio", default=0.688, show_default=True, help="Bytes stored over bytes of the families.")
+@click.option(
+    "--ratio", default="0.688", show_default=True, help="Bytes stored over bytes of the families, or several."
+)
 @click.option("--families", default="gate,up", show_default=True)
-@click.option("--methods", default=DEFAULT, help="Separated by commas.  [default: all]")
+@click.option("--methods", default=DEFAULT, help="Separated by commas, or bits.  [default: all of bf16 factors]")
 @click.option("--calibration", help="A file of globe calibrate, or none.  [default: made by globe calibrate]")
 @click.option("--times", default="1,3,10", show_default=True, help="MoBE's time as multiples of GloBE's.")
 @click.option("--baseline-seconds", default=600.0, show_default=True, help="No baseline is trained for longer.")
@@ -68,8 +82,12 @@ DEFAULT = ",".join(
     help="cpu: processor seconds over threads, where others share the machine.",
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the rows here, after every method.")
+@click.option("--keep", is_flag=True, help="Rows that the file of --json has are not run again.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Error against seconds, .png or .svg.")
-def main(model: Path, json_file: Path | None, plot: Path | None, **options: Any) -> None:
+@click.option(
+    "--front", type=click.Path(path_type=Path), help="Perplexity against bytes, .png or .svg; its table in .md."
+)
+def main(model: Path, json_file: Path | None, plot: Path | None, front: Path | None, **options: Any) -> None:
     if options["threads"] is not None:  # before NumPy is imported
         for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
             os.environ[name] = str(options["threads"])
@@ -79,15 +97,20 @@ def main(model: Path, json_file: Path | None, plot: Path | None, **options: Any)
     show(rows)
     if plot is not None:
         draw(rows, plot)
+    if front is not None:
+        from quality_front import write_front
+
+        write_front(rows, front)
 
 
 def compare(
     model: Path,
     json_file: Path | None = None,
     *,
-    ratio: float,
+    ratio: str,
     families: str,
     methods: str,
+    keep: bool,
     calibration: str | None,
     times: str,
     baseline_seconds: float,
@@ -101,33 +124,52 @@ def compare(
     """The rows of all methods; one that could not run has its `error`."""
     from quality_judge import Judge
 
-    wanted = parse(methods)
+    wanted = parse(BITS if methods == "bits" else methods)
+    ratios = [float(each) for each in ratio.split(",")]
     factors = sorted(float(factor) for factor in times.split(","))
     with tempfile.TemporaryDirectory(prefix="globe-quality-") as folder:
         scratch = Path(folder)
         statistics = _calibration(model, calibration, scratch, any(metric != "weights" for _, metric in wanted))
         judge = Judge(model, judged_on(extra), window, tokens, scratch) if tokens else None
-        rows: list[dict[str, Any]] = []
         request = {
             "model": str(model),
             "families": families.split(","),
-            "ratio": ratio,
             "calibration": str(statistics) if statistics is not None else None,
+            "tokens": tokens,
+            "window": window,
             "threads": threads,
             "clock": clock,
             "settings": yaml.safe_load(config.read_text(encoding="utf-8")) if config is not None else {},
         }
+        rows = _kept(json_file, request) if keep and json_file is not None else []
         for method, metric in wanted:
-            for seconds in budgets(rows, method, metric, factors, baseline_seconds):
-                row = {"method": method, "metric": metric, "seconds_given": seconds}
-                row |= _run({**request, **row, "seconds": seconds, "options": None}, judge, scratch)
-                rows.append(row)
-                click.echo(_line(row), err=True)
-                if json_file is not None:
-                    original = {"perplexities": judge.originals} if judge is not None else None
-                    found = {"request": request, "original": original, "rows": rows}
-                    json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            for part in ratios if _name(method) not in _WHOLE else [None]:
+                before = [row for row in rows if row["ratio"] == part]
+                for seconds in budgets(before, method, metric, factors, baseline_seconds):
+                    row = {"method": method, "metric": metric, "ratio": part, "seconds_given": seconds}
+                    if any(row.items() <= other.items() for other in rows if "error" not in other):
+                        continue
+                    asked = {"ratio": part or 1.0, "seconds": seconds, "options": None}
+                    row |= _run({**request, **row, **asked}, judge, scratch)
+                    rows.append(row)
+                    click.echo(_line(row), err=True)
+                    if json_file is not None:
+                        original = {"perplexities": judge.originals} if judge is not None else None
+                        found = {"request": request, "original": original, "rows": rows}
+                        json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return rows
+
+
+def _kept(file: Path, request: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a file that could run, if they are of the same comparison; none where there is no file."""
+    if not file.is_file():
+        return []
+    found = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("model", "families", "calibration", "tokens", "window"):
+        if found["request"].get(name) != request[name]:
+            told = f"{name} is {found['request'].get(name)!r} in it, {request[name]!r} is asked for"
+            raise click.UsageError(f"--json {file}: {told}; name another file or leave out --keep")
+    return [row for row in found["rows"] if "error" not in row]
 
 
 def judged_on(extra: Sequence[Path]) -> dict[str, str]:
@@ -150,19 +192,34 @@ def judged_on(extra: Sequence[Path]) -> dict[str, str]:
 
 
 def parse(methods: str) -> list[tuple[str, str]]:
-    """Names and metrics, GloBE's first: the baselines' time depends on theirs."""
+    """Names with their bits, and metrics, GloBE's first: the baselines' time depends on theirs."""
+    from baselines import ROUNDED, Bits
+
     found = []
     for word in methods.split(","):
-        name, _, metric = word.strip().partition("@")
+        method, _, metric = word.strip().partition("@")
+        name, colon, bits = method.partition(":")
         metric = metric or "weights"
-        known = name in GLOBE or name in _BASELINES
+        known = name in GLOBE or name in _BASELINES or name in _WHOLE
         if not known or metric not in METRICS:
             raise click.UsageError(
-                f"method {word!r} is not known; expected NAME or NAME@METRIC, NAME one of {', '.join(_BASELINES)}, "
-                f"{', '.join(GLOBE)}, METRIC one of {', '.join(METRICS)}"
+                f"method {word!r} is not known; expected NAME[:BITS] or NAME[:BITS]@METRIC, NAME one of "
+                f"{', '.join((*_BASELINES, *GLOBE, *_WHOLE))}, METRIC one of {', '.join(METRICS)}"
             )
-        found.append((name, metric))
-    return sorted(dict.fromkeys(found), key=lambda pair: pair[0] not in GLOBE)
+        if colon and name not in (*ROUNDED, *GLOBE, *_WHOLE):
+            raise click.UsageError(f"method {word!r}: {name} has no form in fewer bits; leave out :{bits}")
+        if name in _WHOLE or colon:
+            try:
+                Bits.parse(bits)
+            except ValueError as error:
+                raise click.UsageError(f"method {word!r}: {error}") from None
+        found.append((method, metric))
+    return sorted(dict.fromkeys(found), key=lambda pair: _name(pair[0]) not in GLOBE)
+
+
+def _name(method: str) -> str:
+    """A method without its bits."""
+    return method.partition(":")[0]
 
 
 def budgets(
@@ -174,8 +231,8 @@ def budgets(
     """
     if not method.startswith("mobe"):
         return [None]
-    ours = [row for row in rows if row["method"] in GLOBE and "error" not in row]
-    ours.sort(key=lambda row: (row["metric"] != metric, row["method"] != "globe-joint"))
+    ours = [row for row in rows if _name(row["method"]) in GLOBE and "error" not in row]
+    ours.sort(key=lambda row: (row["metric"] != metric, _name(row["method"]) != "globe-joint"))
     if not ours:
         return [most]
     return list(dict.fromkeys(min(factor * ours[0]["seconds"], most) for factor in factors))
@@ -185,10 +242,19 @@ def globe_options(
     method: str, metric: str, ratio: float, calibration: str | None, settings: dict[str, Any], config: Path
 ) -> list[str]:
     """Options of `globe compress` for a row of ours; its `settings` are written to the file `config`."""
-    chosen = settings | (_INPUTS_ONLY if metric == "inputs" else {})
+    name, _, bits = method.partition(":")
+    chosen = settings | (_INPUTS_ONLY if metric == "inputs" else {}) | _factor_bits(bits)
     config.write_text(yaml.safe_dump(chosen), encoding="utf-8")
     calibrate = "none" if metric == "weights" else str(calibration)
-    return ["--solver", GLOBE[method], "--ratio", str(ratio), "--calibrate", calibrate, "--config", str(config)]
+    return ["--solver", GLOBE[name], "--ratio", str(ratio), "--calibrate", calibrate, "--config", str(config)]
+
+
+def _factor_bits(bits: str) -> dict[str, int]:
+    """Settings of `globe compress` for factors in bits; bf16 without."""
+    from baselines import Bits
+
+    found = Bits.parse(bits) if bits else None
+    return {"factor_bits": found.bits, "group_size": found.group} if found is not None else {}
 
 
 def _calibration(model: Path, given: str | None, scratch: Path, needed: bool) -> Path | None:
@@ -210,7 +276,7 @@ def _calibration(model: Path, given: str | None, scratch: Path, needed: bool) ->
 def _run(request: dict[str, Any], judge: Any, scratch: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         request["dense"] = str(Path(folder) / "dense")
-        if request["method"] in GLOBE:
+        if _name(request["method"]) in GLOBE:
             keys = ("method", "metric", "ratio", "calibration", "settings")
             request["options"] = globe_options(*(request[key] for key in keys), scratch / "globe.yaml")
         program = [sys.executable, str(Path(__file__).with_name("quality_runs.py"))]

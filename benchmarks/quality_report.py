@@ -19,7 +19,20 @@ def show(rows: Sequence[dict[str, Any]], console: Console | None = None) -> None
     done = [row for row in rows if "error" not in row]
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     texts = list(dict.fromkeys(name for row in done for name in row.get("ratios", {})))
-    columns = ("method", "metric", "MB", "rel. error", "weighted", "KL", "top-1", "seconds", "GiB", "mean", *texts)
+    columns = (
+        "method",
+        "metric",
+        "MB",
+        "stored",
+        "rel. error",
+        "weighted",
+        "KL",
+        "top-1",
+        "seconds",
+        "GiB",
+        "mean",
+        *texts,
+    )
     for column in columns:
         table.add_column(column, justify="left" if column in ("method", "metric") else "right", no_wrap=True)
     for row in done:
@@ -29,10 +42,10 @@ def show(rows: Sequence[dict[str, Any]], console: Console | None = None) -> None
         shown = " / ".join(f"{error:.4f}" for error in weighted) if None not in weighted else "-"
         judged = [f"{row[key]:{form}}" if row.get(key) is not None else "-" for key, form in _JUDGED]
         spent = (f"{row['seconds']:.1f}", f"{row['peak_rss_bytes'] / 2**30:.2f}")
-        size = f"{row['stored_bytes'] / 1e6:.2f}"
+        size = (f"{row['stored_bytes'] / 1e6:.2f}", f"{row['stored_bytes'] / row['dense_bytes']:.3f}")
         ratios = [row.get("geometric_mean"), *(row.get("ratios", {}).get(name) for name in texts)]
         times = [f"{ratio:,.3f}" if ratio is not None else "-" for ratio in ratios]
-        table.add_row(row["method"], row["metric"], size, errors, shown, *judged, *spent, *times)
+        table.add_row(row["method"], row["metric"], *size, errors, shown, *judged, *spent, *times)
     console.print(table)
     original = next((row["original_perplexities"] for row in done if row.get("original_perplexities")), None)
     if original is not None:

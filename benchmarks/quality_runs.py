@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import METHODS, Layer, Task
+from baselines import METHODS, ROUNDINGS, Bits, Layer, Task
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -59,11 +59,11 @@ class Layers(Sequence[Layer]):
         members = [i for i, expert in enumerate(self.family.experts) if expert.layer == number]
         weights = torch.stack([self.family.read(i).float() for i in members])
         if self.metric == "weights" or self.calibration is None:
-            return Layer(weights)
+            return Layer(weights, transposed=self.family.name == "down")
         found = self.calibration.layer(number)
         if self.family.name == "down":
             rows = found.hidden_moment if found.hidden_moment is not None else torch.diag_embed(found.hidden)
-            return Layer(weights, None, rows.double(), found.share)
+            return Layer(weights, None, rows.double(), found.share, transposed=True)
         columns = found.moment.double()
         if self.metric == "inputs":
             return Layer(weights, columns, None, found.share)
@@ -86,10 +86,14 @@ def run_baseline(
 ) -> dict[str, Any]:
     """Fit every family within ratio × its bytes, write the dense checkpoint, and count bytes and seconds.
 
+    `method` is a name of the baselines, with bits behind a colon or without; whole experts take what their bits take.
+
     Reading the experts counts as the method's time, writing does not, and neither does tuning.
     """
     if metric != "weights" and calibration is None:
         raise GlobeError(f"{method}@{metric} needs activation statistics; give --calibration FILE")
+    kind, _, told = method.partition(":")
+    fit, bits = (METHODS | ROUNDINGS)[kind], Bits.parse(told) if told else None
     spool = dense.with_name(dense.name + ".spool")
     spool.mkdir()
     row: dict[str, Any] = {"stored_bytes": 0, "budget_bytes": 0, "seconds": 0.0, "tuning_seconds": 0.0, "about": {}}
@@ -102,8 +106,8 @@ def run_baseline(
         started = clock()
         share = seconds / len(families) if seconds is not None else None
         experts = len(family) // len(layers)
-        task = Task(layers, experts, family.p, family.d, budget // len(layers), share, clock=clock)
-        found = METHODS[method](task)
+        task = Task(layers, experts, family.p, family.d, budget // len(layers), share, clock=clock, bits=bits)
+        found = fit(task)
         spent = clock() - started
         for number in layers.numbers:
             started = clock()
@@ -230,6 +234,7 @@ def measure_error(
         found[name] = sums
     total = {key: sum(sums[key] for sums in found.values()) for key in next(iter(found.values()))}
     return {
+        "dense_bytes": sum(2 * len(f) * f.p * f.d for f in map(checkpoint.family, families)),
         "relative_error": total["error"] / total["energy"],
         "weighted_error": total["weighted_error"] / total["weighted_energy"] if calibration is not None else None,
         "families": {name: _relative(sums, calibration is not None) for name, sums in found.items()},

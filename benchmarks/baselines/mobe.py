@@ -12,12 +12,15 @@ right singular vectors of m runs of experts and z = 1 for an expert's own run. B
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from .task import Approximation, Layer, Task, Tensor, error, fit_left, leading, root, stored
+from .factors import factor_bytes, largest_rank, product, stored_right, turned
+from .grid import Bits
+from .task import Approximation, Layer, Task, Tensor, error, fit_left, leading, root
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
@@ -30,12 +33,13 @@ _LAST_RATE = 0.02
 
 @dataclass(frozen=True)
 class Choice:
-    """Bank size m, rank r, learning rate, and the scale of B in standard deviations of an entry."""
+    """Bank size m, rank r, learning rate, the scale of B in standard deviations of an entry, and bits if not bf16."""
 
     bank: int
     rank: int
     rate: float
     scale: float
+    bits: Bits | None = None
 
 
 def fit(task: Task, activation: str) -> Approximation:
@@ -48,6 +52,7 @@ def fit(task: Task, activation: str) -> Approximation:
     choice, tried = tune(task, activation, each)
     tuning = task.clock() - started
     about: dict[str, Any] = {**asdict(choice), "tried": tried, "tuning_seconds": tuning}
+    choice = replace(choice, bits=task.bits)  # the tuning is of factors in bf16, of the ranks that the bits leave
     size = len(task.layers) * stored_bytes(task, choice.bank, choice.rank)
     steps: list[int] = []
     about["steps"] = steps
@@ -81,17 +86,18 @@ def splits(task: Task) -> list[tuple[int, int]]:
     """Bank sizes 1, 2, 4, … and E, each with the largest rank that the budget leaves."""
     found = []
     for bank in sorted({min(1 << power, task.experts) for power in range(task.experts.bit_length() + 1)}):
-        rank = (task.budget - 4 * task.experts * bank) // (2 * (task.experts * task.p + bank * task.d))
+        rank = largest_rank(task.budget, partial(stored_bytes, task, bank), min(task.p, task.d))
         if rank > 0:
-            found.append((bank, min(rank, task.p, task.d)))
+            found.append((bank, rank))
     if not found:
         raise ValueError(f"a budget of {task.budget} bytes a layer holds no basis of {task.experts} experts")
     return found
 
 
 def stored_bytes(task: Task, bank: int, rank: int) -> int:
-    """A and B in bf16, the codes, which are dense, in fp32."""
-    return 2 * rank * (task.experts * task.p + bank * task.d) + 4 * task.experts * bank
+    """A and B as they are stored, the codes, which are dense, in fp32."""
+    lefts = task.experts * factor_bytes(task.p, rank, task.bits)
+    return lefts + factor_bytes(bank * rank, task.d, task.bits) + 4 * task.experts * bank
 
 
 def train(
@@ -115,7 +121,7 @@ def train(
     atoms *= choice.scale / atoms.square().mean().sqrt()
     logits = torch.nn.functional.one_hot(groups, choice.bank).float()
     lefts = fit_left(act(_mix(logits, atoms)), space, None if whiten else layer.columns)
-    first = _finish(layer, act, logits, atoms, side, whiten)
+    began_with = (logits, atoms.clone())
     variables = [lefts.requires_grad_(), atoms.requires_grad_(), logits.requires_grad_()]
     adam = torch.optim.Adam(variables, lr=choice.rate)
     began = clock()
@@ -130,8 +136,15 @@ def train(
         residual.square().mean().backward()
         adam.step()
         steps += 1
-    last = _finish(layer, act, logits.detach(), atoms.detach(), side, whiten)
-    return (last if error(layer, last) <= error(layer, first) else first), steps
+
+    def finished(state: tuple[Tensor, Tensor], bits: Bits | None) -> Tensor:
+        right = _stored(layer, state[1], side if whiten else None, activation == "none", bits)
+        return product(act(_mix(state[0], right)), layer.weights, layer.columns, bits)
+
+    states = [(logits.detach(), atoms.detach()), began_with]
+    found = [finished(state, None) for state in states]
+    best = min((0, 1), key=lambda number: error(layer, found[number]))
+    return (found[best] if choice.bits is None else finished(states[best], choice.bits)), steps
 
 
 def _mix(logits: Tensor, atoms: Tensor) -> Tensor:
@@ -154,16 +167,10 @@ def _basis(layer: Layer, members: Tensor, rank: int, side: Tensor | None, whiten
     return found if missing <= 0 else torch.cat([found, 0.01 * torch.randn(missing, found.shape[1])])
 
 
-def _finish(
-    layer: Layer,
-    act: Callable[[Tensor], Tensor],
-    logits: Tensor,
-    atoms: Tensor,
-    side: Tensor | None,
-    whiten: bool,
-) -> Tensor:
-    """Ŵ with B rounded as it is stored and A fitted to that, in the metric."""
-    if whiten and side is not None:  # back to the weights' space, rows scaled alike
+def _stored(layer: Layer, atoms: Tensor, side: Tensor | None, linear: bool, bits: Bits | None) -> Tensor:
+    """Atoms as they are stored; those of a whitened basis, whose `side` is given, are in the weights' space again."""
+    if side is not None:  # rows scaled alike
         atoms = torch.linalg.solve(side.double(), atoms.flatten(0, 1).mT.double()).mT.view_as(atoms).float()
-    right = act(_mix(logits, stored(atoms)))
-    return stored(fit_left(right, layer.weights, layer.columns)) @ right
+    if bits is not None and linear:
+        atoms = turned(atoms)
+    return stored_right(atoms, layer.columns, bits)

@@ -10,53 +10,51 @@ from collections.abc import Iterator
 
 import torch
 
-from .task import Approximation, Task, Tensor, fit_left, fit_right, leading, orthonormal, root, stored
+from .factors import factor_bytes, largest_rank, product, stored_right, turned
+from .grid import Bits
+from .task import Approximation, Task, Tensor, leading, orthonormal, root
 
 
 def fit(task: Task) -> Approximation:
     """argmin over rank r of Σ_i ‖R_i^{1/2} (W_i − A_i B_i) M^{1/2}‖², the largest r that the budget holds."""
-    rank = min(task.budget // (2 * task.experts * (task.p + task.d)), task.p, task.d)
-    size = 2 * len(task.layers) * task.experts * rank * (task.p + task.d)
-    return Approximation(size, _layers(task, rank), {"rank": rank})
+
+    def size(rank: int) -> int:
+        return task.experts * (factor_bytes(task.p, rank, task.bits) + factor_bytes(rank, task.d, task.bits))
+
+    rank = largest_rank(task.budget, size, min(task.p, task.d))
+    return Approximation(len(task.layers) * size(rank), _layers(task, rank), {"rank": rank})
 
 
 def _layers(task: Task, rank: int) -> Iterator[Tensor]:
     for layer in task.layers:
-        yield truncate(layer.weights, rank, layer.columns, layer.rows)
+        yield truncate(layer.weights, rank, layer.columns, layer.rows, task.bits)
 
 
-def truncate(weights: Tensor, rank: int, columns: Tensor | None, rows: Tensor | None) -> Tensor:
-    """Each matrix of `weights` (E, p, d) in the best rank-r form, from factors stored in bf16."""
+def truncate(
+    weights: Tensor, rank: int, columns: Tensor | None, rows: Tensor | None, bits: Bits | None = None
+) -> Tensor:
+    """Each matrix of `weights` (E, p, d) in the best rank-r form, from factors as they are stored."""
     side = None if columns is None else root(columns).float()
-    return torch.stack(
-        [
-            _one(matrix, rank, columns, side, None if rows is None else rows[number])
-            for number, matrix in enumerate(weights)
-        ]
-    )
+    found = []
+    for number, matrix in enumerate(weights):
+        basis = _basis(matrix, rank, side, None if rows is None else root(rows[number]).float())
+        right = stored_right(basis if bits is None else turned(basis[None])[0], columns, bits)
+        found.append(product(right, matrix[None], columns, bits)[0])
+    return torch.stack(found)
 
 
-def _one(matrix: Tensor, rank: int, columns: Tensor | None, side: Tensor | None, rows: Tensor | None) -> Tensor:
-    """Of X = R^{1/2} W M^{1/2}, the leading singular vectors on its shorter side; their span is all that matters.
+def _basis(matrix: Tensor, rank: int, side: Tensor | None, left_root: Tensor | None) -> Tensor:
+    """Orthonormal rows (r × d) that span those of the best A B.
 
-    The span of A is R^{-1/2} U = W M^{1/2} V Σ⁻¹, that of B likewise M^{-1/2} V = Wᵀ R^{1/2} U Σ⁻¹: no inverse.
+    Of X = R^{1/2} W M^{1/2}, the leading singular vectors on its shorter side; their span is all that matters. That of
+    Bᵀ is M^{-1/2} V = Wᵀ R^{1/2} U Σ⁻¹, and U is X V Σ⁻¹: no inverse.
     """
-    left_root = None if rows is None else root(rows).float()
     white = matrix if side is None else matrix @ side
     white = white if left_root is None else left_root @ white
     wide = white.double()
     if matrix.shape[0] <= matrix.shape[1]:
         vectors = leading(wide @ wide.mT, rank)
-        if left_root is None:
-            left = stored(vectors)
-            return left @ stored(fit_right(left, matrix, None))
-        along = matrix.mT.double() @ (left_root.double() @ vectors)  # M^{-1/2} V Σ
-        right = stored(orthonormal(along).mT)
-        return stored(fit_left(right, matrix, columns)) @ right
-    vectors = leading(wide.mT @ wide, rank)
-    if side is None:
-        right = stored(vectors.mT)
-        return stored(fit_left(right, matrix, None)) @ right
-    across = matrix.double() @ (side.double() @ vectors)
-    left = stored(orthonormal(across))
-    return left @ stored(fit_right(left, matrix, rows))
+    else:
+        vectors = wide @ leading(wide.mT @ wide, rank)
+    vectors = vectors if left_root is None else left_root.double() @ vectors
+    return orthonormal(matrix.mT.double() @ vectors).mT

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .grid import Bits
+
 Tensor = torch.Tensor
 
 _FLOOR = 1e-9  # of the mean eigenvalue of a metric, below which a direction counts as this much
@@ -30,12 +32,15 @@ class Layer:
         R_i; the identity where it is not given.
     shares : torch.Tensor, shape (E,), optional
         How much each expert is used.
+    transposed : bool
+        Whether the experts multiply what runs along p: `down`.
     """
 
     weights: Tensor
     columns: Tensor | None = None
     rows: Tensor | None = None
     shares: Tensor | None = None
+    transposed: bool = False
 
     def row(self, expert: int) -> Tensor | None:
         """R_i."""
@@ -59,6 +64,8 @@ class Task:
     seed : int
     clock : callable
         What a second is: the wall's, or the processor's where others share the machine.
+    bits : Bits, optional
+        What weights or factors are rounded to; bf16 where it is not given.
     """
 
     layers: Sequence[Layer]
@@ -69,6 +76,7 @@ class Task:
     seconds: float | None = None
     seed: int = 0
     clock: Callable[[], float] = time.perf_counter
+    bits: Bits | None = None
 
 
 @dataclass
@@ -80,7 +88,7 @@ class Approximation:
     stored_bytes : int
         Of all layers.
     layers : iterator of torch.Tensor, shape (E, p, d)
-        Ŵ made of the factors as they are stored (bf16), in the order of the task's layers, each when asked for.
+        Ŵ made of the factors as they are stored, in the order of the task's layers, each when asked for.
     about : dict
         Rank and whatever else was chosen; `tuning_seconds` where choosing took time of its own.
     """

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import quality
+import quality_front
 import quality_report
 import quality_runs
 import quality_texts
 import torch
+import yaml
 from baselines import svd
 from click.testing import CliRunner
 from rich.console import Console
@@ -75,6 +77,37 @@ def test_two_methods_from_end_to_end(model: Path, tmp_path: Path) -> None:
     assert plain["relative_error"] < whitened["relative_error"]
     assert whitened["weighted_error"] < plain["weighted_error"]
     assert "activation-weighted error" in plot.read_text(encoding="utf-8")
+
+
+def test_bytes_against_perplexity(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the plot needs the extra bench")
+    saved, plot = tmp_path / "rows.json", tmp_path / "front.svg"
+    options = ["--ratio", "0.2,0.5", "--calibration", "none", "--tokens", "128", "--window", "64", "--threads", "1"]
+    options += ["--json", str(saved), "--keep", "--front", str(plot)]
+    for methods, count in (("rtn:4g32", 1), ("rtn:4g32,svd:4", 3)):
+        ran = CliRunner().invoke(quality.main, [str(model), *options, "--methods", methods], catch_exceptions=False)
+        rows = json.loads(saved.read_text(encoding="utf-8"))["rows"]
+        assert ran.exit_code == 0 and len(rows) == count
+        assert ran.stderr.count("rtn:4g32@weights:") == (count == 1)  # not run again
+    shares = [quality_front.share(row) for row in rows]
+    assert shares[0] == pytest.approx(4.5 / 16) and shares[1] <= 0.2 < shares[2] <= 0.5
+    assert [row["ratio"] for row in rows] == [None, 0.2, 0.5]
+    table = plot.with_suffix(".md").read_text(encoding="utf-8")
+    assert (
+        table.count("\n| ") == 4 and "| rtn:4g32 | weights | 0.281 |" in table and "bytes over bf16" in plot.read_text()
+    )
+    refused = CliRunner().invoke(quality.main, [str(model), *options, "--methods", "rtn:8", "--tokens", "64"])
+    assert refused.exit_code == 2 and "tokens is 128 in it, 64 is asked for" in refused.output
+
+
+def test_the_front_is_what_nothing_undercuts() -> None:
+    points = [(10, 3.0), (20, 1.5), (20, 1.4), (30, 1.6), (40, 1.1), (50, 1.1)]
+    rows = [
+        {"method": "svd", "metric": "weights", "stored_bytes": size, "dense_bytes": 100, "geometric_mean": times}
+        for size, times in points
+    ]
+    found = quality_front.front(rows, "geometric mean")
+    assert [(row["stored_bytes"], row["geometric_mean"]) for row in found] == [(10, 3.0), (20, 1.4), (40, 1.1)]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -143,8 +176,19 @@ def test_ours_run_first_and_unknown_methods_are_refused(tmp_path: Path) -> None:
         assert options == ["--solver", "joint", "--ratio", "0.5", "--calibrate", calibrate, "--config", str(config)]
         settings = read_settings(config, {})
         assert settings.joint_steps == 9 and settings.metric_rows == settings.metric_layers == (metric != "inputs")
+    options = quality.globe_options("globe-joint:4g64", "both", 0.2, "FILE", {"atom_bits": 8}, config)
+    assert options[1:4] == ["joint", "--ratio", "0.2"]
+    assert yaml.safe_load(config.read_text()) == {"factor_bits": 4, "group_size": 64, "atom_bits": 8}
+    assert set(quality.parse(quality.BITS)) >= {("gptq:3g32", "inputs"), ("globe-joint:4", "both"), ("svd:8", "inputs")}
+    for wrong, told in (
+        ("rtn", "expected 2, 3, 4 or 8"),
+        ("svd:5", "expected 2, 3"),
+        ("d2:8", "no form in fewer bits"),
+    ):
+        with pytest.raises(quality.click.UsageError, match=told):
+            quality.parse(wrong)
     for wrong in ("magic", "svd@magic", "globe@both"):
-        with pytest.raises(quality.click.UsageError, match="is not known; expected NAME or NAME@METRIC"):
+        with pytest.raises(quality.click.UsageError, match=r"is not known; expected NAME\[:BITS\]"):
             quality.parse(wrong)
 
 

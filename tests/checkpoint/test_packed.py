@@ -72,7 +72,7 @@ def test_files_hold_what_is_promised(bits: int, shape: tuple[int, ...], tmp_path
     [
         ("a.left_scale", float("nan"), ("a.left_scale", "nan", "[0, 1]")),
         ("a.left_scale", 0.0, ("a.left_scale", "0 at")),
-        ("a.left_scale", -1.0, ("a.left_scale", "-1 at")),
+        ("a.left_scale", -float("inf"), ("a.left_scale", "-inf at")),
         ("a.left_shape", 7, ("a.left_shape", "7", "[6, 96]")),
     ],
 )
@@ -84,6 +84,14 @@ def test_hostile_parts_are_refused(part: str, value: float, words: tuple[str, ..
         read_codes(read_header(tmp_path / "file.safetensors").tensors, "a.left", Packing(4, 48))
     for word in words:
         assert word in str(caught.value)
+
+
+def test_scales_may_be_negative(tmp_path: Path) -> None:
+    codes, scales = integers(4, 6, 96), torch.linspace(-2, -1, 12).view(6, 2).bfloat16()
+    save_file(packed("a.left", codes, scales, 4), tmp_path / "file.safetensors")
+    found = read_codes(read_header(tmp_path / "file.safetensors").tensors, "a.left", Packing(4, 48))
+    expected = codes.float() * scales.float().repeat_interleave(48, 1)
+    assert torch.equal(dequantised(*found), expected)
 
 
 def test_what_a_manifest_says() -> None:

@@ -84,6 +84,24 @@ class Factored:
         """All tensors of all its files."""
         return {name: info for header in self.shards.values() for name, info in header.tensors.items()}
 
+    @cached_property
+    def source_tensors(self) -> dict[str, Any]:
+        """What the manifest says of every tensor of the source, in its order."""
+        return {name: entry for shard in self.manifest["source"]["shards"] for name, entry in shard["tensors"].items()}
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """The shape of a tensor of the source.
+
+        Raises
+        ------
+        GlobeError
+            If the source has none of that name.
+        """
+        entry = self.source_tensors.get(tensor)
+        if entry is None:
+            raise GlobeError(f"{self.directory}: the source has no tensor {tensor}")
+        return tuple(entry["shape"])
+
     def bank_of(self, family: str, tensor: str) -> str:
         """The name of the bank of which the experts of a family in a source tensor are made."""
         name: str = self.manifest["families"][family]["banks"][tensor]

@@ -45,12 +45,26 @@ def report(out: Path, other: Path | None, output: Path | None, as_json: bool, qu
 @click.argument("dense", type=PATH)
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint in a DENSE that is not empty; the rest stays.")
 @click.option("--as-source", is_flag=True, help="Routed experts in fp8 again, where the source has them so.")
+@click.option(
+    "--gguf-type", type=click.Choice(["q4_0", "q8_0"]), help="DENSE is a GGUF file for llama.cpp, so quantised."
+)
 @common
-def export(out: Path, dense: Path, overwrite: bool, as_source: bool, as_json: bool, quiet: bool) -> None:
-    """Write the dense checkpoint that OUT stands for, with the source's names, dtype and shards."""
+def export(
+    out: Path, dense: Path, overwrite: bool, as_source: bool, gguf_type: str | None, as_json: bool, quiet: bool
+) -> None:
+    """Write the dense checkpoint that OUT stands for, with the source's names, dtype and shards, or as GGUF."""
     from globe.artifact.export import export as run
+    from globe.artifact.gguf_file import export_gguf
 
-    done = run(out, dense, overwrite=overwrite, as_source=as_source, progress=display_for(quiet))
+    display = display_for(quiet)
+    if gguf_type is not None:
+        if as_source:
+            raise UsageError("--as-source does not go with --gguf-type")
+        done = export_gguf(out, dense, gguf_type, overwrite=overwrite, progress=display)
+        if done["fp16"] and not as_json and not quiet:
+            click.echo(f"fp16, as 32 does not divide their rows: {', '.join(done['fp16'])}")
+    else:
+        done = run(out, dense, overwrite=overwrite, as_source=as_source, progress=display)
     if as_json:
         click.echo(json.dumps(done))
     elif not quiet:
