@@ -1,6 +1,8 @@
 """Checkpoints of published sizes that take no room: whole headers, names and shapes, and holes for the weights.
 
-python -m benchmarks.hollow DIR [--like deepseek-v3]
+python -m benchmarks.hollow DIR [--like deepseek-v3] [--experts N] [--noise]
+
+With noise the experts of the one layer that has some are random codes, to be compressed.
 """
 
 from __future__ import annotations
@@ -8,15 +10,17 @@ from __future__ import annotations
 import json
 import math
 import struct
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
+import numpy as np
 
 Entry = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
-_BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
+_BYTES = {"F8_E4M3": 1, "U8": 1, "BF16": 2, "F32": 4}
 _SHARD = 4_300_000_000
 
 
@@ -37,7 +41,48 @@ class Model:
     block: int = 128
 
 
-LIKE = {"deepseek-v3": Model(), "one-layer": Model(layers=4)}
+@dataclass(frozen=True)
+class Mxfp4:
+    """The sizes of gpt-oss-20b, of one layer of it."""
+
+    layers: int = 1
+    experts: int = 32
+    hidden: int = 2880
+    width: int = 2880
+    vocabulary: int = 201_088
+    heads: int = 64
+    key_heads: int = 8
+
+
+LIKE = {"deepseek-v3": Model(), "one-layer": Model(layers=4), "gpt-oss-20b-layer": Mxfp4()}
+
+
+def tensors_of(model: Model | Mxfp4) -> Iterator[Entry]:
+    """Every tensor as published."""
+    return tensors(model) if isinstance(model, Model) else _mxfp4(model)
+
+
+def _mxfp4(model: Mxfp4) -> Iterator[Entry]:
+    d, wide = model.hidden, 64 * model.heads
+    yield "model.embed_tokens.weight", "BF16", (model.vocabulary, d)
+    for layer in range(model.layers):
+        at = f"model.layers.{layer}"
+        for name, rows in (("q", wide), ("k", 64 * model.key_heads), ("v", 64 * model.key_heads)):
+            yield f"{at}.self_attn.{name}_proj.weight", "BF16", (rows, d)
+            yield f"{at}.self_attn.{name}_proj.bias", "BF16", (rows,)
+        yield f"{at}.self_attn.o_proj.weight", "BF16", (d, wide)
+        yield f"{at}.self_attn.o_proj.bias", "BF16", (d,)
+        yield f"{at}.self_attn.sinks", "BF16", (model.heads,)
+        yield f"{at}.mlp.router.weight", "BF16", (model.experts, d)
+        yield f"{at}.mlp.router.bias", "BF16", (model.experts,)
+        for name, rows, columns in (("gate_up", 2 * model.width, d), ("down", d, model.width)):
+            yield f"{at}.mlp.experts.{name}_proj_blocks", "U8", (model.experts, rows, columns // 32, 16)
+            yield f"{at}.mlp.experts.{name}_proj_scales", "U8", (model.experts, rows, columns // 32)
+            yield f"{at}.mlp.experts.{name}_proj_bias", "BF16", (model.experts, rows)
+        yield f"{at}.input_layernorm.weight", "BF16", (d,)
+        yield f"{at}.post_attention_layernorm.weight", "BF16", (d,)
+    yield "model.norm.weight", "BF16", (d,)
+    yield "lm_head.weight", "BF16", (model.vocabulary, d)
 
 
 def tensors(model: Model) -> Iterator[Entry]:
@@ -88,12 +133,12 @@ def _product(model: Model, at: str, shape: tuple[int, int]) -> Iterator[Entry]:
     yield f"{at}.weight_scale_inv", "F32", (-(-shape[0] // model.block), -(-shape[1] // model.block))
 
 
-def write_hollow(directory: Path, model: Model) -> None:
-    """Write config.json, the index, and shards that end in holes."""
+def write_hollow(directory: Path, model: Model | Mxfp4, noise: bool = False) -> None:
+    """Write config.json, the index, and shards that end in holes, or have random experts."""
     directory.mkdir(parents=True)
     shards: list[list[Entry]] = [[]]
     size = total = 0
-    for entry in tensors(model):
+    for entry in tensors_of(model):
         nbytes = _BYTES[entry[1]] * math.prod(entry[2])
         if size + nbytes > _SHARD and shards[-1]:
             shards.append([])
@@ -103,14 +148,14 @@ def write_hollow(directory: Path, model: Model) -> None:
     index: dict[str, str] = {}
     for number, entries in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):06d}.safetensors"
-        _write_shard(directory / name, entries)
+        _write_shard(directory / name, entries, noise)
         index.update({entry[0]: name for entry in entries})
     described = {"metadata": {"total_size": total}, "weight_map": index}
     (directory / "model.safetensors.index.json").write_text(json.dumps(described), encoding="utf-8")
     (directory / "config.json").write_text(json.dumps(_config(model), indent=1), encoding="utf-8")
 
 
-def _write_shard(path: Path, entries: list[Entry]) -> None:
+def _write_shard(path: Path, entries: list[Entry], noise: bool) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dtype, shape in entries:
@@ -120,9 +165,40 @@ def _write_shard(path: Path, entries: list[Entry]) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         file.truncate(8 + len(raw) + end)
+        for name, dtype, shape in entries if noise else []:
+            if ".experts." in name:
+                file.seek(8 + len(raw) + header[name]["data_offsets"][0])  # type: ignore[index]
+                file.write(_random(name, dtype, math.prod(shape)))
 
 
-def _config(model: Model) -> dict[str, object]:
+def _random(name: str, dtype: str, count: int) -> bytes:
+    """Codes that are numbers, or scales that make weights of usual sizes of them."""
+    random = np.random.default_rng(zlib.crc32(name.encode()))
+    if dtype == "F32":
+        return random.uniform(1e-4, 2e-4, count).astype(np.float32).tobytes()
+    if dtype == "BF16":
+        return bytes(2 * count)
+    if name.endswith("_scales"):
+        return random.integers(118, 122, count, np.uint8).tobytes()
+    return (random.integers(0, 256, count, np.uint8) & (0xF7 if dtype == "F8_E4M3" else 0xFF)).tobytes()
+
+
+def _config(model: Model | Mxfp4) -> dict[str, object]:
+    if isinstance(model, Mxfp4):
+        return {
+            "architectures": ["GptOssForCausalLM"],
+            "model_type": "gpt_oss",
+            "hidden_size": model.hidden,
+            "intermediate_size": model.width,
+            "num_hidden_layers": model.layers,
+            "num_local_experts": model.experts,
+            "num_experts_per_tok": 4,
+            "num_attention_heads": model.heads,
+            "num_key_value_heads": model.key_heads,
+            "vocab_size": model.vocabulary,
+            "torch_dtype": "bfloat16",
+            "quantization_config": {"quant_method": "mxfp4"},
+        }
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
@@ -153,8 +229,11 @@ def _config(model: Model) -> dict[str, object]:
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--like", type=click.Choice(sorted(LIKE)), default="deepseek-v3", show_default=True)
-def main(directory: Path, like: str) -> None:
-    write_hollow(directory, LIKE[like])
+@click.option("--experts", type=int, help="As many in a layer, instead of as published.")
+@click.option("--noise", is_flag=True, help="Fill the experts with random codes.")
+def main(directory: Path, like: str, experts: int | None, noise: bool) -> None:
+    model = LIKE[like]
+    write_hollow(directory, replace(model, experts=experts) if experts else model, noise)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ _SMALL: dict[str, int] = {
     ),
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_heads", "num_heads", "mamba_n_heads", "mamba_num_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "index_n_heads", "n_groups", "num_sliding_attention_heads"), 2),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_num_heads"), 2),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "index_head_dim"), 8),
@@ -56,13 +57,21 @@ _GEMMA = {
     "moe_intermediate_size": 24,
     "head_dim": 8,
 }
+_MODEL_TYPES = {"inkling": "inkling_mm_model"}  # by folder, where that is not it
 _SPECIAL: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_experts_per_token": 2, "num_expert_group": 1},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": _SPARSE, "num_experts_per_tok": 2}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "diffusion_gemma": {"text_config": _GEMMA},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "dots3_note": {"text_config": {"per_layer_config": {}, "head_dim": 16}},
+    "dots3_note": {
+        "text_config": {"per_layer_config": {}, "head_dim": 16},
+        "vision_config": {
+            "adapter_in_dim": HIDDEN,
+            "adapter_out_dim": HIDDEN,
+            "per_layer_config": {1: {"num_local_experts": 4, "num_experts_per_tok": 2}},
+        },
+    },
     "ernie4_5_vl_moe": {
         "text_config": {
             "moe_intermediate_size": [24, 24],
@@ -109,7 +118,7 @@ def model_types() -> list[str]:
 
 def tiny_config(model_type: str) -> Any:
     """A configuration of a model type of a few small layers, the first dense where that is its way."""
-    config = transformers.AutoConfig.for_model(model_type)
+    config = transformers.AutoConfig.for_model(_MODEL_TYPES.get(model_type, model_type))
     values = _shrunk(config.to_dict())
     for name, value in _SPECIAL.get(model_type, {}).items():
         values[name] = {**values[name], **value} if isinstance(value, dict) else value
@@ -119,7 +128,8 @@ def tiny_config(model_type: str) -> Any:
 def tiny_model(model_type: str) -> Any:
     """A model of `tiny_config`, random weights in bf16; None where transformers has no class that generates text."""
     config = tiny_config(model_type)
-    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+    autos = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+    for auto in (getattr(transformers, name) for name in autos):
         if type(config) in auto._model_mapping:
             torch.manual_seed(0)
             return auto.from_config(config, dtype=torch.bfloat16).eval()

@@ -1,7 +1,11 @@
-"""What becomes of every architecture, as docs/architectures.md says: `python tests/table_of_architectures.py`."""
+"""What becomes of every architecture, as docs/architectures.md says: `python tests/table_of_architectures.py [TYPE …]`.
+
+With types named only their lines are made anew.
+"""
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,20 +31,20 @@ def written() -> list[str]:
     return [line for line in text.splitlines()[1:] if line.startswith("|")]
 
 
-def main() -> None:
-    """Judge them all."""
+def main(names: list[str]) -> None:
+    """Judge them all, or those that are named."""
     from architectures import model_types
 
+    known = {line.split("|")[1].strip(): line for line in written()} if names else {}
     with tempfile.TemporaryDirectory() as folder:
-        found = [judge_one(name, Path(folder)) for name in model_types()]
-    counts = ", ".join(f"{sum(step in each.works for each in found)} {step}" for step in STEPS)
+        for name in names or model_types():
+            known[name] = rows([judge_one(name, Path(folder))])[0]
+    lines = [known[name] for name in sorted(known)]
+    marks = [[cell.strip() for cell in line.split("|")[3:7]] for line in lines]
+    counts = ", ".join(f"{sum(mark[n] == 'yes' for mark in marks)} {step}" for n, step in enumerate(STEPS))
     before = PAGE.read_text(encoding="utf-8").partition(_HEAD)[0] if PAGE.exists() else "# Architectures\n\n"
     head, _, _ = before.partition("Of the ")
-    text = (
-        f"{head}Of the {len(found)}: {counts}.\n\n{_HEAD}{'| --- ' * (len(STEPS) + 3)}|\n"
-        + "\n".join(rows(found))
-        + "\n"
-    )
+    text = f"{head}Of the {len(lines)}: {counts}.\n\n{_HEAD}{'| --- ' * (len(STEPS) + 3)}|\n" + "\n".join(lines) + "\n"
     PAGE.write_text(text, encoding="utf-8")
 
 
@@ -54,4 +58,4 @@ def judge_one(name: str, folder: Path) -> Judged:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

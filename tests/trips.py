@@ -20,7 +20,7 @@ from safetensors import deserialize  # noqa: E402
 
 from checkpoints import make_tiny  # noqa: E402
 from families import WEIGHTS_ONLY, WEIGHTS_ONLY_OPTIONS  # noqa: E402
-from globe.checkpoint.index import FAMILIES  # noqa: E402
+from globe.checkpoint.layouts import FAMILIES  # noqa: E402
 from globe.cli import cli  # noqa: E402
 
 TEXT = "A mixture holds many experts; a router chooses a few of them for every token. " * 4

@@ -71,7 +71,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "config not JSON": (cut("config.json", 10), ("config.json", "not valid JSON")),
     "manifest cut off": (cut("globe.json", 1000), ("globe.json", "not valid JSON")),
     "manifest empty": (lambda directory: (directory / "globe.json").write_text("{}"), ("globe.json", "version None")),
-    "newer format": (manifest(lambda value: value.update(format_version=4)), ("format version 4", "update")),
+    "newer format": (manifest(lambda value: value.update(format_version=5)), ("format version 5", "update")),
     "no families": (manifest(lambda value: value.update(families={})), ("globe.json", "families are []")),
     "another family": (manifest(lambda value: value["families"].update(router={})), ("globe.json", "'router'")),
     "no shards": (manifest(lambda value: value["source"].pop("shards")), ("globe.json", "shards")),

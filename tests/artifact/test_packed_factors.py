@@ -266,7 +266,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
                               ("globe_gate_left is missing", "BF16")),
     "said in version 2": (manifest(lambda value: value.update(format_version=2)),
                           ("globe.json", "factors are packed in version 2")),
-    "newer version": (manifest(lambda value: value.update(format_version=4)), ("format version 4", "update")),
+    "newer version": (manifest(lambda value: value.update(format_version=5)), ("format version 5", "update")),
 }  # fmt: skip
 
 

@@ -19,7 +19,8 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from checkpoints import make_tiny
-from globe.checkpoint.index import FAMILIES, Checkpoint
+from globe.checkpoint.index import Checkpoint
+from globe.checkpoint.layouts import FAMILIES
 from globe.settings.yaml_file import read_settings
 from globe.statistics.calibration import LayerStatistics, load_calibration, save_calibration
 

@@ -13,7 +13,8 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file  # noqa: E402
 
 from checkpoints import make_tiny  # noqa: E402
-from globe.checkpoint.index import FAMILIES, Checkpoint  # noqa: E402
+from globe.checkpoint.index import Checkpoint  # noqa: E402
+from globe.checkpoint.layouts import FAMILIES  # noqa: E402
 from globe.seeds.proxies import proxy_blocks, row_spans  # noqa: E402
 
 

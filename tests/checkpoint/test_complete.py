@@ -23,7 +23,8 @@ from families import WEIGHTS_ONLY  # noqa: E402
 from globe import load  # noqa: E402
 from globe.artifact.export import export  # noqa: E402
 from globe.checkpoint.completeness import stated_layers  # noqa: E402
-from globe.checkpoint.index import FAMILIES, Checkpoint  # noqa: E402
+from globe.checkpoint.index import Checkpoint  # noqa: E402
+from globe.checkpoint.layouts import FAMILIES  # noqa: E402
 from globe.choice.inspect import inspect  # noqa: E402
 from globe.pipeline.compress import compress  # noqa: E402
 from globe.settings import Settings  # noqa: E402

@@ -147,7 +147,7 @@ def test_experts_of_a_stack_and_transposed_ones(tmp_path: Path) -> None:
     tensors = mxfp4()
     found = opened(tmp_path, tensors, {"quant_method": "mxfp4"})
     whole = found.read()
-    up = Expert(0, 2, found.name, found, 2, 4, "up")
+    up = Expert(0, 2, found.name, found, 2, 4, "up", both=True)
     assert up.matrix == (4, 128) and same_bits(up.read((1, 3)), whole[2, 5:7])
     down = Expert(0, 2, found.name, found, 2, 0, "down")
     assert down.matrix == (128, 8) and same_bits(down.read((10, 90)), whole[2].T[10:90].contiguous())

@@ -163,8 +163,9 @@ def test_damaged_banks(part: str, damage: Any) -> None:
 def test_experts_of_another_make() -> None:
     biased = Dense()
     biased.gate_up_proj_bias = nn.Parameter(torch.zeros(1))
-    turned = Dense()
-    turned.is_transposed = True  # type: ignore[assignment]
-    for odd in (biased, turned, nn.Linear(2, 2)):
+    more, wide = Dense(), Dense()
+    more.scale = nn.Parameter(torch.ones(EXPERTS))
+    wide.down_proj = nn.Parameter(torch.zeros(EXPERTS, SIZE, WIDTH + 1))
+    for odd in (biased, more, wide, nn.Linear(2, 2)):
         with pytest.raises(GlobeError, match="not made of gate_up_proj"):
             FactoredExperts(odd, {}, SimpleNamespace())  # type: ignore[arg-type]

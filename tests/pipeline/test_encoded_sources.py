@@ -16,11 +16,12 @@ pytest.importorskip("compressed_tensors")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import codes  # noqa: E402
-from checkpoints import make_tiny  # noqa: E402
+from checkpoints import calibrate_tiny, make_tiny  # noqa: E402
 from families import WEIGHTS_ONLY  # noqa: E402
 from globe import Settings, compress, export, inspect  # noqa: E402
 from globe.artifact.factored import open_factored  # noqa: E402
-from globe.checkpoint.index import FAMILIES, Checkpoint  # noqa: E402
+from globe.checkpoint.index import Checkpoint  # noqa: E402
+from globe.checkpoint.layouts import FAMILIES  # noqa: E402
 from globe.errors import GlobeError  # noqa: E402
 from globe.evaluation.models import load_model  # noqa: E402
 from refusals import SMALL, edit_json, edit_tensor, json_variants, refusal  # noqa: E402
@@ -125,6 +126,19 @@ def test_the_factors_are_those_of_the_decoded_checkpoint(places: tuple[str, Path
     for name in set(source) - set(factored):
         assert torch.equal(bits(mine[name]), bits(source[name])), name
     assert any("down_proj.weight_" in name for name in mine)
+
+
+def test_calibration_is_that_of_the_decoded_checkpoint(places: tuple[str, Path], tmp_path: Path) -> None:
+    _, root = places
+    for place in ("source", "plain"):
+        found = calibrate_tiny(root / place, tmp_path / f"{place}.safetensors", tokens=256)
+        if place == "source":
+            mine = found
+    assert mine.layers == found.layers
+    for layer in mine.layers:
+        for name, value in vars(mine.layer(layer)).items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, getattr(found.layer(layer), name)), (layer, name)
 
 
 def test_the_export_loads_and_computes_as_that_of_the_decoded_checkpoint(places: tuple[str, Path]) -> None:

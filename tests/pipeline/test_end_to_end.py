@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from checkpoints import LAYOUTS, make_tiny  # noqa: E402
 from families import WEIGHTS_ONLY_OPTIONS  # noqa: E402
 from globe import evaluate  # noqa: E402
-from globe.checkpoint.index import FAMILIES  # noqa: E402
-from globe.checkpoint.layouts import read_layouts  # noqa: E402
+from globe.checkpoint.layouts import FAMILIES, read_layouts  # noqa: E402
 from trips import (  # noqa: E402
     ALL,
     SMALL_OPTIONS,

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from checkpoints import make_tiny  # noqa: E402
+from checkpoints import calibrate_tiny, make_tiny  # noqa: E402
 from families import WEIGHTS_ONLY  # noqa: E402
 from globe import Settings, compress, export  # noqa: E402
 from globe.errors import GlobeError  # noqa: E402
@@ -89,8 +89,16 @@ def test_the_export_says_what_is_quantised_and_equals_the_source_but_for_the_exp
     assert torch.allclose(logits(places / "dense"), logits(expected), atol=1e-5)
 
 
-def test_calibrate_and_loading_out_refuse_in_one_line(places: Path, tmp_path: Path) -> None:
-    assert SAID in refusal(1, "calibrate", places / "fp8", tmp_path / "c.safetensors")
+def test_calibration_decodes_attention_too(places: Path, tmp_path: Path) -> None:
+    found = [calibrate_tiny(places / place, tmp_path / f"{place}.safetensors") for place in ("fp8", "plain")]
+    for layer in found[0].layers:
+        mine, theirs = (each.layer(layer) for each in found)
+        # `plain` has the products in fp32, of which decoding keeps bf16: a token or two are routed otherwise.
+        assert int((mine.counts - theirs.counts).abs().sum()) <= 8
+        assert torch.linalg.norm(mine.moment - theirs.moment) < 2e-2 * torch.linalg.norm(theirs.moment)
+
+
+def test_loading_out_is_refused_in_one_line(places: Path, tmp_path: Path) -> None:
     line = refusal(1, "eval", places / "out", "--max-tokens", "64")
     assert SAID in line and "globe export" in line
 

@@ -14,7 +14,7 @@ from typing import Any
 from globe.checkpoint.companions import LOADER_FILE
 from globe.checkpoint.formats.left_out import leaving_out, modules_of
 from globe.checkpoint.layouts import read_layouts
-from globe.checkpoint.quantised import KEY, quantised_dtypes
+from globe.checkpoint.quantised import KEY, quantised_dtypes, quantization_of, with_quantization
 from globe.errors import GlobeError
 
 METHOD = "globe"
@@ -46,14 +46,15 @@ def loading_config(
     if any(packed.values()):
         quantization["packed"] = packed
     dtypes = (entry["dtype"] for shard in manifest["source"]["shards"] for entry in shard["tensors"].values())
-    keys = ("auto_map", "transformers_weights", *([KEY] if quantised_dtypes(dtypes) else []))
-    replaced = {key: config[key] for key in keys if key in config}
-    modules = modules_of(decoded)
-    if modules and isinstance(replaced.get(KEY), dict):
-        replaced[KEY] = leaving_out(replaced[KEY], modules)
+    replaced: dict[str, Any] = {key: config[key] for key in ("auto_map", "transformers_weights") if key in config}
+    stated, bare, modules = quantization_of(config), with_quantization(config, None), modules_of(decoded)
+    if quantised_dtypes(dtypes) and stated is not None:
+        kept = leaving_out(stated, modules) if modules and isinstance(stated, dict) else stated
+        told = with_quantization(config, kept)
+        replaced |= {key: value for key, value in told.items() if bare.get(key) != value}
     if replaced:
         quantization["replaced"] = replaced
-    return marked(config, quantization, index)
+    return marked(bare, quantization, index)
 
 
 def marked(config: dict[str, Any], quantization: dict[str, Any], weights: str) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from globe.artifact.output import output_directory
 from globe.artifact.owned import Claim, recorded
 from globe.checkpoint.companions import companions, copy_companions
 from globe.checkpoint.formats.tensors import described, recalled
-from globe.checkpoint.index import FAMILIES, INDEX_NAME, Checkpoint
+from globe.checkpoint.index import INDEX_NAME, Checkpoint
 from globe.checkpoint.json_file import read_json
+from globe.checkpoint.layouts import FAMILIES
 from globe.checkpoint.powers import saturated
-from globe.checkpoint.quantised import KEY
+from globe.checkpoint.quantised import KEY, with_quantization
 from globe.checkpoint.tensorfile import TORCH_DTYPES, TensorWriter, copy_chunks, read_tensor, tensor_bytes, write_text
 from globe.errors import GlobeError, UsageError
 from globe.runs.stages import Advance, Display, Stages
@@ -96,7 +97,9 @@ def export(
             weight_map = {name: file for file, entries in written.items() for name in entries}
             index = {"metadata": record["index_metadata"], "weight_map": dict(sorted(weight_map.items()))}
             write_text(directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
-        told = source_config(config) | ({KEY: record[KEY]} if as_source else {})
+        told = source_config(config)
+        if as_source:
+            told = with_quantization(told, record[KEY])
         write_text(directory / "config.json", json.dumps(told, indent=2) + "\n")
     return {
         "output": str(target),
@@ -151,7 +154,8 @@ def _export_shard(work: _Work, shard: dict[str, Any], advance: Advance) -> int:
                 for tensor in as_stored(name, entry):
                     writer.write_chunks(tensor, copy_chunks(factored.tensors[tensor]))
             elif "encoded" in entry:
-                writer.write(name, recalled(name, entry, factored.tensors).read())
+                matrix = recalled(name, entry, factored.tensors)
+                writer.write(name, matrix.read().mT if matrix.turned else matrix.read())
             elif name in stored and not (work.as_source and "origin" in entry):
                 writer.write_chunks(name, copy_chunks(stored[name]))
             else:
@@ -182,12 +186,13 @@ def reconstruct(
             bank = banks[factored.bank_of(family, name)]
             lefts = factored.lefts(family, name)
             products = torch.stack([_product(a, bank.mixture(i)) for a, i in zip(lefts, numbers, strict=True)])
-            part, count = saturated(products.mT if family == "down" else products, dtype)
-            parts.append(part)
+            part, count = saturated(products, dtype)
+            parts.append(part.mT if family == "down" else part)
             beyond += count
         elif rest is not None:
             parts.append(read_tensor(rest))
-    return torch.cat(parts, 1).reshape(entry["shape"]), beyond
+    both = torch.stack(parts, 2).flatten(1, 2) if entry.get("interleaved") else torch.cat(parts, 1)
+    return (both.mT if entry.get("transposed") else both).reshape(entry["shape"]), beyond
 
 
 def _product(left: torch.Tensor, mixture: torch.Tensor) -> torch.Tensor:

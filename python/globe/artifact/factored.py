@@ -14,14 +14,15 @@ import torch
 
 from globe.checkpoint.formats.packed import Packing, dequantised, read_codes, read_packing
 from globe.checkpoint.formats.tensors import described, recalled
-from globe.checkpoint.index import FAMILIES
 from globe.checkpoint.json_file import read_json
+from globe.checkpoint.layouts import FAMILIES
 from globe.checkpoint.tensorfile import FileHeader, TensorInfo, read_header, read_tensor
 from globe.compute.gemm import mixtures
 from globe.compute.spd import orthonormal_rows
 from globe.errors import GlobeError
 
-FORMAT_VERSION = 3  # packed factors, or experts that stay stored as codes
+FORMAT_VERSION = 4  # stacks of experts that are transposed or interleaved
+CODES_VERSION = 3  # packed factors, or experts that stay stored as codes
 PLAIN_VERSION = 2  # neither
 MANIFEST = "globe.json"
 BANK_FILE = "globe-bank.safetensors"
@@ -217,7 +218,7 @@ def _check(factored: Factored) -> None:
     families, source = factored.manifest["families"], factored.manifest["source"]
     _require(bool(families) and set(families) <= set(FAMILIES), f"families are {list(families)}")
     version = factored.manifest["format_version"]
-    _require(version == FORMAT_VERSION or not _packs(factored.manifest), f"factors are packed in version {version}")
+    _require(version >= CODES_VERSION or not _packs(factored.manifest), f"factors are packed in version {version}")
     single = [shard["file"] for shard in source["shards"]] == ["model.safetensors"]
     metadata = source["index_metadata"]
     _require(isinstance(metadata, dict) or (metadata is None and single), f"index_metadata is {metadata!r}")
@@ -256,7 +257,7 @@ def _check(factored: Factored) -> None:
             _require(all(type(n) is int for n in entry["shape"]), f"tensor {tensor} has shape {entry['shape']}")
             if "encoded" in entry:
                 continue
-            for stored, promised in _promised(families, tensor, entry["dtype"], tuple(entry["shape"])).items():
+            for stored, promised in _promised(families, tensor, entry).items():
                 _expect(header, stored, *promised)
                 unnamed.discard(stored)
             missing.discard(tensor)
@@ -299,20 +300,24 @@ def _check_codes(factored: Factored) -> set[str]:
     return parts
 
 
-def _promised(
-    families: dict[str, Any], tensor: str, dtype: str, shape: tuple[int, ...]
-) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _promised(families: dict[str, Any], tensor: str, entry: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The stored tensors of which a source tensor is made: itself, or left factors and halves left as they were."""
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    turned, taking_turns = (entry.get(key, False) for key in ("transposed", "interleaved"))
+    _require(type(turned) is bool and type(taking_turns) is bool, f"tensor {tensor} lies {turned!r}, {taking_turns!r}")
     held = {name: family for name, family in families.items() if tensor in family["tensors"]}
     if not held:
         return {tensor: (dtype, shape)}
     family = next(iter(held.values()))
     fused = shape[:1] if len(shape) == 3 else ()
     p, d = family["p"], family["d"]
-    matrix = (d, p) if "down" in held else (2 * p, d) if fused else (p, d)
-    _require(shape == (*fused, *matrix), f"tensor {tensor} has shape {list(shape)}")
+    outputs, inputs = (d, p) if "down" in held else (p, d)
+    lies = shape[-1:-3:-1] if turned else shape[-2:]
+    together = bool(fused) and "down" not in held and lies == (2 * p, d)
+    _require(together or lies == (outputs, inputs), f"tensor {tensor} has shape {list(shape)}")
+    _require(len(shape) == len(fused) + 2 and (bool(fused) or not turned), f"tensor {tensor} has shape {list(shape)}")
+    _require(together or not taking_turns, f"tensor {tensor} is of one family, and interleaved")
     _require(dtype in ("BF16", "F16", "F32"), f"tensor {tensor} has dtype {dtype}")
-    together = bool(fused) and "down" not in held
     _require(together or len(held) == 1, f"tensor {tensor} is in two families")
     promised: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name in FAMILIES:

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from globe._version import __version__
-from globe.artifact.factored import FORMAT_VERSION, PLAIN_VERSION
+from globe.artifact.factored import CODES_VERSION, FORMAT_VERSION, PLAIN_VERSION
 from globe.checkpoint.companions import companions
 from globe.checkpoint.family import Family
 from globe.checkpoint.formats.encoded import Encoded
 from globe.checkpoint.formats.packed import Packing
 from globe.checkpoint.formats.tensors import as_decoded
 from globe.checkpoint.index import Checkpoint
-from globe.checkpoint.quantised import KEY
+from globe.checkpoint.quantised import KEY, quantization_of
 from globe.checkpoint.tensorfile import TensorInfo
 from globe.settings import Settings
 from globe.sizes.ratios import BF16, Shape
@@ -50,12 +50,14 @@ def manifest(
         tensor for f in described.values() for tensor in f["tensors"]
     }
     kept -= set(changed)
+    lies = _lies(checkpoint)
     shards = [
         {
             "file": shard.path.name,
             "metadata": shard.metadata,
             "tensors": {
-                key: _entry(key, info, kept) for key, info in as_decoded(shard.tensors, checkpoint.encoded).items()
+                key: _entry(key, info, kept) | lies.get(key, {})
+                for key, info in as_decoded(shard.tensors, checkpoint.encoded).items()
             },
         }
         for shard in checkpoint.shards
@@ -65,9 +67,9 @@ def manifest(
         stated = checkpoint.index.get("metadata")
         index_metadata = stated if isinstance(stated, dict) else {}
     newest = kept or any(shape.storage != BF16 for shape in shapes.values())
-    quantization = {KEY: checkpoint.config[KEY]} if checkpoint.encoded else {}
+    quantization = {KEY: quantization_of(checkpoint.config)} if checkpoint.encoded else {}
     return {
-        "format_version": FORMAT_VERSION if newest else PLAIN_VERSION,
+        "format_version": FORMAT_VERSION if lies else CODES_VERSION if newest else PLAIN_VERSION,
         "globe_version": __version__,
         "settings": settings.as_dict(),
         "families": described,
@@ -84,7 +86,19 @@ def _packed(packing: Packing | None) -> dict[str, Any]:
 
 def _entry(name: str, info: TensorInfo | Encoded, kept: set[str]) -> dict[str, Any]:
     """What an export has under a name; of a matrix of codes also how they are decoded, or how the source had them."""
-    entry: dict[str, Any] = {"dtype": info.dtype, "shape": list(info.shape)}
+    shape = info.written_shape if isinstance(info, Encoded) else info.shape
+    entry: dict[str, Any] = {"dtype": info.dtype, "shape": list(shape)}
     if isinstance(info, Encoded):
         entry["encoded" if name in kept else "origin"] = info.as_dict()
     return entry
+
+
+def _lies(checkpoint: Checkpoint) -> dict[str, dict[str, bool]]:
+    """By tensor, which way a stack of experts lies if not [E, outputs, inputs] with gate above up."""
+    found: dict[str, dict[str, bool]] = {}
+    for name in checkpoint.layout.families:
+        for expert in checkpoint.family(name).experts:
+            if expert.written_transposed or expert.step > 1:
+                told = {"transposed": expert.written_transposed, "interleaved": expert.step > 1}
+                found[expert.tensor] = {key: value for key, value in told.items() if value}
+    return found

@@ -107,7 +107,7 @@ def write_weights(
                         continue
                     parts = _parts(fits, places[tensor])
                     _write_experts(writer, tensor, parts, solutions, fits)
-                    for family in _kept_halves(len(info.shape) == 3, parts):
+                    for family in _kept_halves(fits, parts):
                         kept = checkpoint.family(family)
                         numbers = [i for i, expert in enumerate(kept.experts) if expert.tensor == tensor]
                         writer.write(
@@ -201,19 +201,18 @@ def _parts(fits: dict[str, Fit], there: list[tuple[str, int]]) -> list[_Part]:
     return [_Part(family, pool, [number for _, number in run]) for (family, pool), run in runs]
 
 
-def _kept_halves(fused: bool, parts: list[_Part]) -> list[str]:
-    """The families of a fused tensor that stay as they are."""
+def _kept_halves(fits: dict[str, Fit], parts: list[_Part]) -> list[str]:
+    """The families of a tensor of gate and up that stay as they are."""
+    first = fits[parts[0].pool].family.experts[parts[0].numbers[0]]
     held = {part.family for part in parts}
-    if "down" in held or not fused:
-        return []
-    return [name for name in ("gate", "up") if name not in held]
+    return [name for name in ("gate", "up") if name not in held] if first.both else []
 
 
 def _entries(
     fits: dict[str, Fit], info: TensorInfo | Encoded, tensor: str, there: list[tuple[str, int]]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     if not there:
-        return {tensor: (info.dtype, info.shape)}
+        return {tensor: (info.dtype, info.written_shape if isinstance(info, Encoded) else info.shape)}
     fused = len(info.shape) == 3
     entries: dict[str, tuple[str, tuple[int, ...]]] = {}
     parts = _parts(fits, there)
@@ -222,8 +221,9 @@ def _entries(
         shape: tuple[int, ...] = (fit.family.p, fit.state.bank.shape[1])
         shape = (info.shape[0], *shape) if fused else shape
         entries |= {name: ("BF16", shape)} if fit.lefts is None else fit.lefts.entries(name, shape)
-    for name in _kept_halves(fused, parts):
-        entries[rest_name(tensor, name)] = (info.dtype, (info.shape[0], info.shape[1] // 2, info.shape[2]))
+    for half in _kept_halves(fits, parts):
+        family = fits[parts[0].pool].family
+        entries[rest_name(tensor, half)] = (info.dtype, (info.shape[0], family.p, family.d))
     return entries
 
 

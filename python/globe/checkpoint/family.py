@@ -21,7 +21,8 @@ from globe.checkpoint.tensorfile import TORCH_DTYPES, TensorInfo, read_tensor
 class Expert:
     """One expert matrix W_i: its place in the model, its tensor, and the part of it (fused layouts).
 
-    A family takes it as W_i · 2^-exponent; `read` gives it as stored, or decoded where it is stored as codes.
+    A family takes it as W_i · 2^-exponent; `read` gives it as stored, or decoded where it is stored as codes. Of a
+    tensor with gate and up (`both`) it has every `step`-th output from `first_row` on; `swapped`: outputs are columns.
     """
 
     layer: int
@@ -32,19 +33,26 @@ class Expert:
     first_row: int
     family: str = "gate"
     exponent: int = 0
+    both: bool = False
+    step: int = 1
+    swapped: bool = False
 
     @property
     def matrix(self) -> tuple[int, int]:
         """p and d: the expert's width and the model's."""
         rows, columns = self.info.shape[-2:]
-        if self.transposed:
-            return columns, rows
-        return (rows if self.index is None else rows // 2), columns
+        p, d = (columns, rows) if self.transposed else (rows, columns)
+        return p // 2 if self.both else p, d
 
     @property
     def transposed(self) -> bool:
-        """Whether W_i is the transpose of what is stored: down, whose left factor then has the expert's width."""
-        return self.family == "down"
+        """Whether W_i is the transpose of what is stored: usually down, whose left factor has the expert's width."""
+        return (self.family == "down") != self.swapped
+
+    @property
+    def written_transposed(self) -> bool:
+        """Whether its stack is [E, inputs, outputs] where it has its values."""
+        return self.swapped or (isinstance(self.info, Encoded) and self.info.turned)
 
     @property
     def stored_bytes(self) -> int:
@@ -63,30 +71,50 @@ class Expert:
         """
         if isinstance(self.info, Encoded):
             return self._decode(self.info, rows, out)
-        if not self.transposed:
+        if not self.transposed and self.step == 1:
             first, last = rows
             return read_tensor(self.info, (self.first_row + first, self.first_row + last), self.index, out)
+        if not self.transposed:
+            return _copied(read_tensor(self.info, self._span(rows), self.index)[:: self.step], out)
         stored = read_tensor(self.info, None, self.index)
         if out is None:
             out = torch.empty(rows[1] - rows[0], len(stored), dtype=stored.dtype)
         if len(out) == stored.shape[1]:
             return out.copy_(stored.T)
-        np.copyto(_bits(out), _bits(stored).T[slice(*rows)])  # on this thread; torch would wake its pool
+        np.copyto(_bits(out), _bits(stored).T[self._places(rows)])  # on this thread; torch would wake its pool
         return out
+
+    def _span(self, rows: tuple[int, int]) -> tuple[int, int]:
+        """The first stored output of some rows of W_i, and the one past the last."""
+        first, last = (self.first_row + self.step * row for row in rows)
+        return (first, last - self.step + 1) if rows[1] > rows[0] else (first, first)
+
+    def _places(self, rows: tuple[int, int]) -> slice:
+        return slice(*self._span(rows), self.step)
 
     def _decode(self, info: Encoded, rows: tuple[int, int], out: torch.Tensor | None) -> torch.Tensor:
         """`read`, a block of the stored rows at a time."""
         if out is None:
             out = torch.empty(rows[1] - rows[0], self.matrix[1], dtype=TORCH_DTYPES[info.dtype])
         bits = _bits(out)
-        origin = self.first_row + (0 if self.transposed else rows[0])
-        span = (0, info.shape[-2]) if self.transposed else (origin, self.first_row + rows[1])
-        for first, last, decoded in info.blocks(span, self.index):
-            if self.transposed:
-                bits[:, first:last] = decoded.T[slice(*rows)]
-            else:
-                bits[first - origin : last - origin] = decoded
+        if self.transposed:
+            for first, last, decoded in info.blocks((0, info.shape[-2]), self.index):
+                bits[:, first:last] = decoded.T[self._places(rows)]
+            return out
+        origin, end = self._span(rows)
+        for first, _, decoded in info.blocks((origin, end), self.index):
+            skipped = (origin - first) % self.step
+            place = (first + skipped - origin) // self.step
+            taken = decoded[skipped :: self.step]
+            bits[place : place + len(taken)] = taken
         return out
+
+
+def _copied(rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    if out is None:
+        return rows.contiguous()
+    np.copyto(_bits(out), _bits(rows))
+    return out
 
 
 @dataclass(frozen=True)

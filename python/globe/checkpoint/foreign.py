@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from globe.checkpoint.layouts import Layout, read_layouts
+from globe.checkpoint.quantised import made_of
 from globe.errors import GlobeError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -74,12 +75,13 @@ def unknown_layout(directory: Path, config: Mapping[str, Any], tensors: Iterable
         if named:
             what = f"has tensors of routed experts ({named[0]})"
         elif shown is not None:
-            what += f" ({_form(shown) or shown})"
+            form = _form(shown)
+            what += f" ({form + made_of(config) if form else shown})"
         return GlobeError(
             f"{directory}: unknown architecture: the checkpoint {what}, and config.json says model_type "
             f"{model_type!r}; supported are {', '.join(known)}"
         )
-    return GlobeError(f"{directory}: {_other_names(names, mine)}")
+    return GlobeError(f"{directory}: {_other_names(names, mine)}{made_of(config) if any(map(_form, names)) else ''}")
 
 
 def other_names(names: Iterable[str]) -> str | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,17 +18,15 @@ from globe.checkpoint.completeness import Source, require_complete
 from globe.checkpoint.family import Expert, Family
 from globe.checkpoint.foreign import missing_directory, missing_weights, unknown_layout
 from globe.checkpoint.formats.encoded import Encoded
-from globe.checkpoint.formats.tensors import open_encoded, plain_name
+from globe.checkpoint.formats.tensors import has_outputs_first, open_all, open_encoded, plain_name
 from globe.checkpoint.json_file import read_json
-from globe.checkpoint.layouts import Layout, read_layouts
-from globe.checkpoint.quantised import quantised_dtypes
+from globe.checkpoint.layouts import FAMILIES, Layout, read_layouts
+from globe.checkpoint.quantised import TEXT_CONFIGS, quantised_dtypes
 from globe.checkpoint.tensorfile import FileHeader, TensorInfo, read_header
-from globe.errors import GlobeError
+from globe.errors import GlobeError, UsageError
 
-FAMILIES = ("gate", "up", "down")
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_TEXT_CONFIGS = ("thinker_config", "text_config", "language_config", "llm_config")
 
 
 class Checkpoint:
@@ -58,8 +58,9 @@ class Checkpoint:
         self.index, names = self._shard_names()
         self._noted: list[str] = []
         self._encoded: dict[str, Encoded] = {}
-        self.shards, self.tensors = self._open(names)
-        self._check_index()
+        with uncollected():
+            self.shards, self.tensors = self._open(names)
+            self._check_index()
 
     def _open(self, names: list[str]) -> tuple[list[FileHeader], dict[str, TensorInfo]]:
         """The headers of the shards, each tensor in the one that the index names, and all tensors."""
@@ -131,7 +132,7 @@ class Checkpoint:
     def text_config(self) -> dict[str, Any]:
         """config.json, with what it says of the language model of several models in the place of its own."""
         found = self.config
-        for name in _TEXT_CONFIGS:
+        for name in TEXT_CONFIGS:
             inner = found.get(name)
             found = {**found, **inner} if isinstance(inner, dict) else found
         return found
@@ -154,16 +155,23 @@ class Checkpoint:
     @cached_property
     def _experts(self) -> tuple[dict[str, list[Expert]], list[str]]:
         """All families' experts in order of layer and number, complete; and what is noteworthy."""
-        found: dict[str, list[Expert]] = {family: [] for family in FAMILIES}
-        held: dict[str, dict[tuple[int, int], str]] = {family: {} for family in FAMILIES}
-        layers = self.layers
+        with uncollected():
+            return self._found()
+
+    def _found(self) -> tuple[dict[str, list[Expert]], list[str]]:
+        families = self.layout.families
+        found: dict[str, list[Expert]] = {family: [] for family in families}
+        held: dict[str, dict[tuple[int, int], str]] = {family: {} for family in families}
+        layers, group = self.layers, self._group
         for tensor, info in self.tensors.items():
             name = plain_name(tensor)
-            for family in FAMILIES:
+            for family in families:
                 place = self.layout.place(family, name)
                 if place is None or (layers is not None and place[0] >= layers):
                     continue  # a layer past num_hidden_layers predicts further tokens and is left alone
-                for expert in _experts_of(name, self._matrix(tensor, info), family, *place):
+                if group is not None and place[1] is not None and place[1] >= group:
+                    continue  # of another group, for images, of another width
+                for expert in _experts_of(name, self._matrix(tensor, info), family, place, self.layout):
                     known = held[family].setdefault((expert.layer, expert.expert), tensor)
                     if known != tensor:
                         raise GlobeError(
@@ -176,13 +184,36 @@ class Checkpoint:
         source = Source(self.directory, self.text_config, self.layout, layers, self.tensors)
         return found, require_complete(source, held)
 
+    @property
+    def _group(self) -> int | None:
+        """The experts of the first group, where the numbers of a layer go on with another's."""
+        config = self.text_config
+        stated = (config.get(key) for key in self.layout.experts_keys)
+        return next((count for count in stated if isinstance(count, int)), None) if self.layout.groups else None
+
     def _matrix(self, tensor: str, info: TensorInfo) -> TensorInfo | Encoded:
         """A tensor of experts, or what it is decoded to."""
         if not quantised_dtypes([info.dtype]):
             return info
         if tensor not in self._encoded:
-            self._encoded[tensor] = open_encoded(tensor, self.tensors, self.config)
+            matrix = open_encoded(tensor, self.tensors, self.config)
+            turned = self.layout.transposed and has_outputs_first(tensor)
+            self._encoded[tensor] = replace(matrix, turned=True) if turned else matrix
         return self._encoded[tensor]
+
+    @cached_property
+    def decoded(self) -> dict[str, TensorInfo | Encoded]:
+        """All tensors as a model has them: what is stored as codes, beside the experts too, as what it decodes to.
+
+        Raises
+        ------
+        GlobeError
+            If codes are of no format that is read.
+        """
+        found = open_all(self.tensors, self.config)
+        for matrix in self.encoded:
+            found[matrix.name] = matrix
+        return found
 
     @property
     def encoded(self) -> tuple[Encoded, ...]:
@@ -192,7 +223,7 @@ class Checkpoint:
 
     def family(self, name: str) -> Family:
         """Collect one family's experts and check their shapes against each other and config.json."""
-        experts = self._experts[0][name]
+        experts = self._experts[0].get(name, [])
         for expert in experts:
             if expert.info.dtype not in ("BF16", "F16", "F32"):
                 raise GlobeError(
@@ -201,6 +232,27 @@ class Checkpoint:
         if not experts:
             raise GlobeError(f"{self.directory}: no routed experts of family {name} found")
         return self._checked(name, experts)
+
+    @cached_property
+    def leading(self) -> Family:
+        """The family gate, or up where experts have no gate."""
+        return self.family(self.layout.families[0])
+
+    def chosen(self, names: Iterable[str]) -> dict[str, Family]:
+        """The families of these names that the experts have: those without a gate have none to choose.
+
+        Raises
+        ------
+        UsageError
+            If they have none of them.
+        """
+        found = {name: self.family(name) for name in names if name in self.layout.families}
+        if not found:
+            raise UsageError(
+                f"families is {', '.join(names)}; the experts of {self.layout.name} have "
+                f"{' and '.join(self.layout.families)}: choose of these"
+            )
+        return found
 
     def _checked(self, name: str, experts: list[Expert]) -> Family:
         layout = self.layout
@@ -220,7 +272,7 @@ class Checkpoint:
         counts = {
             "experts per layer": (layout.experts_keys, set(per_layer.values())),
             "expert width": (layout.width_keys, {p}),
-            "model width": (("hidden_size",), {d}),
+            "model width": (("moe_latent_size", "moe_hidden_size", "hidden_size"), {d}),
         }
         for what, (keys, values) in counts.items():
             config = self.text_config
@@ -268,16 +320,34 @@ class Checkpoint:
         return digest.hexdigest()
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Make many small objects that all stay, without the collector looking through them again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _experts_of(
-    tensor: str, info: TensorInfo | Encoded, family: str, layer: int, number: int | None
+    tensor: str, info: TensorInfo | Encoded, family: str, place: tuple[int, int | None], layout: Layout
 ) -> Iterator[Expert]:
     """The experts of a family that a tensor holds: one, or where it has no number all of a layer."""
-    axes, halves = (2, 1) if number is not None else (3, 1 if family == "down" else 2)
-    if len(info.shape) != axes or info.shape[-2] % halves:
+    layer, number = place
+    both = number is None and family != "down" and layout.fused.get("gate") == layout.fused["up"]
+    swapped = number is None and layout.transposed and not (isinstance(info, Encoded) and info.turned)
+    axes = 2 if number is not None else 3
+    outputs = info.shape[-1 if swapped else -2] if len(info.shape) == axes else 0
+    if len(info.shape) != axes or (both and outputs % 2):
         raise GlobeError(f"tensor {tensor} has shape {list(info.shape)}; expected {axes} axes")
     if number is not None:
         yield Expert(layer, number, tensor, info, None, 0, family)
         return
-    first = info.shape[1] // 2 if family == "up" else 0
+    step = 2 if both and layout.interleaved else 1
+    second = 1 if step == 2 else outputs // 2
+    first = second if both and family == "up" else 0
     for index in range(info.shape[0]):
-        yield Expert(layer, index, tensor, info, index, first, family)
+        yield Expert(layer, index, tensor, info, index, first, family, 0, both, step, swapped)

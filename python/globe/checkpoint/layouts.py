@@ -8,8 +8,19 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
-PREFIXES = ("model.", "model.language_model.", "language_model.model.", "model.decoder.", "thinker.model.", "")
+PREFIXES = (
+    "model.",
+    "model.language_model.",
+    "language_model.model.",
+    "model.decoder.",
+    "model.llm.",
+    "thinker.model.",
+    "backbone.",
+    "",
+)
+FAMILIES = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -26,9 +37,14 @@ class Layout:
     templates : dict
         Per family the name of one expert's matrix, where there is a tensor for each.
     fused : dict
-        Per family the name of the tensor of all experts of a layer; gate's is up's too, with gate above up.
+        Per family the name of the tensor of all experts of a layer; where gate's is up's too, it has gate above up.
     every_layer : bool
         Whether every layer has experts where config.json does not say which have.
+    transposed, interleaved : bool
+        Of fused tensors: whether they are [E, inputs, outputs] instead of [E, outputs, inputs], and whether outputs of
+        gate and up take turns.
+    groups : bool
+        Whether experts past the number that config.json states are of another group, which is left alone.
     """
 
     name: str
@@ -38,6 +54,9 @@ class Layout:
     templates: dict[str, str]
     fused: dict[str, str]
     every_layer: bool = True
+    transposed: bool = False
+    interleaved: bool = False
+    groups: bool = False
 
     def is_of(self, model_type: object) -> bool:
         """Whether it is that of a model type; of its language model alone too."""
@@ -46,6 +65,11 @@ class Layout:
     @cached_property
     def _types(self) -> set[str]:
         return {name.removesuffix("_text") for name in self.model_types}
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The families that its experts have: without a gate two."""
+        return tuple(name for name in FAMILIES if name in self.templates or name in self.fused)
 
     def place(self, family: str, tensor: str) -> tuple[int, int | None] | None:
         """The layer and the expert of a family (None: all of the layer's experts) that a tensor holds, if any."""
@@ -83,8 +107,19 @@ def read_layouts() -> tuple[Layout, ...]:
             tuple(entry["experts_keys"]),
             tuple(entry["width_keys"]),
             entry.get("templates", {}),
-            {"gate": entry["fused"], "up": entry["fused"], "down": entry["fused_down"]} if "fused" in entry else {},
+            _fused(entry),
             entry.get("every_layer", True),
+            entry.get("transposed", False),
+            entry.get("interleaved", False),
+            entry.get("groups", False),
         )
         for entry in json.loads(text)
     )
+
+
+def _fused(entry: dict[str, Any]) -> dict[str, str]:
+    """The tensors of all experts of a layer: of gate and up together, or of each family for itself."""
+    if "fused" in entry:
+        return {"gate": entry["fused"], "up": entry["fused"], "down": entry["fused_down"]}
+    stacks: dict[str, str] = entry.get("stacks", {})
+    return stacks

@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from globe.errors import GlobeError
 
 KEY = "quantization_config"
 _AS_THEY_ARE = ("F64", "F32", "F16", "BF16", "I64", "BOOL")  # weights, positions and masks; never codes of weights
+
+
+TEXT_CONFIGS = ("thinker_config", "text_config", "language_config", "llm_config")  # of several models
+
+
+def quantization_of(config: Mapping[str, Any]) -> Any:
+    """The `quantization_config` of config.json, or of its language model where several models have one config.json."""
+    name = _inside(config)
+    return config.get(KEY) if name is None else config[name][KEY]
+
+
+def with_quantization(config: Mapping[str, Any], quantization: Any) -> dict[str, Any]:
+    """config.json with another `quantization_config` where it has one; without any for None."""
+    name = _inside(config)
+    if name is not None:
+        return {**config, name: with_quantization(config[name], quantization)}
+    found = {key: value for key, value in config.items() if key != KEY}
+    return found if quantization is None else {**found, KEY: quantization}
+
+
+def _inside(config: Mapping[str, Any]) -> str | None:
+    if config.get(KEY) is not None:
+        return None
+    inner = ((name, config.get(name)) for name in TEXT_CONFIGS)
+    return next((name for name, value in inner if isinstance(value, dict) and value.get(KEY) is not None), None)
 
 
 def quantised_dtypes(dtypes: Iterable[str]) -> list[str]:
@@ -45,3 +70,11 @@ def require_plain(what: object, dtypes: Iterable[str], quantization: Any, remedy
     kinds = quantised_dtypes(dtypes)
     if kinds:
         raise GlobeError(f"{what}: {told(kinds, quantization)}: {remedy}")
+
+
+def made_of(config: Mapping[str, Any]) -> str:
+    """The name of the model that a checkpoint was made of, as ", NAME", where config.json tells it."""
+    keys = ("base_model", "base_model_name_or_path", "_name_or_path")
+    names = (config.get(key) for key in keys)
+    name = next((name for name in names if isinstance(name, str) and name.strip()), None)
+    return f", {name}" if name is not None and "\n" not in name else ""

@@ -182,7 +182,7 @@ def _ratio_work(planned: Plan, settings: Settings, sparse: bool) -> Work:
 def _peaks(planned: Plan, settings: Settings) -> dict[str, int]:
     found = peaks(planned, settings, planned.blocks)
     if calibration_work(planned.checkpoint, settings).flops:
-        gates = planned.checkpoint.family("gate")
+        gates = planned.checkpoint.leading
         kinds, tokens = moments_for(settings.families, gates), tokens_for(settings, gates.d)
         own = own_plan(planned.checkpoint, tokens, len(kinds), memory_limit(settings), planned.device)
         needed = calibration_bytes(planned.checkpoint, tokens, len(kinds), own.directions)

@@ -9,7 +9,7 @@ from typing import Any
 from globe.checkpoint.family import Family
 from globe.checkpoint.formats.encoded import stored_as
 from globe.checkpoint.hub import headers
-from globe.checkpoint.index import FAMILIES, Checkpoint
+from globe.checkpoint.index import Checkpoint, uncollected
 from globe.choice.estimate import estimate, measured_rates
 from globe.choice.plan import plan
 from globe.choice.ratio_plan import candidates
@@ -53,14 +53,14 @@ def inspect(model: Path | str, settings: Settings | None = None, *, estimated: b
         If the directory is not a checkpoint of a known layout, or experts are missing; for an estimate, if it cannot
         be compressed with these settings.
     """
-    with headers(model) as directory:
+    with headers(model) as directory, uncollected():
         return {"model": str(model), **_described(directory, settings or Settings(), estimated)}
 
 
 def _described(directory: Path, settings: Settings, estimated: bool) -> dict[str, Any]:
     checkpoint = Checkpoint(directory)
-    everything = {name: checkpoint.family(name) for name in FAMILIES}
-    families = {name: everything[name] for name in settings.families}
+    everything = {name: checkpoint.family(name) for name in checkpoint.layout.families}
+    families = checkpoint.chosen(settings.families)
     first = next(iter(families.values()))
     choices = []
     for rank, bank in _pairs(first, settings):

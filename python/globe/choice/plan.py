@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from globe.checkpoint.family import Family
-from globe.checkpoint.index import FAMILIES, Checkpoint
+from globe.checkpoint.index import Checkpoint
 from globe.choice.probe import WeightProber
 from globe.choice.ratio_plan import Probing, candidates, plan_ratio, probes, sizes_of
 from globe.compute.blocks import Blocks
@@ -55,8 +55,9 @@ def plan(model_dir: Path, settings: Settings) -> Plan:
         If the checkpoint cannot be used.
     """
     checkpoint = Checkpoint(model_dir)
-    everything = {name: checkpoint.family(name) for name in FAMILIES}
-    families = {name: everything[name] for name in settings.families}
+    for name in checkpoint.layout.families:
+        checkpoint.family(name)
+    families = checkpoint.chosen(settings.families)
     whole = units(families, settings)
     device = pick_device(settings.device)
     if settings.ratio is not None:

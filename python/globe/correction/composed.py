@@ -4,29 +4,28 @@ from __future__ import annotations
 
 from itertools import groupby
 
-import torch
-
+from globe.checkpoint.expert_module import ExpertModule
 from globe.checkpoint.powers import times_power
 from globe.compute.gemm import matmul, mixtures
 from globe.fit.stored_lefts import Fit, solve_lefts
 from globe.runs.job import Job
 
 
-def compose_layer(gate_up: torch.Tensor, fits: dict[str, Fit], layer: int, job: Job) -> torch.Tensor:
-    """A layer's gate_up (E, 2p, d) with Ŵ_i = A_i Σ_j α_ij B_j in place of the W_i that are factored.
+def compose_layer(experts: ExpertModule, fits: dict[str, Fit], layer: int, job: Job) -> None:
+    """Put Ŵ_i = A_i Σ_j α_ij B_j in the place of a layer's W_i that are factored.
 
     Parameters
     ----------
-    gate_up : torch.Tensor, shape (E, 2p, d)
-        Every expert's gate above its up matrix; it stays as it is.
+    experts : ExpertModule
+        With the layer's weights; its gate and up are changed.
     fits : dict
         The pools, of gate or up or both.
     layer : int
     job : Job
         Settings `ridge` and `ridge_rcond`; `blocks`.
     """
-    found = gate_up.clone()
-    width = gate_up.shape[1] // 2
+    both = experts.turned(getattr(experts.module, experts.first).detach())
+    parts = dict(zip(("gate", "up"), experts.halves(both, 1), strict=True)) if experts.gated else {"up": both}
     there = [
         (name, number)
         for name, fit in fits.items()
@@ -40,6 +39,4 @@ def compose_layer(gate_up: torch.Tensor, fits: dict[str, Fit], layer: int, job: 
             expert, solved = fit.family.experts[number], next(solutions)
             mixed = fit.rows(mixtures(fit.state.codes[number : number + 1], fit.state.bank).float())[0]
             mixed = times_power(mixed, fit.power)
-            first = width if expert.family == "up" else 0
-            found[expert.expert, first : first + width] = matmul(solved.values.to(mixed.device), mixed)
-    return found
+            parts[expert.family][expert.expert] = matmul(solved.values.to(mixed.device), mixed)

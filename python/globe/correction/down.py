@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from globe.checkpoint.expert_module import expert_module
 from globe.checkpoint.family import Expert
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.tensorfile import TORCH_DTYPES
@@ -18,7 +19,8 @@ from globe.fit.stored_lefts import Fit
 from globe.runs.job import Job
 from globe.statistics.calibration import Calibration
 from globe.statistics.experts import Experts, Seen
-from globe.statistics.layerwise import Arguments, Layerwise
+from globe.statistics.handed import Arguments
+from globe.statistics.layerwise import Layerwise
 from globe.statistics.stand_in import in_place_of, layer_experts
 
 CORRECTED = "corrected-"  # and the layer: the name of a result in a job's store
@@ -122,37 +124,43 @@ def correct(
     layers = _found_before(job, downs)
     if layers is None:
         streamed = Layerwise(checkpoint, job.device, trust_remote_code, job.settings.precision)
-        layers = list(_stream(streamed, text, downs, (fits, job)))
+        with job.stages.stage("correct", max(downs) + 1) as advance:
+            states = [_state(*streamed.embed(windows)) for windows in text]
+            if any(state.original.hidden.dim() != 3 for state in states):
+                job.log("down is not corrected: every token has several streams in this architecture")
+                return None
+            layers = []
+            for found in _stream(streamed, states, downs, (fits, job)):
+                layers += [found] if found is not None else []
+                advance(1)
     places = {expert.tensor: _key(layer) for layer, experts in downs.items() for expert in experts}
     return Corrections(layers, places)
 
 
 def _stream(
     streamed: Layerwise,
-    text: list[torch.Tensor],
+    states: list[_State],
     downs: Mapping[int, list[Expert]],
     made: tuple[dict[str, Fit], Job],
-) -> Iterator[Corrected]:
+) -> Iterator[Corrected | None]:
     """Let both streams through the layers, as far as there are experts, each corrected before the next."""
     job, last = made[1], max(downs)
-    with job.stages.stage("correct", last + 1) as advance:
-        states = [_State(hidden, hidden.clone(), arguments) for hidden, arguments in map(streamed.embed, text)]
-        for number in range(last + 1):
-            if number < last:
-                streamed.expect(number + 1)
-            with streamed.layer(number) as layer:
-                if number in downs:
-                    dtype = TORCH_DTYPES[downs[number][0].info.dtype]
-                    experts, result = _Step(streamed, number, layer, dtype).refit(states, made)
-                    told = {**asdict(result), "elapsed": job.stages.so_far()}
-                    job.store.save(_key(number), _stored(experts.down, downs[number]), told)
-                    yield result
-                else:
-                    step = _Step(streamed, number, layer, streamed.dtype)
-                    for state, span in _spans(streamed, states):
-                        for hidden in (state.original, state.compressed):
-                            hidden[span] = step.through(hidden[span], state, span)
-            advance(1)
+    for number in range(last + 1):
+        if number < last:
+            streamed.expect(number + 1)
+        with streamed.layer(number) as layer:
+            if number in downs:
+                dtype = TORCH_DTYPES[downs[number][0].info.dtype]
+                experts, result = _Step(streamed, number, layer, dtype).refit(states, made)
+                told = {**asdict(result), "elapsed": job.stages.so_far()}
+                job.store.save(_key(number), _stored(experts.down, downs[number]), told)
+                yield result
+            else:
+                step = _Step(streamed, number, layer, streamed.dtype)
+                for state, span in _spans(streamed, states):
+                    for one in (state.original, state.compressed):
+                        one.hidden[span] = step.through(one, span)
+                yield None
 
 
 def _key(layer: int | str) -> str:
@@ -170,17 +178,28 @@ def _found_before(job: Job, layers: Mapping[int, Any]) -> list[Corrected] | None
 
 
 @dataclass(frozen=True)
-class _State:
-    """Windows of one length: what the original and the compressed layers have made of them, (n, window, d)."""
+class _Stream:
+    """What layers have made of windows of one length, (n, window, d), and what each has handed on to the next."""
 
-    original: torch.Tensor
-    compressed: torch.Tensor
+    hidden: torch.Tensor
     arguments: Arguments
+
+
+@dataclass(frozen=True)
+class _State:
+    """What the original layers have made of windows, and what the compressed ones have."""
+
+    original: _Stream
+    compressed: _Stream
+
+
+def _state(hidden: torch.Tensor, arguments: Arguments) -> _State:
+    return _State(_Stream(hidden, arguments), _Stream(hidden.clone(), arguments.another()))
 
 
 def _spans(streamed: Layerwise, states: list[_State]) -> Iterator[tuple[_State, slice]]:
     for state in states:
-        for span in streamed.batches(state.original):
+        for span in streamed.batches(state.original.hidden):
             yield state, span
 
 
@@ -199,27 +218,27 @@ class _Step:
         module, spans = self.streamed.experts(self.number), list(_spans(self.streamed, states))
         with in_place_of(module, layer_experts(self.streamed, module), self.streamed) as calls:
             for state, span in spans:
-                state.original[span] = self.through(state.original[span], state, span)
+                state.original.hidden[span] = self.through(state.original, span)
                 calls.clear()
-        module.gate_up_proj.data.copy_(compose_layer(module.gate_up_proj.detach().float(), fits, self.number, job))
+        compose_layer(expert_module(module), fits, self.number, job)
         experts, (some, first) = layer_experts(self.streamed, module), spans[0]
-        before, batches = some.compressed[first].clone(), []
+        before, batches = some.compressed.hidden[first].clone(), []
         with in_place_of(module, experts, self.streamed) as calls:
             for state, span in spans:
-                state.compressed[span] = self.through(state.compressed[span], state, span)
-                batches.append(_batch(calls.pop(), (state.original[span], state.compressed[span]), span))
+                state.compressed.hidden[span] = self.through(state.compressed, span)
+                batches.append(_batch(calls.pop(), (state.original.hidden[span], state.compressed.hidden[span]), span))
             gain = self._gain(experts, (before, some), batches[0])
         lost = _held_error(batches)
         ridges = [_refit(experts, group, batches, (gain, self.dtype)) for group in _groups(experts.down)]
         for (state, span), batch in zip(spans, batches, strict=True):
-            wanted = state.original[span]
+            wanted = state.original.hidden[span]
             lacking = (batch.residuals / batch.weights).cpu().view(wanted.shape)
-            state.compressed[span] = (wanted.float() - lacking).to(wanted.dtype)
+            state.compressed.hidden[span] = (wanted.float() - lacking).to(wanted.dtype)
         return experts, Corrected(self.number, lost, _held_error(batches), ridges)
 
-    def through(self, hidden: torch.Tensor, state: _State, span: slice) -> torch.Tensor:
+    def through(self, stream: _Stream, span: slice) -> torch.Tensor:
         """What the layer makes of some windows."""
-        return self.streamed.run(self.number, self.layer, hidden, state.arguments(self.number, span))
+        return self.streamed.run(self.number, self.layer, stream.hidden, stream.arguments, span)
 
     def _gain(self, experts: Experts, begin: tuple[torch.Tensor, _State], batch: _Batch) -> float:
         """What the layer multiplies its experts' output by, from the first windows before and behind it.
@@ -233,9 +252,9 @@ class _Step:
         span = slice(0, len(before))
         down = experts.down.clone()
         experts.down.zero_()
-        without = self.through(before, state, span)
+        without = self.through(_Stream(before, state.compressed.arguments), span)
         experts.down.copy_(down)
-        share = (state.compressed[span].float() - without.float()).flatten(0, -2).to(down.device) * batch.weights
+        share = (state.compressed.hidden[span].float() - without.float()).flatten(0, -2).to(down.device) * batch.weights
         made = torch.zeros_like(share)
         for group in _groups(down):
             rows, inputs = _inputs(batch, group, down.shape[2])
@@ -323,5 +342,6 @@ def _stored(down: torch.Tensor, experts: list[Expert]) -> dict[str, torch.Tensor
     """A layer's `down` (E, d, p) as the tensors that hold it, in their dtypes."""
     dtype = TORCH_DTYPES[experts[0].info.dtype]
     if experts[0].index is not None:
+        down = down.mT if experts[0].written_transposed else down
         return {experts[0].tensor: down.to("cpu", dtype).contiguous()}
     return {each.tensor: down[each.expert].to("cpu", TORCH_DTYPES[each.info.dtype]).contiguous() for each in experts}

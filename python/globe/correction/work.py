@@ -32,13 +32,13 @@ def corrected_tokens(checkpoint: Checkpoint, settings: Settings) -> int:
     if settings.correct == "none" or settings.calibrate == "none":
         return 0
     if settings.calibrate in MEASURED:
-        return tokens_for(settings, checkpoint.family("gate").d)
+        return tokens_for(settings, checkpoint.leading.d)
     return int(load_calibration(Path(settings.calibrate)).about["tokens"])
 
 
 def correction_work(checkpoint: Checkpoint, tasks: Sequence[Task]) -> Work:
     """Of refitting `down` of all layers, with the pools that were fitted: two streams, composing, and regressions."""
-    settings, gates = tasks[0].settings, checkpoint.family("gate")
+    settings, gates = tasks[0].settings, checkpoint.leading
     tokens = corrected_tokens(checkpoint, settings)
     if tokens == 0:
         return Work()
@@ -58,7 +58,7 @@ def correction_bytes(checkpoint: Checkpoint, settings: Settings) -> int:
     The states of both streams of all tokens; the layer in hand, with its experts as they were and composed; what the
     compressed experts saw of all tokens; and the sums of a regression with their factors.
     """
-    tokens, gates = corrected_tokens(checkpoint, settings), checkpoint.family("gate")
+    tokens, gates = corrected_tokens(checkpoint, settings), checkpoint.leading
     if tokens == 0:
         return 0
     p, d, chosen, at_once = gates.p, gates.d, choices(checkpoint), min(tokens, TOKENS_AT_ONCE)
@@ -75,7 +75,7 @@ def correction_bytes(checkpoint: Checkpoint, settings: Settings) -> int:
 
 def _group(checkpoint: Checkpoint) -> tuple[int, int, float]:
     """Of a regression: its inputs, how many there are in a layer, and the share of the tokens that one is given."""
-    gates = checkpoint.family("gate")
+    gates = checkpoint.leading
     experts = len(gates) // gates.layers
     together = min(experts, max(1, WIDEST // gates.p))
     share = 1.0 - (1.0 - together / experts) ** choices(checkpoint)
@@ -84,7 +84,7 @@ def _group(checkpoint: Checkpoint) -> tuple[int, int, float]:
 
 def _regressions(checkpoint: Checkpoint, tokens: int) -> Work:
     """Of a layer: the sums, a Cholesky factor and its solution for every ridge, and what is left of the residuals."""
-    d, (wide, count, share) = checkpoint.family("gate").d, _group(checkpoint)
+    d, (wide, count, share) = checkpoint.leading.d, _group(checkpoint)
     given, batches = share * tokens, math.ceil(tokens / TOKENS_AT_ONCE)
     sums = Work(flops=2 * given * wide * (wide + 2 * d), moved=4 * given * 8 * wide + batches * 20 * wide * (wide + d))
     ridge = Work(wide=wide**3 / 3 + 4 * wide * wide * d, moved=24 * wide * wide)

@@ -11,7 +11,7 @@ from globe.checkpoint.foreign import missing_directory
 from globe.checkpoint.hub import local
 from globe.checkpoint.index import INDEX_NAME, Checkpoint
 from globe.checkpoint.pretrained import first_line, import_transformers, load_tokenizer, quiet, refuse_own_code
-from globe.checkpoint.quantised import KEY, quantised_dtypes, require_plain
+from globe.checkpoint.quantised import KEY, quantised_dtypes, quantization_of, require_plain
 from globe.compute.devices import find_device
 from globe.errors import GlobeError, UsageError
 
@@ -59,7 +59,7 @@ def load_model(
         # a missing or truncated shard is named here
         checkpoint = Checkpoint(directory)
         dtypes = quantised_dtypes(info.dtype for info in checkpoint.tensors.values())
-        if checkpoint.config.get(KEY) is None:
+        if quantization_of(checkpoint.config) is None:
             require_plain(directory, dtypes, None)
     else:
         dtypes = None

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from globe.checkpoint.expert_module import ExpertModule, expert_module
 from globe.checkpoint.formats.packed import PACKED, SCALE, Packing
-from globe.errors import GlobeError
+from globe.checkpoint.layouts import FAMILIES
 from globe.hf.banks import AsStored, Bank, Banks, register_packed, require_packed, unpacked
 
-FAMILIES = ("gate", "up", "down")
 _NONE: Mapping[str, Packing] = MappingProxyType({})
 Held = dict[str, tuple[torch.Tensor, ...]]  # parameters by name, expert by expert
 
@@ -37,8 +37,9 @@ class FactoredExperts(AsStored):
     """Stands in for an experts module of transformers, of whatever architecture, and is called as it is.
 
     A factored family has parameter `{family}_left` (E, p, r), the left factors; one that is not is dense: `gate_dense`
-    and `up_dense` (E, p, d), or `gate_up_proj` (E, 2p, d) where neither is factored, and `down_proj` (E, d, p). Packed
-    left factors are buffers `{family}_left_packed` and so on, and each is made values of each time it is used.
+    and `up_dense` (E, p, d), or the module's own `gate_up_proj` (`up_proj` of experts without a gate) where neither is
+    factored, and its `down_proj`. Biases are the module's own. Packed left factors are buffers `{family}_left_packed`
+    and so on, and each is made values of each time it is used.
 
     Parameters
     ----------
@@ -52,23 +53,26 @@ class FactoredExperts(AsStored):
         Of the families whose left factors are packed.
     """
 
-    act_fn: Any
-
     def __init__(
         self, dense: nn.Module, places: dict[str, Place], banks: Banks, packings: Mapping[str, Packing] = _NONE
     ) -> None:
         super().__init__()
-        gate_up, down = check_experts(dense)
-        experts, width, size = gate_up.shape[0], gate_up.shape[1] // 2, gate_up.shape[2]
+        form = expert_module(dense)
+        first: nn.Parameter = getattr(dense, form.first)
+        experts, width, size = form.shape[0], form.shape[2], form.turned(first).shape[2]
         self.num_experts, self.hidden_dim, self.intermediate_dim = experts, size, width
-        self.act_fn = dense.act_fn
         self.places, self.packings = places, packings
-        self._banks = (banks,)  # in a tuple, so that it is no submodule of every layer
-        if "gate" not in places and "up" not in places:
-            self.gate_up_proj = gate_up
-        if "down" not in places:
-            self.down_proj = down
-        for family in FAMILIES:
+        # In tuples, so that they are no submodules: the banks of every layer, and the module without its parameters.
+        self._banks = (banks,)
+        self._form = (ExpertModule(_emptied(dense), form.first, form.transposed, form.interleaved),)
+        kept = {"down_proj"} if "down" not in places else set()
+        kept |= {form.first} if not places.keys() & {"gate", "up"} else set()
+        for name, value in dense._parameters.items():
+            if name in kept or name.endswith("_bias"):
+                self.register_parameter(name, value)
+        for name, child in dense.named_children():
+            self.add_module(name, child)
+        for family in FAMILIES if form.gated else FAMILIES[1:]:
             if family in places:
                 rank = places[family].bank.rank
                 packing = packings.get(family)
@@ -77,19 +81,27 @@ class FactoredExperts(AsStored):
                     register_packed(self, f"{family}_left", words, groups)
                     places[family].bank.orthonormal = True
                     continue
-                self.register_parameter(f"{family}_left", nn.Parameter(gate_up.new_empty(experts, width, rank)))
-            elif family != "down" and "gate_up_proj" not in self._parameters:
-                self.register_parameter(f"{family}_dense", nn.Parameter(gate_up.new_empty(experts, width, size)))
+                self.register_parameter(f"{family}_left", nn.Parameter(first.new_empty(experts, width, rank)))
+            elif family != "down" and form.first not in kept:
+                self.register_parameter(f"{family}_dense", nn.Parameter(first.new_empty(experts, width, size)))
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor | None = None,
+        top_k_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Σ_k weight_tk · expert_{index_tk}(x_t), the tokens grouped by expert; index E stands for none.
+
+        Without indices the tokens are those of one expert after another, equally many of each (Llama 4).
 
         Parameters are taken apart once, and rows by `index_select`: their gradients then are one stack of the experts'
         and sums of rows, and not a tensor of all experts for each.
         """
         held = {name: getattr(self, name).unbind() for name in self._parameters}
+        if top_k_index is None or top_k_weights is None:
+            shared = hidden_states.view(self.num_experts, -1, hidden_states.shape[-1])
+            return torch.cat([self._expert(expert, held, x) for expert, x in enumerate(shared)])
         total = torch.zeros_like(hidden_states)
         picked = top_k_index.reshape(-1)
         order = picked.argsort(stable=True)
@@ -106,15 +118,31 @@ class FactoredExperts(AsStored):
         return total
 
     def _expert(self, expert: int, held: Held, x: torch.Tensor) -> torch.Tensor:
-        if "gate_up_proj" in held:
-            gate, up = linear(x, held["gate_up_proj"][expert]).chunk(2, -1)
-        else:
-            gate, up = (self._rows(family, expert, held, x) for family in ("gate", "up"))
-        hidden: torch.Tensor = self.act_fn(gate) * up
+        form = self._form[0]
+        gate, up = self._outputs(expert, held, x)
+        hidden = form.hidden(gate, up)
         if "down_proj" in held:
-            return linear(hidden, held["down_proj"][expert])
-        left = self.left("down", expert, held, hidden)
-        return (hidden @ left) @ self.mixture("down", expert, hidden)  # W_downᵀ ≈ A B̃
+            made = linear(hidden, form.turned(held["down_proj"][expert]))
+        else:
+            left = self.left("down", expert, held, hidden)
+            made = (hidden @ left) @ self.mixture("down", expert, hidden)  # W_downᵀ ≈ A B̃
+        if "down_proj_bias" in held:
+            made = made + held["down_proj_bias"][expert]
+        return form.finished(made)
+
+    def _outputs(self, expert: int, held: Held, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """What gate and up make of tokens, with their biases; None for the gate where there is none."""
+        form = self._form[0]
+        biases = held.get(f"{form.first}_bias")
+        bias = biases[expert] if biases is not None else None
+        if form.first in held:
+            both = linear(x, form.turned(held[form.first][expert]), bias)
+            return form.halves(both) if form.gated else (None, both)
+        made = [self._rows(family, expert, held, x) for family in (("gate", "up") if form.gated else ("up",))]
+        if bias is not None:
+            each = form.halves(bias) if form.gated else (bias,)
+            made = [values + shift for values, shift in zip(made, each, strict=True)]
+        return (made[0] if form.gated else None), made[-1]
 
     def _rows(self, family: str, expert: int, held: Held, x: torch.Tensor) -> torch.Tensor:
         if family not in self.places:
@@ -154,17 +182,8 @@ class FactoredExperts(AsStored):
                 require_packed(self, f"{family}_left", f"{name}.{family}_left", packing)
 
 
-def check_experts(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
-    """The parameters gate_up_proj (E, 2p, d) and down_proj (E, d, p) of an experts module of transformers.
-
-    Raises
-    ------
-    GlobeError
-        If it is made in another way than all supported architectures' are.
-    """
-    parameters = dict(module.named_parameters())
-    odd = set(parameters) != {"gate_up_proj", "down_proj"} or not hasattr(module, "act_fn")
-    odd = odd or getattr(module, "is_transposed", False) or not getattr(module, "is_concatenated", True)
-    if odd or parameters["gate_up_proj"].ndim != 3:
-        raise GlobeError(f"{type(module).__name__} of transformers is not made of gate_up_proj, down_proj and act_fn")
-    return parameters["gate_up_proj"], parameters["down_proj"]
+def _emptied(module: nn.Module) -> nn.Module:
+    """A copy of a module without its parameters: what it computes of others."""
+    found = copy(module)
+    found._parameters = {}
+    return found

@@ -24,7 +24,7 @@ from globe.hf.save import save_pretrained
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?experts$")
 _OURS = re.compile(rf"(?:^|[._])(?:gate|up|down)_left(?:{PACKED}|{SCALE}|{SHAPE})?$")  # in files of any maker
-_GATE_UP, _DOWN = "experts.gate_up_proj", "experts.down_proj"
+_GATE_UP, _UP, _DOWN = "experts.gate_up_proj", "experts.up_proj", "experts.down_proj"
 
 
 @register_quantization_config(METHOD)
@@ -119,6 +119,7 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
                 factored = FactoredExperts(dense, places, model.globe, lefts)
                 _require_stored(shapes, int(match[1]), factored)
                 model.set_submodule(name, factored)
+        _require_untied(model)
         if not any(isinstance(module, FactoredExperts) for module in model.modules()):
             raise GlobeError(f"{type(model).__name__} of transformers has no experts where the checkpoint has them")
 
@@ -131,18 +132,30 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
             targets = getattr(conversion, "_original_target_patterns", [])
             sources = getattr(conversion, "_original_source_patterns", [])
             families = _families(conversion, targets, sources)
+            if len(targets) > 1 and any(target.endswith(_DOWN) for target in targets):
+                raise GlobeError(
+                    f"{type(model).__name__} of transformers takes its experts out of one list with those for images, "
+                    "of which none is factored: run what globe export writes"
+                )
             if not factored & set(families):
+                before += _stacked(sources, targets, factored, packed)
                 kept.append(conversion)
                 continue
             for family, source in zip(families, sources, strict=True):
                 name = left_name(source, family) if family in factored else source
-                target = re.sub(r"(gate_up|down)_proj$", _parameter(family, factored), targets[0])
+                target = re.sub(r"(gate_up|up|down)_proj$", _parameter(family, factored), targets[0])
+                merged = any(isinstance(step, MergeModulelist) for step in conversion.operations)
                 for part in _parts(family, packed):
-                    merged = [MergeModulelist(dim=0)]
-                    before.append(conversion.copy([name + part], [target + part], operations=merged))
+                    if merged:
+                        operations = [MergeModulelist(dim=0)]
+                        before.append(conversion.copy([name + part], [target + part], operations=operations))
+                    else:  # a stack of the family's own
+                        before.append(WeightRenaming(name + part, target + part))
+        stacks = [(_DOWN if name == "down" else _GATE_UP, name) for name in factored]
+        stacks += [(_UP, name) for name in factored & {"up"}]
         fused = {
-            left_name(_DOWN if name == "down" else _GATE_UP, name) + part: f"{name}_left{part}"
-            for name in factored
+            left_name(stack, name) + part: f"{name}_left{part}"
+            for stack, name in stacks
             for part in _parts(name, packed)
         }
         if factored & {"gate", "up"}:
@@ -170,10 +183,37 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
+def _stacked(sources: list[str], targets: list[str], factored: set[str], packed: Container[str]) -> list[Any]:
+    """The names of the parts of a stack of gate and up that transformers changes as it loads it."""
+    if len(sources) != 1 or len(targets) != 1 or not targets[0].replace("\\", "").endswith(_GATE_UP):
+        return []
+    names = {name: (left_name if name in factored else rest_name)(sources[0], name) for name in ("gate", "up")}
+    place = targets[0].removesuffix("gate_up_proj")
+    return [
+        WeightRenaming(stored + part, place + _parameter(name, factored) + part)
+        for name, stored in names.items()
+        for part in (_parts(name, packed) if name in factored else ("",))
+    ]
+
+
+def _require_untied(model: Any) -> None:
+    """Refuse experts that transformers ties to others: it would leave their factors as they were made up."""
+    for target, source in model.all_tied_weights_keys.items():
+        owners = {name.rpartition(".")[0] for name in (target, source)}
+        if any(isinstance(model.get_submodule(owner), FactoredExperts) for owner in owners):
+            raise GlobeError(
+                f"{type(model).__name__} of transformers ties {target} to others: run what globe export writes"
+            )
+
+
 def _families(conversion: Any, targets: list[str], sources: list[str]) -> tuple[str, ...]:
     """The families that a conversion of transformers merges out of one matrix per expert."""
-    if isinstance(conversion, WeightConverter) and len(targets) == 1 and any("experts" in name for name in sources):
-        for end, families in ((_GATE_UP, ("gate", "up")), (_DOWN, ("down",))):
+    if (
+        isinstance(conversion, WeightConverter)
+        and len(targets) == 1
+        and any("expert" in name for name in [*sources, *targets])
+    ):
+        for end, families in ((_GATE_UP, ("gate", "up")), (_UP, ("up",)), (_DOWN, ("down",))):
             if targets[0].replace("\\", "").endswith(end) and len(sources) == len(families):
                 return families
     return ()

@@ -34,7 +34,8 @@ def families_report(
     """`families`: the reports; where the pools are not the families, a summary of each, and the reports in `pools`."""
     if set(reports) == set(names):
         return {"families": reports}
-    return {"families": {name: _family_report(name, reports, fits, written) for name in names}, "pools": reports}
+    there = [name for name in names if any(name in fit.family.families for fit in fits.values())]
+    return {"families": {name: _family_report(name, reports, fits, written) for name in there}, "pools": reports}
 
 
 def _family_report(

@@ -14,7 +14,7 @@ from globe.artifact.output import Identity, run_key
 from globe.artifact.owned import Claim, Scratch, factored_names
 from globe.checkpoint.companions import companions
 from globe.checkpoint.index import Checkpoint
-from globe.checkpoint.quantised import KEY, quantised_dtypes, told
+from globe.checkpoint.quantised import quantised_dtypes, quantization_of, told
 from globe.choice.plan import Plan, peaks, plan, require_correction_memory
 from globe.compute import ranks
 from globe.compute.blocks import BLOCKS
@@ -105,7 +105,7 @@ def open_alike(source: Path, settings: Settings, stages: Stages, *, trust_remote
         if different:
             kind = GlobeError if key["settings"] == keys[0]["settings"] else UsageError
             raise kind(f"rank {number} is not as rank 0: {', '.join(different[:3])}; start all with the same command")
-    layers = opened.plan.checkpoint.family("gate").layers
+    layers = opened.plan.checkpoint.leading.layers
     if ranks.size() > layers:
         raise UsageError(
             f"{ranks.size()} ranks for {layers} layers with experts; expected at most a rank for each layer: use "
@@ -122,7 +122,7 @@ def _formats(checkpoint: Checkpoint) -> Iterator[str]:
     parts = {part.tensor for matrix in checkpoint.encoded for part in matrix.parts.values()}
     dtypes = [info.dtype for name, info in checkpoint.tensors.items() if name not in parts]
     if quantised_dtypes(dtypes):
-        yield f"{told(dtypes, checkpoint.config.get(KEY))}: kept as they are"
+        yield f"{told(dtypes, quantization_of(checkpoint.config))}: kept as they are"
 
 
 def environment(planned: Plan, settings: Settings) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import torch
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 Sloped = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Gating = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Slopes = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 _FAR = (-1000.0, -200.0, -50.0, -20.0, 20.0, 50.0, 200.0, 1000.0)  # where a clipped activation differs
 _TANH_SCALE, _TANH_CUBE = math.sqrt(2 / math.pi), 0.044715
@@ -46,6 +48,41 @@ def differentiated(activation: Activation, x: torch.Tensor) -> tuple[torch.Tenso
         value = activation(leaf)
         (slope,) = torch.autograd.grad(value.sum(), leaf)
     return value.detach(), slope
+
+
+def gated(activation: Activation, device: torch.device) -> Slopes:
+    """The function (g, u) ↦ (φ'(g) u, φ(g), φ(g) u)."""
+    known = sloped(activation, device)
+
+    def slopes(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        value, slope = known(gate)
+        return slope.mul_(up), value, value * up
+
+    return slopes
+
+
+def ungated(activation: Activation, device: torch.device) -> Slopes:
+    """The function (_, u) ↦ (0, φ'(u), φ(u)), of experts without a gate."""
+    known = sloped(activation, device)
+
+    def slopes(_: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        value, slope = known(up)
+        return torch.zeros_like(up), slope, value
+
+    return slopes
+
+
+def own_slopes(gating: Gating) -> Slopes:
+    """The function (g, u) ↦ (∂h/∂g, ∂h/∂u, h) of any elementwise h, by automatic differentiation."""
+
+    def slopes(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        with torch.enable_grad():
+            leaves = gate.detach().requires_grad_(), up.detach().requires_grad_()
+            value = gating(*leaves)
+            by_gate, by_up = torch.autograd.grad(value.sum(), leaves)
+        return by_gate, by_up, value.detach()
+
+    return slopes
 
 
 def _silu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

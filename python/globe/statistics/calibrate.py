@@ -101,7 +101,7 @@ def calibrate(
         raise UsageError(f"precision is {precision!r}; expected auto or fp32")
     keep_memory()
     place, stages = Path(path), Stages(progress if ranks.rank() == 0 else None)
-    gates = checkpoint.family("gate")
+    gates = checkpoint.leading
     require_place(place)
     wanted, limit = tokens if tokens is not None else usual_tokens(gates.d), memory_limit(Settings())
     where, kept = find_device(device), kept_moments(row_moments, gates)
@@ -185,7 +185,7 @@ def calibration_for(
 
 def _asked(checkpoint: Checkpoint, job: Job, trust_remote_code: bool) -> tuple[Ask, Manner]:
     """What a run reads, and how it measures."""
-    settings, gates = job.settings, checkpoint.family("gate")
+    settings, gates = job.settings, checkpoint.leading
     tokens, longest = tokens_for(settings, gates.d), checkpoint.config.get("max_position_embeddings")
     window = min(WINDOW, longest if isinstance(longest, int) else WINDOW, tokens // 2)
     kept = moments_for(settings.families, gates)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
 from globe.compute.passes import engine
-from globe.statistics.activations import Activation, sloped
+from globe.statistics.activations import Activation, Slopes, gated
 
 FACTORS = 3  # of a token and expert, each as wide as the expert: see Seen
 _ROWS = 256  # of a product on one core: what is made of them stays in its cache
+
+
+def _chunks(both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    gate, up = both.chunk(2, dim=-1)
+    return gate, up
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,8 @@ class Seen:
     inputs : torch.Tensor, shape (n, d)
     routing : Routing
     factors : torch.Tensor, shape (3, n k, p)
-        Of every pair, with g = gate x and u = up x: φ'(g) u, φ(g) and φ(g) u, in fp32. The next call overwrites them.
+        Of every pair, with g = gate x and u = up x: ∂h/∂g, ∂h/∂u and h, in fp32; where h = φ(g) u these are φ'(g) u,
+        φ(g) and φ(g) u. The next call overwrites them.
     """
 
     inputs: torch.Tensor
@@ -54,8 +60,30 @@ class Seen:
     factors: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Form:
+    """What experts are made of beside gate, up and down.
+
+    Parameters
+    ----------
+    slopes : callable
+        Of gate x and up x, (n, p) in fp32, ∂h/∂g, ∂h/∂u and h.
+    halves : callable
+        Gate x and up x in what both give together, along the last axis.
+    biases : tuple of torch.Tensor or None
+        (E, 2p) and (E, d), added to what gate and up give and to what down gives.
+    finished : callable, optional
+        What becomes of down's outputs before they are weighed.
+    """
+
+    slopes: Slopes
+    halves: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = _chunks
+    biases: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    finished: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
 class Experts:
-    """A layer's experts down_e (φ(gate_e x) ∘ up_e x).
+    """A layer's experts down_e h(gate_e x, up_e x), where h(g, u) is φ(g) ∘ u or what `form` says.
 
     On a CPU products are in the weights' dtype, summed in fp32, one block of tokens of one expert on a core, so that no
     bit depends on the number of threads; on other devices gate x and up x are products in fp32.
@@ -63,16 +91,28 @@ class Experts:
     Parameters
     ----------
     gate_up : torch.Tensor, shape (E, 2p, d)
-        Every expert's gate above its up matrix.
+        Every expert's gate above its up matrix; or rows in another order, or (E, p, d) without a gate, as `form` has
+        it.
     down : torch.Tensor, shape (E, d, p)
         The down matrices.
-    activation : callable
+    activation : callable, optional
         φ, elementwise.
+    form : Form, optional
+        In place of φ.
     """
 
-    def __init__(self, gate_up: torch.Tensor, down: torch.Tensor, activation: Activation) -> None:
+    def __init__(
+        self,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        activation: Activation | None = None,
+        form: Form | None = None,
+    ) -> None:
         self.gate_up, self.down = gate_up, down
-        self._sloped = sloped(activation, down.device)
+        if form is None:
+            assert activation is not None
+            form = Form(gated(activation, down.device))
+        self._form = form
         self._factors = torch.empty(FACTORS, 0, down.shape[2], device=down.device)
         self._answers = torch.empty(0, down.shape[1], device=down.device)
 
@@ -115,13 +155,17 @@ class Experts:
         x, gate_up, down = seen.inputs.index_select(0, seen.routing.rows[rows]), self.gate_up[expert], self.down[expert]
         if x.device.type != "cpu":
             x, gate_up = x.float(), gate_up.float()
-        gate, up = functional.linear(x.to(gate_up.dtype), gate_up).float().chunk(2, dim=-1)
-        value, slope = self._sloped(gate)
-        by_gate, by_up, hidden = seen.factors[:, rows]
-        torch.mul(slope, up, out=by_gate)
-        by_up.copy_(value)
-        torch.mul(value, up, out=hidden)
-        self._answers[rows] = functional.linear(hidden.to(down.dtype), down).float()
+        shift, last = (None if each is None else each[expert] for each in self._form.biases)
+        both = functional.linear(x.to(gate_up.dtype), gate_up).float()
+        if shift is not None:
+            both += shift.float()
+        made = self._form.slopes(*self._form.halves(both))
+        for factor, values in zip(seen.factors[:, rows], made, strict=True):
+            factor.copy_(values)
+        answer = functional.linear(made[2].to(down.dtype), down).float()
+        if last is not None:
+            answer += last.float()
+        self._answers[rows] = answer if self._form.finished is None else self._form.finished(answer)
 
 
 def route(chosen: torch.Tensor, weights: torch.Tensor, experts: int) -> Routing:

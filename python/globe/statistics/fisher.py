@@ -122,14 +122,15 @@ class _Path:
     def __init__(self, streamed: Layerwise, windows: torch.Tensor, folder: Path) -> None:
         self._streamed, self._windows = streamed, windows
         self._state, self._arguments = streamed.embed(windows)
+        if self._arguments.hands_on:
+            raise GlobeError("layers hand one another more than the stream, whose gradient is not followed")
         self._kept = _scratch((len(streamed.layers), *self._state.shape), self._state.dtype, folder)
 
     def forwards(self, number: int, layer: Any) -> None:
         """Let all windows through a layer."""
         self._kept[number] = self._state
         for span in self._streamed.batches(self._windows):
-            given = self._arguments(number, span)
-            self._state[span] = self._streamed.run(number, layer, self._state[span], given)
+            self._state[span] = self._streamed.run(number, layer, self._state, self._arguments, span)
 
     def turn(self, model: Any, random: torch.Generator) -> None:
         """Draw tokens from the logits; from here on the state is the gradient of their −log q."""
@@ -147,7 +148,7 @@ class _Path:
         for span in self._streamed.batches(self._windows):
             state = self._kept[number, span].to(self._streamed.device).requires_grad_()
             with torch.enable_grad():
-                output = layer(state, **self._arguments(number, span))
+                output = layer(state, **self._arguments.of(number, span))
             output = output[0] if isinstance(output, tuple) else output
             gradient = self._state[span].to(self._streamed.device)
             self._state[span] = torch.autograd.grad(output, state, gradient)[0].cpu()

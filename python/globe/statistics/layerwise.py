@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -11,20 +11,19 @@ from typing import Any
 
 import torch
 
+from globe.checkpoint.formats.encoded import Encoded
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.layouts import PREFIXES
 from globe.checkpoint.pretrained import first_line, import_transformers, quiet, refuse_own_code
-from globe.checkpoint.quantised import KEY, require_plain
 from globe.checkpoint.read_ahead import read_soon
 from globe.checkpoint.tensorfile import TensorInfo, read_tensor
 from globe.compute.gemm import dictionary_dtype
 from globe.errors import GlobeError
+from globe.statistics.handed import HANDED, Arguments, Calls, named, shared
 
 _HEAD = "head"  # what is neither in a layer nor beside the layers
 LAYER = re.compile(rf"(?P<prefix>{'|'.join(map(re.escape, PREFIXES))})layers\.(?P<layer>\d+)\.")
 TOKENS_AT_ONCE = 4096
-
-Arguments = Callable[[int, slice], dict[str, Any]]
 
 
 class NotFinite(GlobeError):
@@ -50,9 +49,8 @@ def own_code(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def require_runnable(checkpoint: Checkpoint) -> None:
-    """Refuse tensors beside the experts that are quantised: here they would run as plain numbers."""
-    dtypes = (info.dtype for info in checkpoint.tensors.values())
-    require_plain(checkpoint.directory, dtypes, checkpoint.config.get(KEY))
+    """Refuse tensors that are stored as codes of no format that is read."""
+    assert checkpoint.decoded
 
 
 def _cannot(checkpoint: Checkpoint, why: str) -> GlobeError:
@@ -61,11 +59,13 @@ def _cannot(checkpoint: Checkpoint, why: str) -> GlobeError:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor of the checkpoint that transformers' loader reads when it indexes it."""
+    """A tensor of the checkpoint that transformers' loader reads, or decodes, when it indexes it."""
 
-    info: TensorInfo
+    info: TensorInfo | Encoded
 
     def __getitem__(self, _: Any) -> torch.Tensor:
+        if isinstance(self.info, Encoded):
+            return self.info.read().mT if self.info.turned else self.info.read()
         return read_tensor(self.info)
 
 
@@ -86,7 +86,8 @@ class Layerwise:
     Raises
     ------
     GlobeError
-        If transformers is not there, does not have the architecture, or misses tensors; or tensors are quantised.
+        If transformers is not there, does not have the architecture, or misses tensors; or tensors are stored as codes
+        of no format that is read.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Layerwise:
         require_runnable(checkpoint)
         self.checkpoint, self.device = checkpoint, device
         transformers = import_transformers("calibration")
-        stored = checkpoint.family("gate").dtype
+        stored = checkpoint.leading.dtype
         self.dtype = self.working_dtype(stored, device, precision)
         import_module("transformers.modeling_utils")  # before "meta": on torch 2.6 its imports make tensors
         with own_code(checkpoint), quiet(transformers), torch.device("meta"):
@@ -108,11 +109,13 @@ class Layerwise:
             made = auto.from_config(config, dtype=self.dtype, trust_remote_code=trust_remote_code)
             self.model = made.eval()
             self.base = self.model.get_decoder()
+            if not hasattr(self.base, "layers"):  # of several models some give their language model with its head
+                self.base = self.base.model
             self.layers = self.base.layers
         self.positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         self._expert_dtype = stored
         self._names: dict[int | str | None, list[str]] = {}
-        matches = {name: LAYER.match(name) for name in checkpoint.tensors}
+        matches = {name: LAYER.match(name) for name in checkpoint.decoded}
         prefix = next((match["prefix"] for match in matches.values() if match is not None), "model.")
         for name, match in matches.items():
             beside = _HEAD if name.startswith("lm_head.") or not name.startswith(prefix) else None
@@ -131,46 +134,73 @@ class Layerwise:
 
     def expect(self, number: int) -> None:
         """Let the system read a layer's weights into its cache meanwhile."""
-        read_soon([self.checkpoint.tensors[name] for name in self._names.get(number, [])])
+        found: list[TensorInfo] = []
+        for name in self._names.get(number, []):
+            info = self.checkpoint.decoded[name]
+            found += [part.info for part in info.parts.values()] if isinstance(info, Encoded) else [info]
+        read_soon(found)
 
     def experts(self, number: int) -> Any:
         """The module of a layer that holds its routed experts, or None."""
-        found = [module for module in self.layers[number].modules() if "gate_up_proj" in module._parameters]
-        return found[0] if found and found[0].gate_up_proj.dim() == 3 else None
+        for module in self.layers[number].modules():
+            down = module._parameters.get("down_proj")
+            if down is not None and down.dim() == 3 and module._parameters.keys() & {"gate_up_proj", "up_proj"}:
+                return module
+        return None
 
     def embed(self, windows: torch.Tensor) -> tuple[torch.Tensor, Arguments]:
-        """The hidden states that the first layer is given, and the other arguments of any layer.
+        """The stream that the first layer is given, and the other arguments of any layer.
 
-        The decoder's own forward makes them, with layers that only note what they are called with.
+        The decoder's own forward makes them, with layers that only note what they are called with. Where layers give
+        something beside the stream, they give a mark, by which the next ones' argument of it is known.
 
         Returns
         -------
         tuple
-            Hidden states (n, window, d) on the CPU, and a function of a layer's number and a batch of windows.
+            The stream (n, window, …, d) on the CPU, and arguments by a layer's number and a batch of windows.
         """
-        hidden = torch.empty(*windows.shape, self.base.config.hidden_size, dtype=self.dtype)
-        seen: dict[int, list[dict[str, Any]]] = {}
-        calls: list[dict[str, Any]] = []
+        stream: torch.Tensor | None = None
+        seen: dict[int, Calls] = {}
+        calls: Calls = []
+        hands_on = False
 
-        def note(hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-            if not calls:
-                hidden[span] = hidden_states.cpu()
-            calls.append(arguments)
-            return hidden_states
+        def noting(function: Any) -> Any:
+            def note(hidden_states: torch.Tensor, *rest: Any, **arguments: Any) -> Any:
+                nonlocal stream
+                if stream is None:
+                    stream = torch.empty(len(windows), *hidden_states.shape[1:], dtype=hidden_states.dtype)
+                if not calls:
+                    stream[span] = hidden_states.cpu()
+                calls.append(named(function, rest) | arguments)
+                return (hidden_states, HANDED) if hands_on else hidden_states
+
+            return note
+
+        def noted(span: slice) -> None:
+            with torch.no_grad():
+                self.base(input_ids=windows[span].to(self.device), use_cache=False)
 
         with self._loaded(None, self.base, set(self.layers)):
             for layer in self.layers:
-                layer.forward = note
+                layer.forward = noting(layer.forward)
             try:
                 for span in self.batches(windows):
                     calls = []
-                    with torch.no_grad(), own_code(self.checkpoint):
-                        self.base(input_ids=windows[span].to(self.device), use_cache=False)
-                    seen[span.stop - span.start] = calls
+                    with own_code(self.checkpoint):
+                        try:
+                            noted(span)
+                        except ValueError as error:
+                            if hands_on or "to unpack" not in str(error):
+                                raise
+                            hands_on, calls = True, []
+                            noted(span)
+                    before = seen.get(0, calls)
+                    seen[span.start] = [shared(*pair) for pair in zip(calls, before, strict=True)]
             finally:
                 for layer in self.layers:
                     del layer.forward
-        return hidden, lambda number, span: seen[span.stop - span.start][number]
+        assert stream is not None
+        return stream, Arguments(seen)
 
     @staticmethod
     def batches(windows: torch.Tensor) -> list[slice]:
@@ -215,11 +245,18 @@ class Layerwise:
                 if tied:
                     _to_meta(head)
 
-    def run(self, number: int, layer: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-        """A layer's output on the CPU for a batch of hidden states (n, window, d)."""
+    def run(self, number: int, layer: Any, stream: torch.Tensor, arguments: Arguments, span: slice) -> torch.Tensor:
+        """A layer's output on the CPU for a batch of a stream (n, window, …, d)."""
+        given = arguments.of(number, span)
+        places = {name: len(value) for name, value in given.items() if isinstance(value, dict)}
         with torch.no_grad(), own_code(self.checkpoint):
-            output = layer(hidden.to(self.device), **arguments)
+            output = layer(stream[span].to(self.device), **given)
             result: torch.Tensor = (output[0] if isinstance(output, tuple) else output).cpu()
+        if isinstance(output, tuple) and len(output) > 1:
+            arguments.hand_on(number, span, output[1])
+        for name, count in places.items():
+            if len(given[name]) > count:  # keys and values, of which no second stream may know
+                raise _cannot(self.checkpoint, f"layer {number} leaves something for later ones in {name}")
         if not all(map(torch.isfinite, result.aminmax())):
             kind = NotFinite if self.device.type == "cpu" else GlobeError
             raise kind(
@@ -247,7 +284,7 @@ class Layerwise:
             raise GlobeError(f"calibration needs transformers 5.15 or newer: {first_line(error)}") from error
         import transformers
 
-        stored = {name: _Stored(self.checkpoint.tensors[name]) for name in self._names.get(key, [])}
+        stored = {name: _Stored(self.checkpoint.decoded[name]) for name in self._names.get(key, [])}
         with own_code(self.checkpoint), quiet(transformers):
             plan = self.model._get_dtype_plan(self.dtype) if hasattr(self.model, "_get_dtype_plan") else {}
             where = LoadStateDictConfig(

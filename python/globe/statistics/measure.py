@@ -14,7 +14,8 @@ from globe.errors import GlobeError, UsageError
 from globe.runs.stages import Stages
 from globe.statistics.calibration import TOKENS, Calibration, LayerStatistics, load_calibration, save_calibration
 from globe.statistics.fisher import Fisher, fisher, spread
-from globe.statistics.layerwise import Arguments, Layerwise, NotFinite, own_code
+from globe.statistics.handed import Arguments
+from globe.statistics.layerwise import Layerwise, NotFinite, own_code
 from globe.statistics.manner import NOT_ASKED, Manner
 from globe.statistics.moments import Moments
 from globe.statistics.stand_in import in_place_of, layer_experts
@@ -32,7 +33,7 @@ def measure(reading: Reading, manner: Manner, path: Path, stages: Stages) -> Cal
         If the checkpoint cannot be run, or its experts are not of the form that is known.
     """
     require_place(path)
-    checkpoint, gates = reading.checkpoint, reading.checkpoint.family("gate")
+    checkpoint, gates = reading.checkpoint, reading.checkpoint.leading
     streamed = Layerwise(checkpoint, manner.device, reading.trust_remote_code, manner.precision)
     with own_code(checkpoint):
         known = streamed.model.get_input_embeddings().num_embeddings
@@ -96,7 +97,7 @@ def require_place(path: Path) -> None:
 
 def products(reading: Reading, manner: Manner) -> str:
     """What a file says of the dtype that layers run in."""
-    dtype = Layerwise.working_dtype(reading.checkpoint.family("gate").dtype, manner.device, manner.precision)
+    dtype = Layerwise.working_dtype(reading.checkpoint.leading.dtype, manner.device, manner.precision)
     return str(dtype).removeprefix("torch.")
 
 
@@ -129,16 +130,17 @@ def _pass(
         if module is None:
             for hidden, arguments, _ in states:
                 for span in streamed.batches(hidden):
-                    hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
+                    hidden[span] = streamed.run(number, layer, hidden, arguments, span)
             return None
-        experts, (count, d, p) = layer_experts(streamed, module), module.down_proj.shape
+        experts = layer_experts(streamed, module)
+        count, d, p = experts.down.shape
         moments = Moments(count, d, p, manner.kept, manner.own.directions)
         with in_place_of(module, experts, streamed) as calls:
             for hidden, arguments, first in states:
                 for span in streamed.batches(hidden):
-                    hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
+                    hidden[span] = streamed.run(number, layer, hidden, arguments, span)
                     place = (first + span.start) * hidden.shape[1]
-                    moments.add(calls.pop(), hidden[span].flatten(0, -2), place)
+                    moments.add(calls.pop(), hidden[span].flatten(0, 1).flatten(1), place)
         return moments.over_ranks().statistics(experts.down)
 
 

@@ -36,7 +36,7 @@ def require_memory(checkpoint: Checkpoint, settings: Settings) -> None:
     """
     if settings.calibrate not in MEASURED:
         return
-    gates = checkpoint.family("gate")
+    gates = checkpoint.leading
     kept, tokens = moments_for(settings.families, gates), tokens_for(settings, gates.d)
     limit, needed = memory_limit(settings), calibration_bytes(checkpoint, tokens, len(kept))
     if needed > limit:
@@ -59,7 +59,7 @@ def own_plan(checkpoint: Checkpoint, tokens: int, kept_moments: int, limit: int,
     device : torch.device
         Where layers run, which is where the sums are.
     """
-    gates = checkpoint.family("gate")
+    gates = checkpoint.leading
     each, choices = len(gates) // gates.layers, checkpoint.text_config.get("num_experts_per_tok")
     if isinstance(choices, int) and choices >= each:
         return OwnPlan(0, "every token goes to all experts of its layer")
@@ -77,7 +77,7 @@ def calibration_bytes(checkpoint: Checkpoint, tokens: int, kept_moments: int = 0
 
     `kept_moments` of the p × p kinds of every expert are among the statistics, and `own` directions of its own moment.
     """
-    gates = checkpoint.family("gate")
+    gates = checkpoint.leading
     count, p, d = len(gates), gates.p, gates.d
     layers = len({expert.layer for expert in gates.experts})
     embedding, layer = embedding_bytes(checkpoint), layer_bytes(checkpoint)
@@ -106,7 +106,7 @@ def fisher_bytes(checkpoint: Checkpoint, tokens: int) -> int:
     The states of all tokens and their gradient; a layer with what differentiating it keeps of 4,096 tokens, or what
     lies beside the layers with the logits of as many as are in hand.
     """
-    gates, config = checkpoint.family("gate"), checkpoint.text_config
+    gates, config = checkpoint.leading, checkpoint.text_config
     count, p, d = len(gates), gates.p, gates.d
     choices = config.get("num_experts_per_tok")
     pair = (choices if isinstance(choices, int) else count // gates.layers) * (FACTORS * p + d)
@@ -121,7 +121,7 @@ def fisher_bytes(checkpoint: Checkpoint, tokens: int) -> int:
 
 def layer_bytes(checkpoint: Checkpoint) -> int:
     """Of the largest layer in float32 while it is loaded: its weights as stored, and stacks of its experts."""
-    gates = checkpoint.family("gate")
+    gates = checkpoint.leading
     weights = {key: count for key, count in _weights(checkpoint).items() if key is not None}
     width, experts = gates.bytes_per_weight, len(gates) // len({expert.layer for expert in gates.experts})
     return (4 + width) * max(weights.values(), default=0) + _STACKING * width * experts * gates.p * gates.d
@@ -129,13 +129,13 @@ def layer_bytes(checkpoint: Checkpoint) -> int:
 
 def embedding_bytes(checkpoint: Checkpoint) -> int:
     """Of what lies beside the layers, in float32 while it is loaded."""
-    return (4 + checkpoint.family("gate").bytes_per_weight) * _weights(checkpoint).get(None, 0)
+    return (4 + checkpoint.leading.bytes_per_weight) * _weights(checkpoint).get(None, 0)
 
 
 def _weights(checkpoint: Checkpoint) -> dict[int | None, int]:
     """Weights of every layer, and under None of all that lies beside the layers."""
     found: dict[int | None, int] = {}
-    for name, info in checkpoint.tensors.items():
+    for name, info in checkpoint.decoded.items():
         match = LAYER.match(name)
         key = int(match["layer"]) if match is not None else None
         found[key] = found.get(key, 0) + math.prod(info.shape)

@@ -16,11 +16,11 @@ _STACKING = 4  # stacks of a layer's experts as stored, beside its weights, whil
 def sampling_bytes(checkpoint: Checkpoint, tokens: int, width: int = 4) -> int:
     """Peak memory of sampling so many tokens: all weights in numbers of `width` bytes, keys and values, logits."""
     config: dict[str, Any] = checkpoint.config.get("text_config") or checkpoint.config
-    gates = checkpoint.family("gate")
-    weights = sum(math.prod(info.shape) for info in checkpoint.tensors.values()) * width
+    gates = checkpoint.leading
+    weights = sum(math.prod(info.shape) for info in checkpoint.decoded.values()) * width
     layers = int(config.get("num_hidden_layers") or gates.layers)
     kept = 2 * layers * max(gates.d, _heads_width(config)) * tokens * width
-    stacking = _STACKING * gates.stored_bytes // gates.layers
+    stacking = _STACKING * gates.bytes_per_weight * len(gates) * gates.p * gates.d // gates.layers
     return BASE + weights + kept + stacking + _LOGITS * _SEQUENCES * int(config.get("vocab_size") or 0)
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from globe.checkpoint.expert_module import expert_module
 from globe.errors import GlobeError
-from globe.statistics.experts import Experts, Seen
+from globe.statistics.activations import gated, own_slopes, ungated
+from globe.statistics.experts import Experts, Form, Seen
 from globe.statistics.layerwise import Layerwise
 
 _PROBE = 16  # tokens on which the experts' products are compared with the module's own
@@ -22,8 +24,14 @@ def in_place_of(module: Any, experts: Experts, streamed: Layerwise) -> Iterator[
     calls: list[Seen] = []
     agreed = False
 
-    def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    def forward(hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
         nonlocal agreed
+        if len(routing) != 2:
+            raise GlobeError(
+                f"{streamed.checkpoint.directory}: {type(module).__name__} is given tokens weighed already, for "
+                "all experts alike; calibration knows those with a router's choices: use --calibrate none"
+            )
+        top_k_index, top_k_weights = routing
         output, seen = experts.run(hidden_states, top_k_index, top_k_weights)
         if not agreed:
             some = [part[:_PROBE] for part in (hidden_states, top_k_index, top_k_weights)]
@@ -44,15 +52,27 @@ def in_place_of(module: Any, experts: Experts, streamed: Layerwise) -> Iterator[
 
 
 def layer_experts(streamed: Layerwise, module: Any) -> Experts:
-    gate_up, down = module.gate_up_proj.detach(), module.down_proj.detach()
-    count, d, p = down.shape
-    if gate_up.shape != (count, 2 * p, d):
-        raise _other_form(streamed, module)
-    return Experts(gate_up, down, module.act_fn)
+    """A layer's experts, of their module's parameters: views of them, not copies."""
+    try:
+        found = expert_module(module)
+    except GlobeError:
+        raise _other_form(streamed, module) from None
+    gate_up, down = (found.turned(getattr(module, name).detach()) for name in (found.first, "down_proj"))
+    if found.own_gating:
+        slopes = own_slopes(found.hidden)
+    else:
+        slopes = (gated if found.gated else ungated)(module.act_fn, down.device)
+    biases = found.bias("first"), found.bias("down")
+    finished = found.finished if hasattr(module, "post_expert_norm") else None
+    return Experts(gate_up, down, form=Form(slopes, found.halves if found.gated else _one, biases, finished))
+
+
+def _one(up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return up, up
 
 
 def _other_form(streamed: Layerwise, module: Any) -> GlobeError:
     return GlobeError(
-        f"{streamed.checkpoint.directory}: {type(module).__name__} is not down (φ(gate x) · up x), the form of expert "
+        f"{streamed.checkpoint.directory}: {type(module).__name__} is not down h(gate x, up x), the form of expert "
         "that calibration knows; compress it without calibration (--calibrate none)"
     )

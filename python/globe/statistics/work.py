@@ -24,7 +24,7 @@ def calibration_work(checkpoint: Checkpoint, settings: Settings) -> Work:
     """Of letting all tokens through the layers up to the last one with experts; nothing where a file has it already."""
     if settings.calibrate not in MEASURED:
         return Work()
-    gates = checkpoint.family("gate")
+    gates = checkpoint.leading
     tokens, experts = tokens_for(settings, gates.d), gates.layers * choices(checkpoint)
     kept = len(moments_for(settings.families, gates)) * experts * 2 * gates.p * gates.p
     own = 0.0
@@ -38,17 +38,17 @@ def calibration_work(checkpoint: Checkpoint, settings: Settings) -> Work:
 
 def choices(checkpoint: Checkpoint) -> int:
     """Experts that a token is sent to; all of a layer where the configuration does not tell."""
-    gates, found = checkpoint.family("gate"), checkpoint.config.get("num_experts_per_tok")
+    gates, found = checkpoint.leading, checkpoint.config.get("num_experts_per_tok")
     return found if isinstance(found, int) else len(gates) // gates.layers
 
 
 def stream_work(checkpoint: Checkpoint, tokens: int) -> Work:
     """Of letting so many tokens through the layers up to the last one with experts."""
-    gates = checkpoint.family("gate")
+    gates = checkpoint.leading
     p, d, last = gates.p, gates.d, max(expert.layer for expert in gates.experts)
-    routed = {expert.tensor for name in ("gate", "up", "down") for expert in checkpoint.family(name).experts}
+    routed = {expert.tensor for name in checkpoint.layout.families for expert in checkpoint.family(name).experts}
     beside = read = 0
-    for name, info in checkpoint.tensors.items():
+    for name, info in checkpoint.decoded.items():
         match = LAYER.match(name)
         if match is not None and int(match["layer"]) <= last:
             read += info.nbytes
@@ -64,7 +64,7 @@ def fisher_work(checkpoint: Checkpoint, settings: Settings) -> Work:
     """Of the Fisher information: tokens once forwards and once back, which takes the way forwards again."""
     if settings.calibrate not in MEASURED or settings.metric != "fisher":
         return Work()
-    gates = checkpoint.family("gate")
+    gates = checkpoint.leading
     tokens = min(TOKENS, tokens_for(settings, gates.d))
     beside = sum(math.prod(info.shape) for name, info in checkpoint.tensors.items() if LAYER.match(name) is None)
     kept = 2 * (gates.layers + 1) * tokens * gates.d * 4
@@ -76,13 +76,13 @@ def sampling_work(checkpoint: Checkpoint, settings: Settings) -> Work:
     """Of the model's own samples; nothing where there are none, or where there is no memory for the whole model."""
     if settings.calibrate not in (AUTO, SELF):
         return Work()
-    gates = checkpoint.family("gate")
+    gates = checkpoint.leading
     share = 0.5 if settings.calibrate == AUTO else 1.0
     tokens = round(1.25 * share * tokens_for(settings, gates.d))  # a quarter is held out
     if sampling_bytes(checkpoint, min(tokens, AT_ONCE * LENGTH)) > memory_limit(settings):
         return Work()
-    routed = {expert.tensor for name in ("gate", "up", "down") for expert in checkpoint.family(name).experts}
-    sizes = {name: math.prod(info.shape) for name, info in checkpoint.tensors.items()}
+    routed = {expert.tensor for name in checkpoint.layout.families for expert in checkpoint.family(name).experts}
+    sizes = {name: math.prod(info.shape) for name, info in checkpoint.decoded.items()}
     chosen = 3 * gates.layers * choices(checkpoint) * gates.p * gates.d
     active = sum(size for name, size in sizes.items() if name not in routed) + chosen
     steps = -(-tokens // (AT_ONCE * LENGTH)) * LENGTH

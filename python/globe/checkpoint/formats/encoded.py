@@ -36,6 +36,8 @@ class Encoded:
         Decoded: (p, d), or (E, p, d).
     dtype : str
         What it is rounded to: BF16, and F16 where the scales are.
+    turned : bool
+        Whether a tensor of its values is the transpose: [E, inputs, outputs].
     """
 
     name: str
@@ -43,6 +45,12 @@ class Encoded:
     parts: Mapping[str, Part]
     shape: tuple[int, ...]
     dtype: str
+    turned: bool = False
+
+    @property
+    def written_shape(self) -> tuple[int, ...]:
+        """Of a tensor of its values."""
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.turned else self.shape
 
     @cached_property
     def nbytes(self) -> int:

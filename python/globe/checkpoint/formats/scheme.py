@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from globe.checkpoint.quantised import KEY
+from globe.checkpoint.quantised import made_of, quantization_of
 from globe.errors import GlobeError
 
 REMEDY = "start from the model that this checkpoint was made of"
@@ -66,7 +66,7 @@ def scheme_of(config: Mapping[str, Any], tensor: str, dtype: str) -> Scheme:
     GlobeError
         If config.json says nothing of it, or names a format that is not read, or says what cannot be.
     """
-    quantization = config.get(KEY)
+    quantization = quantization_of(config)
     if not isinstance(quantization, dict):
         raise GlobeError(
             f"tensor {tensor} is stored as {dtype}, and config.json has no quantization_config that says how; expected "
@@ -81,7 +81,7 @@ def scheme_of(config: Mapping[str, Any], tensor: str, dtype: str) -> Scheme:
         return _compressed(quantization, tensor)
     raise GlobeError(
         f"tensor {tensor} is stored as {dtype} by quant_method {method!r}; expected {_METHODS}, or BF16, F16 or F32: "
-        f"{REMEDY}"
+        f"{REMEDY}{made_of(config)}"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from globe.checkpoint.formats.encoded import Encoded
 from globe.checkpoint.formats.scales import Part
 from globe.checkpoint.formats.scheme import REMEDY, Scheme, scheme_of
-from globe.checkpoint.quantised import KEY
+from globe.checkpoint.quantised import quantised_dtypes, quantization_of
 from globe.checkpoint.tensorfile import DTYPE_BITS, TensorInfo, tensor_bytes
 from globe.errors import GlobeError
 
@@ -26,6 +26,32 @@ def plain_name(tensor: str) -> str:
         if tensor.endswith(ending):
             return tensor.removesuffix(_PACKED).removesuffix(_BLOCKS)
     return tensor
+
+
+def has_outputs_first(tensor: str) -> bool:
+    """Whether a stack of codes is [E, outputs, inputs] where the same stack of values is not: mxfp4's blocks."""
+    return tensor.endswith(_BLOCKS)
+
+
+def open_all(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo | Encoded]:
+    """All tensors, with what is stored as codes under its own name in place of them: not of experts alone.
+
+    Raises
+    ------
+    GlobeError
+        As `open_encoded`, or if a tensor of another kind than codes and their scales is not of values.
+    """
+    codes = [name for name, info in tensors.items() if _is_codes(name, info, tensors, config)]
+    found = as_decoded(tensors, [open_encoded(name, tensors, config) for name in codes])
+    for name, info in found.items():
+        if isinstance(info, TensorInfo) and quantised_dtypes([info.dtype]):
+            found[name] = open_encoded(name, tensors, config)  # which says what is missing
+    return found
+
+
+def _is_codes(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> bool:
+    """Whether there are scales for a tensor."""
+    return bool(quantised_dtypes([info.dtype])) and _scale_name(name, plain_name(name), config) in tensors
 
 
 def open_encoded(tensor: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Encoded:
@@ -81,7 +107,10 @@ def recalled(name: str, entry: Mapping[str, Any], tensors: Mapping[str, TensorIn
     codes, (rows, columns) = told["scheme"]["codes"], told["scheme"]["block"]
     if codes not in _CODES or any(type(size) is not int or size < 0 for size in (rows, columns)):
         raise ValueError(f"tensor {name} is stored as {codes!r} in blocks of {rows!r} × {columns!r}")
-    found = Encoded(name, Scheme(codes, (rows, columns)), parts, tuple(entry["shape"]), entry["dtype"])
+    turned = bool(entry.get("transposed")) and has_outputs_first(parts["codes"].tensor)
+    shape = tuple(entry["shape"])
+    shape = (*shape[:-2], shape[-1], shape[-2]) if turned else shape
+    found = Encoded(name, Scheme(codes, (rows, columns)), parts, shape, entry["dtype"], turned)
     if _shape(parts["codes"], found.scheme) != found.shape or entry["dtype"] != _dtype(parts["scale"]):
         raise ValueError(f"tensor {name} is {entry['dtype']} {entry['shape']}")
     _check_parts(found)
@@ -126,7 +155,7 @@ def _dtype(scale: Part) -> str:
 def _scale_name(tensor: str, name: str, config: Mapping[str, Any]) -> str:
     if tensor.endswith(_BLOCKS):
         return f"{name}_scales"
-    quantization = config.get(KEY)
+    quantization = quantization_of(config)
     fine = isinstance(quantization, dict) and quantization.get("quant_method") == "fp8"
     return f"{name}_scale_inv" if fine else f"{name}_scale"
 
