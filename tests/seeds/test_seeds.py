@@ -64,7 +64,7 @@ def test_streamed_in_small_blocks(case: tuple[Array, Family, Rows, Seeds]) -> No
     _, family, rows, whole = case
     steps: list[float] = []
     streamed = ts_pca(seed_task(family, rows, SIZE, block_bytes=1, advance=steps.append))
-    assert len(steps) == 2 * RANK and sum(steps) == pytest.approx(2)
+    assert len(list(filter(None, steps))) == 2 * RANK and sum(steps) == pytest.approx(2)
     np.testing.assert_allclose(streamed.bank.numpy(), whole.bank.numpy(), atol=1e-5)
     np.testing.assert_allclose(streamed.codes, whole.codes, atol=1e-4)
 
