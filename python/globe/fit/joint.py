@@ -169,9 +169,8 @@ def fit_joint(problem: Problem, start: State, job: Job, advance: Advance) -> tup
         found, tried = line.search(pace.fits_pass)
         now = replace(now, evaluations=now.evaluations + tried, iterations=now.iterations + newton.iterations)
         if now.step == 0 and ranks.size() > 1:
-            job.log(
-                f"{name}: {sent / max(1, newton.iterations) / 1e6:,.1f} MB sent by each rank for a product in a step"
-            )
+            each = sent / max(1, newton.iterations) / 1e6
+            job.log(f"{name}: {each:,.1f} MB sent by each rank for a product in a step")
         if found is None:
             why = "no descent" if tried == _TRIALS else "time_limit"
             job.log(f"{name}: step {now.step}: no step lowers the error{' in time' * (tried < _TRIALS)}")
