@@ -54,7 +54,7 @@ class Mxfp4:
     key_heads: int = 8
 
 
-LIKE = {"deepseek-v3": Model(), "one-layer": Model(layers=4), "gpt-oss-20b-layer": Mxfp4()}
+LIKE: dict[str, Model | Mxfp4] = {"deepseek-v3": Model(), "one-layer": Model(layers=4), "gpt-oss-20b-layer": Mxfp4()}
 
 
 def tensors_of(model: Model | Mxfp4) -> Iterator[Entry]:
