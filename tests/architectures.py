@@ -37,6 +37,7 @@ _SMALL: dict[str, int] = {
     **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), 1),
     **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers", "zero_expert_num", "num_kv_shared_layers"), 0),
     "num_nextn_predict_layers": 0,
+    "moe_hidden_size": 16,
     "vocab_size": VOCABULARY,
     "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 8,
