@@ -263,7 +263,7 @@ void serves_many_threads(const globe::FactoredCheckpoint& opened) {
     check(wrong == 0, "eight threads share a checkpoint and a cache");
 }
 
-void survives_a_fork(const globe::FactoredCheckpoint& opened) {
+[[maybe_unused]] void survives_a_fork(const globe::FactoredCheckpoint& opened) {
     const auto tokens = random_tokens(40);
     const auto expected = run(opened, {0, 0}, tokens);
     const pid_t child = fork();

@@ -61,7 +61,7 @@ def test_metrics_have_what_was_promised(trips: Callable[..., Trip]) -> None:
     assert len(metrics["stages"]) >= 6
     for stage in metrics["stages"]:
         counted = {"passes"} if ":" in stage["name"] else set()
-        assert set(stage) == {"name", "seconds", "bytes_read", "peak_rss_bytes", "resumed"} | counted
+        assert set(stage) == {"name", "seconds", "bytes_read", "bytes_sent", "peak_rss_bytes", "resumed"} | counted
         assert not stage["resumed"]
         assert stage["seconds"] >= 0 and stage["peak_rss_bytes"] > 1 << 20
     passes = {stage["name"]: stage.get("passes") for stage in metrics["stages"]}

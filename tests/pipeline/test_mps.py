@@ -57,7 +57,7 @@ def test_a_run_takes_only_what_mps_has(method: str, mod: str, mps: FakeMps, tmp_
     here = compress(source, tmp_path / "cpu", Settings(device="cpu", precision="fp32", **small))  # type: ignore[arg-type]
     for name, family in here.metrics["families"].items():
         there = found.metrics["families"][name]
-        assert there["relative_error"] == pytest.approx(family["relative_error"], rel=0.02)
+        assert there["relative_error"] == pytest.approx(family["relative_error"], rel=0.05)
 
 
 @pytest.mark.parametrize("codes", ["entmax", "signed"])
@@ -91,7 +91,7 @@ def test_packed_factors_take_only_what_mps_has(mps: FakeMps, tmp_path: Path) -> 
         found = compress(source, tmp_path / "mps", Settings(device="mps", **small)).metrics["families"]
     here = compress(source, tmp_path / "cpu", Settings(device="cpu", **small)).metrics["families"]
     for name, family in here.items():
-        assert found[name]["relative_error"] == pytest.approx(family["relative_error"], rel=0.02)
+        assert found[name]["relative_error"] == pytest.approx(family["relative_error"], rel=0.05)
 
 
 def test_a_device_that_multiplies_wrongly_ends_the_run(mps: FakeMps, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
     moved_by_fits(found, monkeypatch, PASS, PRODUCT)
-    monkeypatch.setattr(compressing, "clock", found)
+    monkeypatch.setattr(compressing.ranks, "clock", found)
+    monkeypatch.setattr(compressing, "perf_counter", found)
     monkeypatch.setattr(schedule, "measured_rates", lambda planned, settings: FAST)
     return found
 
@@ -147,7 +148,7 @@ def test_what_is_done_already_does_not_count(tmp_path: Path) -> None:
     for name in ("key", "gate.scan", "calibration", "plan", "gate.layer-0.fit", "gate.layer-1.joint-3", "up.warm"):
         (folder / f"{name}.json").write_text("{}", encoding="utf-8")
     assert schedule.done_stages(folder, 2) == {
-        "gate: scan", "sample", "calibrate", "plan", "gate.layer-0: seeds", "gate.layer-0: joint",
+        "gate: scan", "sample", "calibrate", "fisher", "plan", "gate.layer-0: seeds", "gate.layer-0: joint",
         "gate.layer-0: loops", "gate.layer-1: seeds", "up: seeds",
     }  # fmt: skip
     assert schedule.done_stages(tmp_path / "none", 2) == set()

@@ -183,7 +183,7 @@ def test_streamed_states_are_the_models_own(layout: str, tiny: Callable[[str], P
     for number, after in enumerate(expected):
         with streamed.layer(number) as layer:
             for span in streamed.batches(windows):
-                hidden[span] = streamed.run(number, layer, hidden[span], arguments(number, span))
+                hidden[span] = streamed.run(number, layer, hidden, arguments, span)
         torch.testing.assert_close(hidden, after, rtol=1e-4, atol=1e-4 * float(after.abs().max()))
 
 

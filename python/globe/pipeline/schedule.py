@@ -48,7 +48,10 @@ class Schedule:
         if least <= left:
             return
         remedies = [f"--time-limit {math.ceil(1.3 * least + self._spent(settings))}s or more"]
-        measuring, correcting = self._least_of({"sample", "calibrate"}, done), self._least_of({"correct"}, done)
+        measuring, correcting = (
+            self._least_of({"sample", "calibrate", "fisher"}, done),
+            self._least_of({"correct"}, done),
+        )
         if correcting > 0 and least - correcting < left:
             remedies.append(f"--correct none ({seconds_text(least - correcting)})")
         without = least - measuring - correcting
@@ -115,7 +118,7 @@ def _stages_of(results: Iterable[str]) -> Iterable[str]:
         if result == "plan":
             yield "plan"
         elif result == "calibration":
-            yield from ("sample", "calibrate")
+            yield from ("sample", "calibrate", "fisher")
         elif kind in ("scan", "proxies"):
             yield f"{pool}: {kind}"
         elif kind == "rounded":

@@ -263,10 +263,15 @@ def _rows(statistics: LayerStatistics, expert: Expert, settings: Settings, by_lo
 
 
 def _fisher_rows(statistics: LayerStatistics, expert: Expert) -> torch.Tensor:
-    """E[δ_k²] of an expert's rows, with what their effect on its output says as that of a few tokens more."""
+    """E[δ_k²] of an expert's rows, with what their effect on its output says as that of a few tokens more.
+
+    Ones where fp32 holds nothing of any in the layer.
+    """
     found, counts = getattr(statistics, f"{expert.family}_fisher").double(), statistics.fisher_counts
     assert counts is not None
     effect = _DIAGONALS[expert.family](statistics).double() * statistics.share.double()[:, None]
+    if not bool(found.any()):
+        return torch.ones(found.shape[1])
     effect *= found.sum() / effect.sum().clamp(min=torch.finfo(torch.float64).tiny)
     count = float(counts[expert.expert])
     rows = (count * found[expert.expert] + _PRIOR * effect[expert.expert]) / (count + _PRIOR)
