@@ -101,7 +101,9 @@ def rotate(model: Path, out: Path, seed: int = 7) -> None:
 
 
 def turn(calibration: Path, model: Path, out: Path, seed: int = 7) -> Path:
-    """Statistics of `model` as those of `out`, its rotation: M ← Q diag(g)⁻¹ M diag(g)⁻¹ Qᵀ, all else stays.
+    """Statistics of `model` as those of `out`, its rotation.
+
+    M ← Q diag(g)⁻¹ M diag(g)⁻¹ Qᵀ; F ← Q F Qᵀ of the Fisher information of a layer's output; all else stays.
 
     Raises
     ------
@@ -118,13 +120,18 @@ def turn(calibration: Path, model: Path, out: Path, seed: int = 7) -> Path:
                 f"calibration {calibration}: experts of layer {number} have inputs of their own: calibrate OUT"
             )
         scales = stream.scales(f"model.layers.{number}.post_attention_layernorm.weight")
-        moment = (stream.rotation / scales) @ layer.moment.double() @ (stream.rotation / scales).mT
-        moment = ((moment + moment.mT) / 2).float()
+        moment = _turned(layer.moment, stream.rotation / scales)
+        output = None if layer.output_fisher is None else _turned(layer.output_fisher, stream.rotation)
         diagonal = moment.diagonal().expand_as(layer.diagonal).clone()
-        layers[number] = replace(layer, moment=moment, diagonal=diagonal, **dict.fromkeys(_OWN))
+        layers[number] = replace(layer, moment=moment, output_fisher=output, diagonal=diagonal, **dict.fromkeys(_OWN))
     tokens = {name: ids for name in TOKENS if (ids := found.tokens(name)) is not None}
     about = found.about | {"fingerprint": Checkpoint(out).fingerprint()}
     return save_calibration(out.with_name(f"{out.name}.safetensors"), layers, about, tokens).path
+
+
+def _turned(moment: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    turned = by @ moment.double() @ by.mT
+    return ((turned + turned.mT) / 2).float()
 
 
 class Stream:

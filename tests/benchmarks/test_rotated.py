@@ -85,7 +85,8 @@ def test_statistics_are_those_of_the_rotated(tmp_path: Path) -> None:
     assert found.about["fingerprint"] == after.about["fingerprint"]
     for number in after.layers:
         mine, wanted = found.layer(number), after.layer(number)
-        for name in ("moment", "diagonal", "share", "gate_rows", "up_rows", "hidden", "hidden_moment", "residual"):
+        sums = "moment", "diagonal", "share", "gate_rows", "up_rows", "hidden", "hidden_moment", "residual"
+        for name in (*sums, "gate_fisher", "up_fisher", "output_fisher"):
             one, other = getattr(mine, name), getattr(wanted, name)
             torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-4 * float(other.abs().max()))
 
