@@ -15,6 +15,7 @@ from globe.checkpoint.expert_module import ExpertModule, expert_module
 from globe.checkpoint.formats.packed import PACKED, SCALE, Packing
 from globe.checkpoint.layouts import FAMILIES
 from globe.hf.banks import AsStored, Bank, Banks, register_packed, require_packed, unpacked
+from globe.hf.packed import packed_linear
 
 _NONE: Mapping[str, Packing] = MappingProxyType({})
 Held = dict[str, tuple[torch.Tensor, ...]]  # parameters by name, expert by expert
@@ -147,7 +148,10 @@ class FactoredExperts(AsStored):
     def _rows(self, family: str, expert: int, held: Held, x: torch.Tensor) -> torch.Tensor:
         if family not in self.places:
             return linear(x, held[f"{family}_dense"][expert])
-        return linear(linear(x, self.mixture(family, expert, x)), self.left(family, expert, held, x))
+        mixed, packing = linear(x, self.mixture(family, expert, x)), self.packings.get(family)
+        if packing is not None:
+            return packed_linear(mixed, self, f"{family}_left", expert, packing)
+        return linear(mixed, held[f"{family}_left"][expert])
 
     def left(self, family: str, expert: int, held: Held, like: torch.Tensor) -> torch.Tensor:
         """The left factor of an expert; a packed one in the dtype of another tensor."""
