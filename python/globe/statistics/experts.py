@@ -112,7 +112,7 @@ class Experts:
         if form is None:
             assert activation is not None
             form = Form(gated(activation, down.device))
-        self._form = form
+        self.form = form
         self._factors = torch.empty(FACTORS, 0, down.shape[2], device=down.device)
         self._answers = torch.empty(0, down.shape[1], device=down.device)
 
@@ -155,17 +155,17 @@ class Experts:
         x, gate_up, down = seen.inputs.index_select(0, seen.routing.rows[rows]), self.gate_up[expert], self.down[expert]
         if x.device.type != "cpu":
             x, gate_up = x.float(), gate_up.float()
-        shift, last = (None if each is None else each[expert] for each in self._form.biases)
+        shift, last = (None if each is None else each[expert] for each in self.form.biases)
         both = functional.linear(x.to(gate_up.dtype), gate_up).float()
         if shift is not None:
             both += shift.float()
-        made = self._form.slopes(*self._form.halves(both))
+        made = self.form.slopes(*self.form.halves(both))
         for factor, values in zip(seen.factors[:, rows], made, strict=True):
             factor.copy_(values)
         answer = functional.linear(made[2].to(down.dtype), down).float()
         if last is not None:
             answer += last.float()
-        self._answers[rows] = answer if self._form.finished is None else self._form.finished(answer)
+        self._answers[rows] = answer if self.form.finished is None else self.form.finished(answer)
 
 
 def route(chosen: torch.Tensor, weights: torch.Tensor, experts: int) -> Routing:

@@ -199,6 +199,8 @@ def _noting(streamed: Layerwise, number: int) -> Iterator[_Sums | None]:
         yield None
         return
     experts = layer_experts(streamed, module)
+    if experts.form.finished is not None:
+        raise GlobeError(f"{type(module).__name__} norms what down gives, through which the gradient is not followed")
     sums = _Sums(experts)
 
     def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
