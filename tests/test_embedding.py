@@ -140,7 +140,7 @@ def compilers():
     return [pair for pair in pairs if all(map(shutil.which, pair))]
 
 
-@pytest.mark.parametrize("standard", ["c++17", "c++20", "c++23", "c11"])
+@pytest.mark.parametrize("standard", ["c++17", pytest.param("c++20", marks=pytest.mark.slow), "c++23", "c11"])
 def test_headers_are_clean(standard, tmp_path):
     if not compilers():
         pytest.skip("neither GCC nor Clang is installed")
