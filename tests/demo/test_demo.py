@@ -32,7 +32,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(home: Path) -> dict[str, Any]:
-    ran = CliRunner().invoke(cli, ["demo", str(home), *FAST, "--families", "gate,up", "--json"])
+    ran = CliRunner().invoke(cli, ["demo", str(home), *FAST, "--families", "gate,up", "--correct", "down", "--json"])
     assert ran.exit_code == 0, ran.output
     told: dict[str, Any] = json.loads(ran.stdout)
     return told
@@ -55,7 +55,7 @@ def test_the_demo_compresses_and_judges(home: Path, found: dict[str, Any]) -> No
 
 def test_the_demo_heals(tmp_path: Path, home: Path) -> None:
     (tmp_path / "model").symlink_to(home / "model")
-    options = ("--correct", "none", "--heal-minutes", "0.02")
+    options = ("--heal-minutes", "0.02")
     ran = CliRunner().invoke(cli, ["demo", str(tmp_path), *FAST, *options, "--json"])
     assert ran.exit_code == 0, ran.output
     found = json.loads(ran.stdout)

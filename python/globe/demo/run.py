@@ -48,7 +48,7 @@ COSTS = ("calibration", "fit", "corrections", "healing", "judging", "the rest")
 
 @dataclass(frozen=True)
 class Choices:
-    """What the demo does; by default what ends in seven minutes on two idle cores.
+    """What the demo does; by default what ends in five minutes on two idle cores.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ class Choices:
     families: tuple[str, ...] = ("gate",)
     joint_steps: int = 8
     calibration_tokens: int = 8192
-    correct: Literal["none", "down"] = "down"
+    correct: Literal["none", "down"] = "none"
     heal_minutes: float = 0.0
     max_tokens: int = 1024
 
