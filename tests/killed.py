@@ -10,30 +10,19 @@ import errno
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from helper_process import HelperProcess
 
-class Killer:
+
+class Killer(HelperProcess):
     """Start compressions and kill them; use it with `with`."""
 
     def __init__(self) -> None:
-        arguments = [sys.executable, __file__]
-        self._process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __enter__(self) -> Killer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        super().__init__(__file__)
 
     def run(self, source: Path, out: Path, settings: dict[str, Any], **when: Any) -> int:
         """Compress and return the exit status, -9 if it was killed.

@@ -9,15 +9,14 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from helper_process import HelperProcess
 from killed import set_trap
 
 _PATIENCE = 60.0  # seconds that ranks have to end after one of them has
@@ -34,22 +33,11 @@ class Ended:
     err: str
 
 
-class Launcher:
+class Launcher(HelperProcess):
     """Start commands at many ranks; use it with `with`."""
 
     def __init__(self) -> None:
-        arguments = [sys.executable, __file__]
-        self._process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __enter__(self) -> Launcher:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        super().__init__(__file__)
 
     def run(self, count: int, *arguments: object, **traps: Any) -> list[Ended]:
         """Run `globe ARGUMENTS` at so many ranks.

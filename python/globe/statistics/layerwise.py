@@ -50,7 +50,8 @@ def own_code(checkpoint: Checkpoint) -> Iterator[None]:
 
 def require_runnable(checkpoint: Checkpoint) -> None:
     """Refuse tensors that are stored as codes of no format that is read."""
-    assert checkpoint.decoded
+    if not checkpoint.decoded:
+        raise _cannot(checkpoint, "its weight files have no tensors")
 
 
 def _cannot(checkpoint: Checkpoint, why: str) -> GlobeError:
