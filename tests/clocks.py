@@ -29,14 +29,13 @@ class Clock:
 def moved_by_fits(clock: Clock, patch: pytest.MonkeyPatch, a_pass: float, product: float = 0.0) -> None:
     """Let passes of both solvers, and products with the Gauss-Newton matrix or dictionary steps, take so long.
 
-    A pass that asks for f alone takes the part of it that its operations are.
+    A pass that asks for f alone, or makes W'_i first, takes the part of it that its operations are.
     """
     look = Problem.look
 
     def looking(problem: Problem, bank: torch.Tensor, *given: Any) -> Value:
-        value, (_, bare) = look(problem, bank, *given), joint._shares(bank, problem)
-        clock.tick(a_pass * (bare if given[1] is None else 1.0))
-        return value
+        clock.tick(a_pass * joint._Shares.of(bank, problem).of_pass(given[1] is None, problem.made))
+        return look(problem, bank, *given)
 
     def ticking(work: Callable[..., Any], seconds: Callable[[Any], float]) -> Callable[..., Any]:
         def done(*given: Any, **options: Any) -> Any:

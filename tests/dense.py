@@ -139,8 +139,13 @@ def problem_of(
     settings: Settings | None = None,
     folder: Path = NOWHERE,
 ) -> Problem:
-    """The problem of a family of which no row is held out; shelves that are not in memory lie in `folder`."""
-    return Problem(whole_pool(family, metric), shape, make_job(settings or Settings(), blocks=blocks), folder)
+    """The problem of a family of which no row is held out, in fp32 unless `settings` say otherwise.
+
+    Shelves that are not in memory lie in `folder`.
+    """
+    return Problem(
+        whole_pool(family, metric), shape, make_job(settings or Settings(precision="fp32"), blocks=blocks), folder
+    )
 
 
 def random_point(seed: int = 3, *, signed: bool = True, rank: int = RANK) -> tuple[torch.Tensor, Array]:

@@ -47,7 +47,7 @@ from globe.statistics.texts import evaluation_text
 from globe.statistics.work import calibration_work, sampling_work, stream_work
 
 EXPERTS, P, D, RANK, ATOMS = 6, 40, 56, 24, 5
-UNIT = Rates(1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+UNIT = Rates(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 NOTHING = Kept(0, 0, 0)
 
 
@@ -119,24 +119,24 @@ def test_operations_are_those_of_the_work(
     more = (tmp_path,) if stage is looking else ()
     work, expected = stage(family, weighed, *more)
     found = counted(work)
-    assert 0.7 < found / (expected.flops + expected.wide) < 1.2
+    assert 0.7 < found / (expected.flops + expected.wide + expected.solver) < 1.2
 
 
 def test_work_adds_up(family: Family) -> None:
     task = task_of(family, True)
     once, product = joint_pass_work(task, NOTHING), iteration_work(task, NOTHING)
     both = once + product * 3
-    assert both.flops == once.flops + 3 * product.flops and both.calls == once.calls + 3 * product.calls
-    assert seconds_of(Work(1, 2, 3, 4, 5, 6), UNIT) == 1 + 2 + 3 + 6 + 5
-    assert seconds_of(Work(1, 2, 3, 40, 5, 6), UNIT) == 40 + 5
+    assert both.solver == once.solver + 3 * product.solver and both.calls == once.calls + 3 * product.calls
+    assert seconds_of(Work(1, 2, 3, 4, 5, 6, 7), UNIT) == 1 + 2 + 3 + 4 + 7 + 6
+    assert seconds_of(Work(1, 2, 3, 4, 50, 6, 7), UNIT) == 50 + 6
     some, on_disk = Kept(0, 800, 0), joint_pass_work(task, Kept(0, 800, 0))
     assert (on_disk.read + on_disk.written, iteration_work(task, some).read) == (800, 400)
 
 
 def test_a_probe_finds_rates_and_leaves_the_threads_as_they_were() -> None:
     before = torch.get_num_threads()
-    found = probe(CPU, 2, (32, 48, 16))
-    assert min(found.products, found.wide, found.memory) > 1e6 and 0 < found.call < 1
+    found = probe(CPU, 2, (32, 48, 16), torch.bfloat16)
+    assert min(found.products, found.wide, found.solver, found.memory) > 1e6 and 0 < found.call < 1
     assert torch.get_num_threads() == before
 
 
@@ -155,9 +155,9 @@ def tasks_of(planned: Plan, settings: Settings, *, sparse: bool = True) -> list[
 
 
 def test_an_estimate_follows_rates_and_settings(source: Path) -> None:
-    rates = Rates(1e9, 1e8, 1e9, 1e-4)
+    rates = Rates(1e9, 1e8, 1e9, 1e9, 1e-4)
     base = estimate(*planned_for(source, calibrate="none"), rates)
-    twice = Rates(2e9, 2e8, 2e9, 5e-5, reading=2e9, writing=1e9)
+    twice = Rates(2e9, 2e8, 2e9, 2e9, 5e-5, reading=2e9, writing=1e9)
     assert estimate(*planned_for(source, calibrate="none"), twice).seconds == pytest.approx(base.seconds / 2)
     more = estimate(*planned_for(source, calibrate="none", joint_steps=2 * Settings().joint_steps), rates)
     assert 1.5 < more.of("gate: joint").seconds / base.of("gate: joint").seconds < 2
@@ -274,7 +274,7 @@ def test_operations_of_corrections_are_those_of_the_work(
     with form("batched"), pytest.raises(KeyboardInterrupt):
         pipeline.compress(source, tmp_path / "out", settings)
     expected = correction_work(planned.checkpoint, tasks_of(planned, settings, sparse=False))
-    assert 0.6 < seen[0] / (expected.flops + expected.wide) < 1.2
+    assert 0.6 < seen[0] / (expected.flops + expected.wide + expected.solver) < 1.2
 
 
 def test_inspect_says_nothing_of_time_unless_asked(source: Path) -> None:
@@ -288,7 +288,9 @@ def test_inspect_says_nothing_of_time_unless_asked(source: Path) -> None:
 
 def test_the_probe_is_at_the_shapes_of_the_largest_pool(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, ...]] = []
-    monkeypatch.setattr("globe.choice.estimate.probe", lambda device, threads, shape: asked.append((threads, *shape)))
+    monkeypatch.setattr(
+        "globe.choice.estimate.probe", lambda device, threads, shape, solver: asked.append((threads, *shape))
+    )
     planned, settings = planned_for(source)
     measured_rates(planned, settings)
     family = planned.families["gate"]

@@ -70,6 +70,15 @@ def test_every_bit_is_kept(kind: str, tmp_path: Path) -> None:
     assert torch.equal(torch.cat(taken(shelf, SPANS)).view(torch.int32), odd.view(torch.int32))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_bf16_they_are_rounded_and_take_half_the_room(kind: str, tmp_path: Path) -> None:
+    shelf = Shelves(CPU, 210 if kind == "memory" else 209, tmp_path).make(SHAPE, dtype=torch.bfloat16)
+    assert isinstance(shelf, InMemory) == (kind == "memory")
+    shelf.put(slice(0, 7), matrices())
+    assert torch.equal(torch.cat(taken(shelf, SPANS)), matrices().bfloat16())
+    assert [file.stat().st_size for file in tmp_path.iterdir()] == [210] * (kind == "disk")
+
+
 def test_the_last_two_in_hand_are_whole(tmp_path: Path) -> None:
     shelf, wanted = shelf_of("disk", tmp_path), matrices()
     shelf.put(slice(0, 7), wanted)

@@ -44,6 +44,11 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     return small_family(tmp_path_factory.mktemp("newton"))
 
 
+@pytest.fixture
+def bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem_module, "solver_dtype", lambda wanted, device: torch.bfloat16)
+
+
 def flat(vector: Vector) -> Array:
     """fp64, the bank first."""
     return np.concatenate([vector.bank.double().numpy().ravel(), vector.codes.ravel()])
@@ -114,6 +119,24 @@ def test_the_operator_is_the_gauss_newton_matrix(signed: bool, kind: str, rank: 
         values = np.zeros(len(wanted))
         values[part] = drawn(5, rank)[part]
         close(apply(problem, point, value, values), wanted @ values, 1e-4)
+
+
+@every_case
+def test_in_bf16_the_operator_is_off_by_rounding(kind: str, rank: int, family: Family, bf16: None) -> None:
+    metric, point = random_metric(kind), sparse_point(rank, True)
+    problem, value = problem_at(family, metric, point)
+    close(apply(problem, point, value, drawn(0, rank)), by_variables(family, metric, point) @ drawn(0, rank), 0.03)
+
+
+@every_case
+def test_steps_in_bf16_lower_f_as_far(kind: str, rank: int, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    point, errors = sparse_point(rank, True), []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(problem_module, "solver_dtype", lambda wanted, device, dtype=dtype: dtype)
+        problem, value = problem_at(family, random_metric(kind), point)
+        step = newton_step(problem, point, value, None, 5).step
+        errors.append(problem.look(point.bank + 0.1 * step.bank, point.moved(step.codes, 0.1), None, silent).error)
+    assert errors[1] < value.error and value.error - errors[1] > 0.9 * (value.error - errors[0])
 
 
 @every_case

@@ -38,7 +38,7 @@ from globe.runs.turn import Turn  # noqa: E402
 from trips import digests  # noqa: E402
 
 PASS, PRODUCT = 10.0, 1.0
-FAST = Rates(1e18, 1e18, 1e18, 0.0, reading=1e18, writing=1e18)  # what is estimated takes no time
+FAST = Rates(1e18, 1e18, 1e18, 1e18, 0.0, reading=1e18, writing=1e18)  # what is estimated takes no time
 SMALL: dict[str, Any] = {
     "rank": 0.5,
     "bank_size": 8,
@@ -123,7 +123,7 @@ def test_loops_are_cut_too(source: Path, clock: Clock, tmp_path: Path) -> None:
 def test_too_short_a_limit_is_refused_before_any_work(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = Rates(1e6, 1e6, 1e6, 1e-3)
+    slow = Rates(1e6, 1e6, 1e6, 1e6, 1e-3)
     monkeypatch.setattr(schedule, "measured_rates", lambda planned, settings: slow)
     wanted = (
         r"^time_limit is 10 s; reading, calibration, seeds, one pass of every fit and writing are estimated to take "
@@ -158,7 +158,7 @@ def test_what_is_done_already_does_not_count(tmp_path: Path) -> None:
 
 
 def test_fits_leave_time_for_corrections() -> None:
-    clock, rates = Clock(), Rates(1.0, 1.0, 1.0, 1.0)
+    clock, rates = Clock(), Rates(1.0, 1.0, 1.0, 1.0, 1.0)
     fits = [Expected(f"{name}: joint", 30.0, 10.0) for name in ("gate", "up")]
     job: Any = SimpleNamespace(store=SimpleNamespace(names=list), stages=SimpleNamespace(records=[]))
     left = {}
@@ -170,7 +170,7 @@ def test_fits_leave_time_for_corrections() -> None:
 
 
 def test_a_limit_without_room_for_corrections(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule, "measured_rates", lambda planned, settings: Rates(1e7, 1e6, 1e6, 1e-3))
+    monkeypatch.setattr(schedule, "measured_rates", lambda planned, settings: Rates(1e7, 1e6, 1e7, 1e6, 1e-3))
     calibrated: dict[str, Any] = {"calibrate": "pydoc", "correct": "down"}
     with pytest.raises(UsageError, match="one pass of every fit, corrections and writing are estimated") as refusal:
         run(source, tmp_path / "out", time_limit=10, **calibrated)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,13 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoints import make_tiny
-from families import WEIGHTS_ONLY, WEIGHTS_ONLY_OPTIONS, make_family, make_job, planted, whole_pool
+from families import CPU, WEIGHTS_ONLY, WEIGHTS_ONLY_OPTIONS, make_family, make_job, planted, whole_pool
 from globe import compress
 from globe.checkpoint.family import Expert, Family
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.tensorfile import TensorInfo
 from globe.choice.plan import plan
 from globe.compute.blocks import BLOCKS, Blocks
+from globe.compute.gemm import solver_dtype
 from globe.errors import GlobeError, UsageError
 from globe.fit.problem import Problem
 from globe.pipeline.opening import Opened, scratch_bytes
@@ -44,16 +45,16 @@ def family(experts: int = 1440, p: int = 1408, d: int = 2048) -> Family:
 
 
 def blocks_for(
-    limit: int, mod: str = "exact", bank: int = 180, loops: int = 1, exact_bytes: int = 2, **more: Any
+    limit: int, mod: str = "exact", bank: int = 180, loops: int = 1, solver_bytes: int = 2, **more: Any
 ) -> Blocks:
     settings = Settings(**{"max_memory": limit, "mod": mod, "outer_loops": loops, **WEIGHTS_ONLY, **more})
-    return plan_blocks({"gate": family()}, {"gate": Shape(704, bank, 0)}, settings, 2, exact_bytes)
+    return plan_blocks({"gate": family()}, {"gate": Shape(704, bank, 0)}, settings, 2, solver_bytes)
 
 
 def test_full_size_fits_as_promised() -> None:
     assert blocks_for(6 * GIB, "aligned").experts == BLOCKS.experts
     assert blocks_for(8 * GIB, "exact").experts >= BLOCKS.experts // 2
-    assert blocks_for(64 * GIB, "exact", exact_bytes=4) == BLOCKS
+    assert blocks_for(64 * GIB, "exact", solver_bytes=4) == BLOCKS
 
 
 @given(st.integers(3, 40), st.sampled_from(["exact", "aligned", "fixed"]))
@@ -95,7 +96,7 @@ JOINT = {"solver": "joint"}
 
 
 def test_the_joint_fit_keeps_in_memory_what_fits() -> None:
-    sizes = [4 * 1440 * each for each in (704 * 704, 704 * 2048, 1408 * 2048)]  # C_i, a basis or K_i, W'_i
+    sizes = [1440 * each for each in (2 * 704 * 704, 2 * 704 * 2048, 4 * 1408 * 2048)]  # C_i, a basis or K_i, W'_i
     whole = blocks_for(100 * GIB, **JOINT)
     assert whole == BLOCKS and kept_of(whole).in_memory == sum(sizes)
     found = {limit: kept_of(blocks_for(limit * GIB, **JOINT)) for limit in (16, 20, 28, 64)}
@@ -108,27 +109,29 @@ def test_the_joint_fit_keeps_in_memory_what_fits() -> None:
 
 def kept_of(blocks: Blocks, **more: Any) -> Kept:
     settings = Settings(**{**WEIGHTS_ONLY, **JOINT, **more})
-    return kept(family(), Shape(704, 180, 0), settings, blocks.cached)
+    return kept(family(), Shape(704, 180, 0), settings, 2, blocks.cached)
 
 
-def test_what_is_kept_counts_where_it_will_be(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+def test_what_is_kept_counts_where_it_will_be(precision: Literal["fp32", "auto"], tmp_path: Path) -> None:
     """Sizes from shapes alone are those of the shelves and files that a fit makes."""
     weights = planted(0, experts=8, p=6, d=10, rank=5, atoms=3)
     experts, shape = make_family(tmp_path / "source", weights), Shape(5, 3, 0)
     columns = {layer: torch.eye(10) for layer in range(2)}
+    size = solver_dtype(precision, CPU).itemsize
     for metric in (None, Metric(torch.ones(8, 6), columns, None, (0,) * 4 + (1,) * 4)):
-        settings = Settings(calibrate="none" if metric is None else "pydoc")
+        settings = Settings(calibrate="none" if metric is None else "pydoc", precision=precision)
         for cached in (0, 4 * 8 * 25, 4 * 8 * (25 + 100), 1 << 20):
             folder = tmp_path / f"{metric is None}-{cached}"
             folder.mkdir()
             job = make_job(settings, blocks=Blocks(cached=cached))
             Problem(whole_pool(experts, metric), (3, 5, 10), job, folder)
-            found = kept(experts, shape, settings, cached)
+            found = kept(experts, shape, settings, size, cached)
             assert sum(file.stat().st_size for file in folder.iterdir()) == found.on_disk
             assert found.in_memory <= cached and (found.on_disk == 0) == (cached == 1 << 20)
-    auto = kept(experts, shape, Settings(), 4 * 8 * 200)
+    auto = kept(experts, shape, Settings(), size, 4 * 8 * 200)
     assert auto.on_disk == max(
-        kept(experts, shape, Settings(calibrate=each), 4 * 8 * 200).on_disk for each in ("none", "pydoc")
+        kept(experts, shape, Settings(calibrate=each), size, 4 * 8 * 200).on_disk for each in ("none", "pydoc")
     )
 
 

@@ -13,6 +13,7 @@ from globe.choice.ratio_plan import probes
 from globe.compute import ranks
 from globe.compute.devices import thread_count
 from globe.compute.forms import per_core
+from globe.compute.gemm import solver_dtype
 from globe.compute.rates import Rates, probe
 from globe.correction.work import correction_work
 from globe.fit.rounded_bank import recoding
@@ -88,7 +89,10 @@ class Estimate:
 def measured_rates(planned: Plan, settings: Settings) -> Rates:
     """The probe of the machine, at the shapes of the largest pool."""
     name, family = max(planned.families.items(), key=lambda item: len(item[1]))
-    return probe(planned.device, thread_count(settings.threads), (family.p, family.d, planned.shapes[name].rank))
+    shape = family.p, family.d, planned.shapes[name].rank
+    return probe(
+        planned.device, thread_count(settings.threads), shape, solver_dtype(settings.precision, planned.device)
+    )
 
 
 def estimate(planned: Plan, settings: Settings, rates: Rates) -> Estimate:
@@ -97,8 +101,10 @@ def estimate(planned: Plan, settings: Settings, rates: Rates) -> Estimate:
     The counts of operations are those of :mod:`globe.sizes.work`; loops and steps are as many as the settings allow
     at most. Ranks share what is done for experts; samples and corrections are rank 0's.
     """
-    whole, rates = rates, replace(rates, products=rates.products * ranks.size(), wide=rates.wide * ranks.size())
+    size, whole = ranks.size(), rates
+    rates = replace(rates, products=rates.products * size, wide=rates.wide * size, solver=rates.solver * size)
     sparse, cached = per_core(planned.device), planned.blocks.cached
+    held_bytes = solver_dtype(settings.precision, planned.device).itemsize
     stages = [_stage(f"{name}: scan", scan_work(family), rates) for name, family in planned.families.items()]
     if settings.ratio is not None:
         stages.append(_stage("plan", _ratio_work(planned, settings, sparse), rates))
@@ -112,7 +118,7 @@ def estimate(planned: Plan, settings: Settings, rates: Rates) -> Estimate:
     scratch, writing, tasks = 0, Work(), []
     for name, family in planned.families.items():
         task = Task(family, planned.shapes[name], settings, sparse)
-        held = kept(family, planned.shapes[name], settings, cached)
+        held = kept(family, planned.shapes[name], settings, held_bytes, cached)
         scratch = max(scratch, held.on_disk)
         stages.append(_stage(f"{name}: seeds", _seeds(task), rates))
         if fits_jointly(settings):
@@ -143,7 +149,8 @@ def estimate(planned: Plan, settings: Settings, rates: Rates) -> Estimate:
 
 def seconds_of(work: Work, rates: Rates) -> float:
     """What some work takes: products, what passes through memory, calls; reading is done meanwhile."""
-    busy = work.flops / rates.products + work.wide / rates.wide + work.moved / rates.memory + work.calls * rates.call
+    products = work.flops / rates.products + work.wide / rates.wide + work.solver / rates.solver
+    busy = products + work.moved / rates.memory + work.calls * rates.call
     return max(busy, work.read / rates.reading) + work.written / rates.writing
 
 

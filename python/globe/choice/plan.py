@@ -17,7 +17,7 @@ from globe.choice.ratio_plan import Probing, candidates, plan_ratio, probes, siz
 from globe.compute.blocks import Blocks
 from globe.compute.devices import device_room, pick_device, thread_count
 from globe.compute.forms import per_core
-from globe.compute.gemm import dictionary_dtype
+from globe.compute.gemm import solver_dtype
 from globe.correction.work import correction_bytes
 from globe.errors import UsageError
 from globe.runs.job import Job
@@ -84,8 +84,8 @@ def _sized(
 def _blocks(held: dict[str, Family], shapes: dict[str, Shape], settings: Settings, device: torch.device) -> Blocks:
     """What the memory of the host, and that of the device, have room for at a time."""
     free, threads = device_room(device), _threads(settings, device)
-    exact_bytes = dictionary_dtype(settings.precision, device).itemsize
-    blocks = plan_blocks(held, shapes, settings, threads, exact_bytes)
+    solver_bytes = solver_dtype(settings.precision, device).itemsize
+    blocks = plan_blocks(held, shapes, settings, threads, solver_bytes)
     return blocks if free is None else fit_device(blocks, held, shapes, settings, Room(str(device), free))
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -21,26 +19,10 @@ _BF16_SHIFT = 2.0**-7
 _PANELS = 4  # of a triangular matrix: 5/8 of the products are left
 _FP32_RUN = 4096  # columns whose products are summed in fp32 before fp64 takes over
 
-Precision = Literal["fp32", "bf16x2"]
-_precision: Precision = "fp32"
 
-
-def pick_precision(wanted: str, device: torch.device) -> Precision:
-    """How products of bf16 weights and fp32 matrices are computed.
-
-    ``bf16x2`` splits the fp32 matrix in two bf16 parts, x ≈ h + l with |x − h − l| ≤ 2⁻¹⁷ |x|, multiplies both by
-    the weights as they are, and sums in fp32. ``auto`` takes it where the CPU multiplies bf16 matrices at more than
-    twice its fp32 rate, which is where it has matrix tiles (AMX) and a torch that can sum them in fp32: with AVX-512
-    bf16 dot products alone, twice the rate for twice the products gains nothing.
-    """
-    able = hasattr(torch.cpu, "_is_amx_tile_supported") and hasattr(torch.backends.mkldnn, "matmul")
-    tiles = device.type == "cpu" and able and torch.cpu._is_amx_tile_supported()
-    return "bf16x2" if wanted == "bf16x2" or (wanted == "auto" and tiles) else "fp32"
-
-
-def dictionary_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """The dtype of products inside the exact dictionary step: bf16 on a CPU with bf16 dot products, unless refused."""
-    return torch.bfloat16 if wanted == "auto" and device.type == "cpu" and _bf16_dots() else torch.float32
+def solver_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The dtype of products inside conjugate gradients: bf16 on a CPU with bf16 dot products, unless refused."""
+    return torch.bfloat16 if wanted == "auto" and per_core(device) and _bf16_dots() else torch.float32
 
 
 def storable(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -60,47 +42,13 @@ def _bf16_dots() -> bool:
 
 
 def precision_report(wanted: str, device: torch.device) -> dict[str, str]:
-    """What metrics.json says: how weights are multiplied, how the dictionary step works, and the instruction set."""
-    step = "bf16" if dictionary_dtype(wanted, device) == torch.bfloat16 else "fp32"
-    return {"products": pick_precision(wanted, device), "dictionary": step, "isa": kernels.available()["isa"]}
-
-
-@contextmanager
-def working_precision(precision: Precision) -> Iterator[None]:
-    """Let :func:`weights_operand` and :func:`matmul` work in a precision of :func:`pick_precision`.
-
-    ``bf16x2`` lets oneDNN multiply fp32 matrices as bf16 and sum in fp32, where the CPU has tiles, in the whole
-    process: meanwhile fp32 products go through :func:`matmul`, which gives it matrices of bf16 values.
-    """
-    global _precision
-    before, _precision = _precision, precision
-    if precision == "fp32":
-        try:
-            yield
-        finally:
-            _precision = before
-        return
-    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    allowed, setting.fp32_precision = setting.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        _precision, setting.fp32_precision = before, allowed
-
-
-def weights_operand(weights: torch.Tensor) -> torch.Tensor:
-    """Expert matrices as :func:`matmul` takes them: bf16 as it is under ``bf16x2``, fp32 otherwise."""
-    return weights if _precision == "bf16x2" and weights.dtype == torch.bfloat16 else weights.float()
+    """What metrics.json says: the dtype of products inside conjugate gradients, and the instruction set."""
+    inner = "bf16" if solver_dtype(wanted, device) == torch.bfloat16 else "fp32"
+    return {"products": "fp32", "solver": inner, "isa": kernels.available()["isa"]}
 
 
 def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right in fp32 on their device, the inner dimension in chunks on MPS.
-
-    Under ``bf16x2`` of :func:`working_precision` fp32 operands are split in two bf16 parts and the product of the two
-    low parts is left out; a bf16 operand is exact.
-    """
-    if _precision == "bf16x2":
-        return _split_product(left, right)
+    """left @ right on their device and in their dtype, the inner dimension in chunks on MPS."""
     inner = left.shape[-1]
     chunk = _MPS_INNER if left.device.type == "mps" else inner
     total: torch.Tensor = left[..., :chunk] @ right[..., :chunk, :]
@@ -147,24 +95,6 @@ def _panels(size: int) -> list[slice]:
     """Rows or columns of a triangular matrix in a few blocks."""
     step = -(-size // _PANELS)
     return [slice(first, min(first + step, size)) for first in range(0, size, step)]
-
-
-def _split_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    (high, *low), (other, *rest) = _bf16_parts(left), _bf16_parts(right)
-    total: torch.Tensor = high @ other
-    for part in low:
-        total += part @ other
-    for part in rest:
-        total += high @ part
-    return total
-
-
-def _bf16_parts(matrix: torch.Tensor) -> list[torch.Tensor]:
-    """fp32 matrices of bf16 values that sum to the matrix, the largest first."""
-    if matrix.dtype == torch.bfloat16:
-        return [matrix.float()]
-    high = matrix.bfloat16().float()
-    return [high, (matrix - high).bfloat16().float()]
 
 
 def grams(matrices: torch.Tensor) -> torch.Tensor:

@@ -20,20 +20,22 @@ _CALLS, _TINY = 256, 12  # calls that are timed, and operations in each, as in o
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations a second in fp32 and fp64, bytes a second through memory, seconds of a call, bytes of the disk.
+    """Operations a second in fp32, fp64 and the solver's dtype, bytes a second through memory, seconds of a call, bytes
+    a second of the disk.
 
     All cores (or the device) together; a call is what one expert takes beside its products.
     """
 
     products: float
     wide: float
+    solver: float
     memory: float
     call: float
     reading: float = READING
     writing: float = WRITING
 
 
-def probe(device: torch.device, threads: int, shape: tuple[int, int, int]) -> Rates:
+def probe(device: torch.device, threads: int, shape: tuple[int, int, int], solver: torch.dtype) -> Rates:
     """Time products and copies on a device, or with a core for each of so many threads, in under two seconds.
 
     Parameters
@@ -43,11 +45,14 @@ def probe(device: torch.device, threads: int, shape: tuple[int, int, int]) -> Ra
         CPU threads to work with.
     shape : tuple of int
         (p, d, r): products of p × d and d × r matrices are timed, as the fit makes them.
+    solver : torch.dtype
+        Of conjugate gradients' products, r × d and d × d.
     """
     p, d, r = shape
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(size, generator=generator).to(device) for size in ((p, d), (d, r)))
     wide = right.mT.to(wide_dtype(device)).contiguous()
+    narrow, square = right.mT.to(solver).contiguous(), torch.zeros(d, d, dtype=solver, device=device)
     source = torch.zeros(_COPIED // 4, device=device)
     target = [torch.empty_like(source) for _ in range(threads if per_core(device) else 1)]
     before = torch.get_num_threads()
@@ -55,11 +60,12 @@ def probe(device: torch.device, threads: int, shape: tuple[int, int, int]) -> Ra
     try:
         products = _rate(device, len(target), lambda place: torch.mm(left, right), 2 * p * d * r)
         doubles = _rate(device, len(target), lambda place: torch.mm(wide, wide.mT), 2 * r * r * d)
+        inner = _rate(device, len(target), lambda place: torch.mm(narrow, square), 2 * r * d * d)
         memory = _rate(device, len(target), lambda place: target[place].copy_(source), 2 * _COPIED)
         call = _call(device)
     finally:
         torch.set_num_threads(before)
-    return Rates(products, doubles, memory, call)
+    return Rates(products, doubles, inner, memory, call)
 
 
 def _rate(device: torch.device, workers: int, work: Callable[[int], object], amount: float) -> float:

@@ -17,7 +17,7 @@ _BUFFERS = 3
 
 
 class Shelf(Protocol):
-    """Matrices of one shape of some experts, fp32, written and read by runs of their numbers."""
+    """Matrices of one shape and dtype of some experts, written and read by runs of their numbers."""
 
     def put(self, some: slice, matrices: torch.Tensor) -> None:
         """Keep those of the experts of these numbers; `matrices` may be overwritten afterwards."""
@@ -36,10 +36,14 @@ class InMemory:
     device : torch.device
     first : int
         The number of the first expert.
+    dtype : torch.dtype
+        In which they are kept, and come back.
     """
 
-    def __init__(self, shape: tuple[int, int, int], device: torch.device, first: int = 0) -> None:
-        self._kept, self._first = torch.empty(shape, device=device), first
+    def __init__(
+        self, shape: tuple[int, int, int], device: torch.device, first: int = 0, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self._kept, self._first = torch.empty(shape, dtype=dtype, device=device), first
 
     def put(self, some: slice, matrices: torch.Tensor) -> None:
         """As :meth:`Shelf.put`."""
@@ -62,11 +66,20 @@ class OnDisk:
     file : Path
     first : int
         The number of the first expert.
+    dtype : torch.dtype
+        In which they are kept, and come back.
     """
 
-    def __init__(self, shape: tuple[int, int, int], device: torch.device, file: Path, first: int = 0) -> None:
-        self._shape, self._lane, self._device = shape[1:], Lane(device), device
-        self._stride = 4 * shape[1] * shape[2]
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        file: Path,
+        first: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._shape, self._dtype, self._lane = shape[1:], dtype, Lane(device)
+        self._stride = dtype.itemsize * shape[1] * shape[2]
         self._file, self._first = file, first
         with open(file, "wb") as made:
             made.truncate(shape[0] * self._stride)
@@ -74,7 +87,7 @@ class OnDisk:
 
     def put(self, some: slice, matrices: torch.Tensor) -> None:
         """As :meth:`Shelf.put`."""
-        left, place = _bytes(matrices.cpu().contiguous()), (some.start - self._first) * self._stride
+        left, place = _bytes(matrices.to(self._dtype).cpu().contiguous()), (some.start - self._first) * self._stride
         with open(self._file, "r+b", buffering=0) as file:
             while left:  # the system takes at most 2 GiB at a time
                 written = os.pwrite(file.fileno(), left, place)
@@ -86,7 +99,7 @@ class OnDisk:
         """As :meth:`Shelf.take`."""
         largest = max((span.stop - span.start for span in spans), default=0)
         if not self._buffers or len(self._buffers[0]) < largest:
-            self._buffers = [self._lane.memory((largest, *self._shape), torch.float32) for _ in range(_BUFFERS)]
+            self._buffers = [self._lane.memory((largest, *self._shape), self._dtype) for _ in range(_BUFFERS)]
         with open(self._file, "rb", buffering=0) as file:
 
             def reading(place: int) -> Callable[[], Sent]:
@@ -109,7 +122,7 @@ class OnDisk:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor on the host."""
-    found: memoryview = tensor.numpy().reshape(-1).view(np.uint8).data
+    found: memoryview = tensor.view(torch.uint8).numpy().reshape(-1).view(np.uint8).data
     return found
 
 
@@ -129,11 +142,11 @@ class Shelves:
         self._device, self._left, self._folder = device, size, folder
         self._made = 0
 
-    def make(self, shape: tuple[int, int, int], first: int = 0) -> Shelf:
+    def make(self, shape: tuple[int, int, int], first: int = 0, dtype: torch.dtype = torch.float32) -> Shelf:
         """A shelf of (n, k, l) matrices, of experts from the number `first` on: those made first lie in memory."""
-        size = 4 * shape[0] * shape[1] * shape[2]
+        size = dtype.itemsize * shape[0] * shape[1] * shape[2]
         if size <= self._left:
             self._left -= size
-            return InMemory(shape, self._device, first)
+            return InMemory(shape, self._device, first, dtype)
         self._made += 1
-        return OnDisk(shape, self._device, self._folder / f"shelf-{self._made}", first)
+        return OnDisk(shape, self._device, self._folder / f"shelf-{self._made}", first, dtype)

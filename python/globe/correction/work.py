@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from globe.checkpoint.index import Checkpoint
@@ -47,7 +48,7 @@ def correction_work(checkpoint: Checkpoint, tasks: Sequence[Task]) -> Work:
     for task in tasks:
         n, _, _, r, _ = task.sizes
         solved = lefts_work(task)
-        composed += Work(solved.flops + 2 * n * p * r * d, solved.wide, solved.moved, solved.read, 0.0, solved.calls)
+        composed += replace(solved, flops=solved.flops + 2 * n * p * r * d, written=0.0)
     regressed = _regressions(checkpoint, tokens) * gates.layers
     return stream * 2 + composed + regressed + Work(read=-stream.read, written=checkpoint.family("down").stored_bytes)
 

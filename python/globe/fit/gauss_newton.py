@@ -86,19 +86,21 @@ class Operator:
 
     def __init__(self, problem: Problem, point: Point, scale: float, workers: Engine) -> None:
         self._problem, self._point, self._scale, self._workers = problem, point, scale, workers
-        size = problem.at_once
-        self._rooms = [torch.empty(size, *point.bank.shape[1:], device=point.bank.device) for _ in range(2)]
+        shape, device = (problem.at_once, *point.bank.shape[1:]), point.bank.device
+        self._mixed, self._change = (torch.empty(shape, dtype=problem.kept, device=device) for _ in range(2))
+        self._room = torch.empty(shape, device=device)
+        self._bank = point.bank.to(problem.kept)
 
     def __call__(self, vector: Vector) -> Vector:
         """H times a vector."""
         problem, point, chain = self._problem, self._point, self._point.chain
         changes = chain * vector.codes
         total, slopes = torch.zeros_like(point.bank), np.zeros_like(changes)
-        bank = ranks.assembled(vector.bank, len(point.bank))
+        bank = ranks.assembled(vector.bank, len(point.bank)).to(problem.kept)
         lefts, hidden = problem.lefts.take(problem.spans), problem.hidden.take(problem.spans)
         for span, left, columns in zip(problem.spans, lefts, hidden, strict=True):
-            mixed = mixtures(changes[span], point.bank, self._rooms[0])
-            mixed += mixtures(point.codes[span], bank, self._rooms[1])
+            mixed = mixtures(changes[span], self._bank, self._mixed)
+            mixed += mixtures(point.codes[span], bank, self._change)
 
             def work(
                 part: slice,
@@ -110,8 +112,8 @@ class Operator:
                 mixed[part] = matmul(left[part], self._project(within(span, part), mixed[part], columns[part]))
 
             self._workers.run(work, span.stop - span.start)
-            slopes[span] = correlations(mixed, point.bank)
-            scatter_add(point.codes[span], mixed, total, self._rooms[1])
+            slopes[span] = correlations(mixed, self._bank)
+            scatter_add(point.codes[span], mixed, total, self._room)
         del bank
         total = ranks.scattered(total)
         return Vector(total.mul_(2 * self._scale), ranks.summed_array(slopes) * chain * (2 * self._scale))

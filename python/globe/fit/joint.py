@@ -28,7 +28,7 @@ from globe.runs.job import Job
 from globe.runs.stages import Advance
 from globe.runs.store import Store
 from globe.settings import Settings, seconds_text
-from globe.sizes.flops import error_flops, iteration_flops, pass_flops
+from globe.sizes.flops import error_flops, iteration_flops, pass_flops, weighing_flops
 
 Array = NDArray[np.float64]
 
@@ -38,6 +38,7 @@ _REACH = 2.0  # of the size of a bank or an expert's variables, in one step
 _NOTHING = 1e-9  # of the energy: the fp32 residual is rounding
 _GAIN = 5  # tolerances: a step that lowers f by less ends the fit
 _TRIALS = 10
+_FASTER = 2  # a product in bf16 than in fp32, at least, where there are bf16 dot products
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,12 @@ def fit_joint(problem: Problem, start: State, job: Job, advance: Advance) -> tup
     del start, state
     started -= now.seconds
     signed, told = settings.codes == "signed", False
-    product, error = _shares(bank, problem)
-    pace = Pace(job.turn, product)
+    shares = _Shares.of(bank, problem)
+    pace = Pace(job.turn, shares.product)
 
     def look(bank: torch.Tensor, codes: Array, seed: int | None) -> Value:
-        return pace.a_pass(lambda: problem.look(bank, codes, seed, advance), error if seed is None else 1.0)
+        part = shares.of_pass(seed is None, problem.made)
+        return pace.a_pass(lambda: problem.look(bank, codes, seed, advance), part)
 
     bare = _spreads(codes, now, settings)  # of what f alone is known
     value = look(bank, codes, None if bare else settings.seed + now.step)
@@ -228,11 +230,26 @@ class _Line:
         return float(min(1.0, *(part.min() for part in parts)))
 
 
-def _shares(bank: torch.Tensor, problem: Problem) -> tuple[float, float]:
-    """Operations of a product with the Gauss-Newton matrix, and of f alone, over those of a pass."""
-    (m, r, d), p, weighed = bank.shape, problem.family.p, problem.metric is not None
-    whole = pass_flops(p, d, r, m, weighed)
-    return iteration_flops(d, r, m, weighed) / whole, error_flops(p, d, r, m, weighed) / whole
+@dataclass(frozen=True)
+class _Shares:
+    """Of a pass: what a product with the Gauss-Newton matrix, f alone, and making W'_i take, by their operations."""
+
+    product: float
+    error: float
+    weighing: float
+
+    @staticmethod
+    def of(bank: torch.Tensor, problem: Problem) -> _Shares:
+        (m, r, d), p, weighed = bank.shape, problem.family.p, problem.metric is not None
+        whole = pass_flops(p, d, r, m, weighed)
+        product = iteration_flops(d, r, m, weighed) / (_FASTER if problem.kept == torch.bfloat16 else 1)
+        mixes_rows = weighed and "down" in problem.family.families
+        weighing = weighing_flops(p, d, mixes_rows) if weighed else 0
+        return _Shares(product / whole, error_flops(p, d, r, m, weighed) / whole, weighing / whole)
+
+    def of_pass(self, bare: bool, made: bool) -> float:
+        """What one takes that asks for f alone, or for all; with W'_i unless they are made."""
+        return (self.error if bare else 1.0) + (0.0 if made else self.weighing)
 
 
 def _sized(codes: Array) -> Array:

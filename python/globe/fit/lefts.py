@@ -43,7 +43,7 @@ def fit_lefts(weights: torch.Tensor, mixtures: torch.Tensor, settings: Settings)
 
     Parameters
     ----------
-    weights : torch.Tensor, shape (n, p, d), fp32 (or bf16, see :func:`globe.compute.gemm.weights_operand`)
+    weights : torch.Tensor, shape (n, p, d), fp32
     mixtures : torch.Tensor, shape (n, r, d), fp32
     settings : Settings
         `ridge` and `ridge_rcond`.

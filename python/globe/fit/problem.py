@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from globe.compute import ranks
 from globe.compute.forms import per_core, wide_dtype
-from globe.compute.gemm import matmul, mixtures
+from globe.compute.gemm import matmul, mixtures, solver_dtype
 from globe.compute.passes import engine, shifted, within
 from globe.compute.shelf import Shelves
 from globe.compute.spd import row_basis
@@ -47,12 +47,17 @@ class Problem:
 
     Attributes
     ----------
+    kept : torch.dtype
+        Of both shelves, and so of what conjugate gradients multiply. K_i is what is left of L_i L_iᵀ, so that rounding
+        it is harmless; rounding a basis is not, and it stays in fp32.
     lefts : Shelf
         C_i = A_iᵀA_i (r × r).
     hidden : Shelf
         K_i = L_i (I − Π_i) L_iᵀ (d × d), Π_i the projector on the rows of B̃'_i, where `whole`; otherwise an
         orthonormal basis of these rows (r × d). K_i takes fewer products where there is a metric, and no more memory
         than a few times the basis where d ≤ 2 r.
+    made : bool
+        Whether W'_i of all experts are at hand, as they are after the first pass.
     """
 
     def __init__(self, pool: Pool, shape: tuple[int, int, int], job: Job, folder: Path) -> None:
@@ -64,13 +69,14 @@ class Problem:
         self.at_once = min(job.blocks.experts, max(1, mine.stop - mine.start))
         self.spans = [shifted(some, mine.start) for some in spans(mine.stop - mine.start, self.at_once)]
         self.whole = keeps_columns(pool.metric is not None, r, d)
+        self.kept = solver_dtype(job.settings.precision, job.device) if self.whole else torch.float32
         self._stride = max(1, count // SAMPLED)
         shelves = Shelves(job.device, job.blocks.cached, folder)
         held, self._mine = mine.stop - mine.start, mine
-        self.lefts = shelves.make((held, r, r), mine.start)
-        self.hidden = shelves.make((held, d if self.whole else r, d), mine.start)
+        self.lefts = shelves.make((held, r, r), mine.start, self.kept)
+        self.hidden = shelves.make((held, d if self.whole else r, d), mine.start, self.kept)
         self._weighted = shelves.make((held, p, d), mine.start)
-        self._made = False
+        self.made = False
         self._moments: dict[int | None, torch.Tensor] = {}
         if self.whole and pool.metric is not None:
             with engine(job.device) as workers:
@@ -132,7 +138,7 @@ class Problem:
 
     def _weighted_batches(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """One pass over W'_i, some at a time; they are made in the first pass that comes to its end."""
-        if self._made:
+        if self.made:
             yield from zip(self.spans, self._weighted.take(self.spans), strict=True)
             return
         size = self.at_once
@@ -147,7 +153,7 @@ class Problem:
                 workers.run(weigh, len(batch))
                 self._weighted.put(span, room[: len(batch)])
                 yield span, room[: len(batch)]
-        self._made = True
+        self.made = True
 
     def _atoms(self, codes: Array) -> torch.Tensor:
         """Of every expert the atoms whose codes' curvature is asked for: its own, or all where others may come in.

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from globe.compute.forms import per_core
-from globe.compute.gemm import bank_gram, grams, matmul, weights_operand
+from globe.compute.gemm import bank_gram, grams, matmul
 from globe.compute.passes import Engine
 from globe.settings import Settings
 from globe.sizes.budget import SEEN_GRAM_BYTES
@@ -37,7 +37,7 @@ class Sight:
     def look(self, some: slice, weights: torch.Tensor, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """D_i W_i L_i (n, p, d) and B̃_i L_i (n, r, d), from W_i in the checkpoint's dtype and B̃_i."""
         if self.metric is None:
-            return weights_operand(weights), mixed
+            return weights.float(), mixed
         return self.metric.weigh(some, weights.float()), self.metric.seen(some, mixed)
 
     def aim(

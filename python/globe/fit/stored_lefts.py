@@ -14,7 +14,7 @@ from globe.checkpoint.formats.packed import Packing
 from globe.checkpoint.powers import saturated_each, shared, times_powers
 from globe.compute.blocks import Blocks
 from globe.compute.forms import wide_dtype
-from globe.compute.gemm import matmul, mixtures, weights_operand
+from globe.compute.gemm import matmul, mixtures
 from globe.compute.passes import engine
 from globe.compute.spd import orthonormal_rows
 from globe.compute.stream import Lane, Sent, ahead
@@ -264,7 +264,7 @@ class _Found:
 
 def _solve_run(run: _Run, weights: torch.Tensor, mixed: torch.Tensor, settings: Settings) -> _Found:
     """Fit the left factors of experts W_i (n, p, d) to B̃_i (n, r, d), and store them in W_i's own scale."""
-    metric, weights, mixed = run.fit.metric, weights_operand(weights), run.fit.rows(mixed)
+    metric, weights, mixed = run.fit.metric, weights.float(), run.fit.rows(mixed)
     energy = row_energies(weights)
     if metric is None:
         fit = fit_lefts(weights, mixed, settings)

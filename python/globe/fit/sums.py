@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from globe.compute import ranks
 from globe.compute.forms import wide_dtype
-from globe.compute.gemm import dictionary_dtype, scatter_add
+from globe.compute.gemm import scatter_add, solver_dtype
 from globe.compute.passes import shifted
 from globe.fit.codes import Coding
 from globe.seeds.pool import Pool
@@ -145,7 +145,7 @@ class Sums:
     def none(pool: Pool, state: State, settings: Settings) -> Sums:
         """Of no expert."""
         rank, device, exact = state.bank.shape[1], state.bank.device, settings.mod == "exact"
-        kept = dictionary_dtype(settings.precision, device)
+        kept = solver_dtype(settings.precision, device)
         mine, metric = ranks.dealt(pool.family), pool.metric if exact else None
         held = mine.stop - mine.start
         left_grams = torch.zeros(held, rank, rank, dtype=kept, device=device) if exact else None

@@ -9,7 +9,7 @@ import torch
 from globe.checkpoint.family import Family
 from globe.compute import ranks
 from globe.compute.blocks import Blocks
-from globe.compute.gemm import correlations, dictionary_dtype, matmul, mixtures, storable
+from globe.compute.gemm import correlations, matmul, mixtures, solver_dtype, storable
 from globe.compute.passes import engine, within
 from globe.compute.spd import gram_inverse
 from globe.compute.stream import expert_batches
@@ -68,7 +68,7 @@ def sweep_some(pool: Pool, state: State, job: Job, advance: Advance, some: slice
     sight = Sight(state.bank, metric, settings)
     proxy, held = (torch.from_numpy(index).to(device) for index in (pool.rows.proxy, pool.rows.validation))
     rank, exact = state.bank.shape[1], settings.mod == "exact"
-    kept = dictionary_dtype(settings.precision, device)
+    kept = solver_dtype(settings.precision, device)
     mixed_room, target_room = _room(family, state, job.blocks), _room(family, state, job.blocks)
     apart = exact or (metric is not None and settings.mod == "aligned")
     summand_room = _room(family, state, job.blocks) if apart else target_room

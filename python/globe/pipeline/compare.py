@@ -16,7 +16,6 @@ from globe.checkpoint.tensorfile import write_text
 from globe.choice.plan import plan
 from globe.choice.seeding import seed
 from globe.compute.devices import check_device, keep_memory, set_threads
-from globe.compute.gemm import pick_precision, working_precision
 from globe.errors import GlobeError, UsageError
 from globe.fit.stages import alternate, fit_report
 from globe.runs.job import Job
@@ -126,8 +125,7 @@ def run_one(model: Path, settings: Settings, counts: Sequence[int]) -> list[dict
     keep_memory()
     check_device(planned.device)
     rows: list[dict[str, Any]] = []
-    precision = working_precision(pick_precision(settings.precision, planned.device))
-    with precision, tempfile.TemporaryDirectory(prefix="globe-compare-") as folder:
+    with tempfile.TemporaryDirectory(prefix="globe-compare-") as folder:
         store = RunStore(Path(folder) / "run", {}, {}, lambda line: None)
         job = Job(settings, planned.device, planned.blocks, stages, store)
         for name, stored in planned.families.items():

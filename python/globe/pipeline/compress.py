@@ -15,7 +15,6 @@ from globe.checkpoint.hub import local
 from globe.choice.plan import Plan, plan_sizes, usual_size
 from globe.choice.seeding import seed
 from globe.compute import ranks
-from globe.compute.gemm import pick_precision, working_precision
 from globe.correction.down import correct, correction_text
 from globe.fit.stages import alternate, fit_jointly, fit_report, load_fit, round_fit
 from globe.pipeline.closing import Made, describe, draw_report, finished, publish
@@ -141,7 +140,7 @@ def _run(run: Run, stages: Stages) -> Result:
             layers = planned.checkpoint.family("down").layers
             timed.refuse(settings, set() if anew else ranks.agreed(done_stages(target / FOLDER, layers)))
     directory = shared_directory(target, opened.claim(settings), identity, existing, show)
-    with working_precision(pick_precision(settings.precision, planned.device)), directory as store:
+    with directory as store:
         if store is None:
             metrics = ranks.lead(partial(finished, target, show))
             return Result(target, metrics, Ratios(**metrics["ratio"]), found=True)

@@ -19,7 +19,7 @@ from globe.choice.plan import Plan, peaks, plan, require_correction_memory
 from globe.compute import ranks
 from globe.compute.blocks import BLOCKS
 from globe.compute.devices import check_device, keep_memory, set_threads
-from globe.compute.gemm import precision_report
+from globe.compute.gemm import precision_report, solver_dtype
 from globe.errors import GlobeError, UsageError
 from globe.runs.stages import Stages
 from globe.runs.store import differences
@@ -161,8 +161,9 @@ def scratch_bytes(planned: Plan, settings: Settings) -> int:
     Of all ranks, whose files lie side by side.
     """
     cached, families = planned.blocks.cached, planned.families
+    size = solver_dtype(settings.precision, planned.device).itemsize
     return ranks.size() * max(
-        kept(family, planned.shapes[name], settings, cached).on_disk for name, family in families.items()
+        kept(family, planned.shapes[name], settings, size, cached).on_disk for name, family in families.items()
     )
 
 

@@ -45,7 +45,7 @@ def plan_blocks(
     shapes: Mapping[str, Shape],
     settings: Settings,
     threads: int | None,
-    exact_bytes: int,
+    solver_bytes: int,
 ) -> Blocks:
     """The largest blocks with which no stage is expected above `settings.max_memory`, from the shapes alone.
 
@@ -56,8 +56,8 @@ def plan_blocks(
     settings : Settings
     threads : int or None
         Experts worked on at the same time; None where it is all in hand, in the same memory.
-    exact_bytes : int
-        Bytes of a number of A_iᵀA_i, 2 or 4.
+    solver_bytes : int
+        Bytes of a number inside conjugate gradients, 2 or 4.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def plan_blocks(
     """
     limit = memory_limit(settings)
     chosen = BLOCKS
-    for cost in _costs(families, shapes, settings, threads, exact_bytes):
+    for cost in _costs(families, shapes, settings, threads, solver_bytes):
         if cost.peak(SMALLEST) > limit:
             raise UsageError(_advice(cost, SMALLEST, limit, f"max_memory is {size_text(limit)}"))
         chosen = _shrunk(chosen, cost, SMALLEST, limit)
@@ -126,13 +126,13 @@ def _costs(
     shapes: Mapping[str, Shape],
     settings: Settings,
     threads: int | None,
-    exact_bytes: int,
+    solver_bytes: int,
 ) -> list[_Cost]:
     stored = sum(
         (2 if shapes[name].storage.atoms is None else 5) * shapes[name].bank * shapes[name].rank * family.d
         for name, family in families.items()
     )
-    return [_Cost(family, shapes[name], settings, threads, exact_bytes, stored) for name, family in families.items()]
+    return [_Cost(family, shapes[name], settings, threads, solver_bytes, stored) for name, family in families.items()]
 
 
 def _shrunk(chosen: Blocks, cost: _Cost, least: Blocks, limit: int) -> Blocks:
@@ -156,7 +156,7 @@ class _Cost:
     shape: Shape
     settings: Settings
     threads: int | None
-    exact_bytes: int
+    solver_bytes: int
     stored: int
     base: int = BASE
 
@@ -171,7 +171,7 @@ class _Cost:
     @property
     def left_grams(self) -> int:
         exact = self.settings.mod == "exact" and self.loops > 0
-        return ranks.most_dealt(self.family) * self.shape.rank**2 * self.exact_bytes if exact else 0
+        return ranks.most_dealt(self.family) * self.shape.rank**2 * self.solver_bytes if exact else 0
 
     @property
     def metric(self) -> int:
@@ -257,7 +257,7 @@ class _Cost:
             return 0
         count, p, d, r, m = len(self.family), self.family.p, self.family.d, self.shape.rank, self.shape.bank
         weighed = self.metric > 0
-        held = kept(self.family, self.shape, self.settings, blocks.cached)
+        held = kept(self.family, self.shape, self.settings, self.solver_bytes, blocks.cached)
         curvature = 12 * count * m * m + 4 * m * r * r + 24 * d * d + 8 * r * r
         moments = 4 * self.family.layers * d * d if weighed else 0
         hidden = d if keeps_columns(weighed, r, d) else r
@@ -265,7 +265,8 @@ class _Cost:
         read = 3 * p * d * self.family.bytes_per_weight
         hand = read + held.buffer + 4 * p * d + 12 * r * d + 8 * r * r + 4 * hidden * d + 4 * d * SKETCHED
         work = self._at_once(blocks) * (8 * p * d + 8 * p * r + 44 * r * d + 40 * r * r + 12 * d * d + probes)
-        return self._banks + curvature + moments + held.in_memory + self.metric + blocks.experts * hand + work
+        copies = self.bank if self.solver_bytes < 4 else 0  # of the bank and a vector
+        return self._banks + copies + curvature + moments + held.in_memory + self.metric + blocks.experts * hand + work
 
 
 def _advice(cost: _Cost, least: Blocks, limit: int, found: str) -> str:

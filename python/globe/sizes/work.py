@@ -25,13 +25,15 @@ from globe.sizes.ratios import Shape, stored_bytes
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations in fp32 and in fp64, bytes that pass through memory, are read from disk and written.
+    """Floating-point operations in fp32, in fp64 and in the dtype of conjugate gradients.
 
-    `calls` of single experts cost time beside all that.
+    Beside them bytes that pass through memory, are read from disk and written, and `calls` of single experts, which
+    cost time beside all that.
     """
 
     flops: float = 0.0
     wide: float = 0.0
+    solver: float = 0.0
     moved: float = 0.0
     read: float = 0.0
     written: float = 0.0
@@ -44,7 +46,7 @@ class Work:
         return Work(*(times * value for value in self._values()))
 
     def _values(self) -> tuple[float, ...]:
-        return self.flops, self.wide, self.moved, self.read, self.written, self.calls
+        return self.flops, self.wide, self.solver, self.moved, self.read, self.written, self.calls
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def iteration_work(task: Task, held: Kept) -> Work:
     if task.sparse:
         flops -= 3 * 2 * m * r * d
         mixed = task.mixing(d) * 3
-    each = Work(flops=flops, moved=4 * 4 * r * d, calls=1) + mixed
+    each = Work(solver=flops, moved=4 * 4 * r * d, calls=1) + mixed
     vectors = Work(flops=preconditioner_flops(d, r, m, task.weighed), moved=4 * 24 * m * r * d, calls=2 * m)
     return each * n + vectors + Work(read=held.on_disk / 2)
 

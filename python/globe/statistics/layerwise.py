@@ -17,7 +17,7 @@ from globe.checkpoint.layouts import PREFIXES
 from globe.checkpoint.pretrained import first_line, import_transformers, quiet, refuse_own_code
 from globe.checkpoint.read_ahead import read_soon
 from globe.checkpoint.tensorfile import TensorInfo, read_tensor
-from globe.compute.gemm import dictionary_dtype
+from globe.compute.gemm import solver_dtype
 from globe.errors import GlobeError
 from globe.statistics.handed import HANDED, Arguments, Calls, named, shared
 
@@ -130,7 +130,7 @@ class Layerwise:
         """
         if device.type != "cpu":
             return stored
-        fast = dictionary_dtype(precision, device) == torch.bfloat16
+        fast = solver_dtype(precision, device) == torch.bfloat16
         return torch.bfloat16 if fast and stored == torch.bfloat16 else torch.float32
 
     def expect(self, number: int) -> None:
