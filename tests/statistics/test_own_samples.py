@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 
 from checkpoints import VOCABULARY, byte_tokenizer  # noqa: E402
 from displays import Lines  # noqa: E402
+from families import silent  # noqa: E402
 from globe.checkpoint.index import Checkpoint  # noqa: E402
 from globe.errors import GlobeError  # noqa: E402
 from globe.evaluation.models import load_model  # noqa: E402
@@ -60,8 +61,25 @@ def test_the_same_for_a_seed(tiny: Callable[[str], Path], monkeypatch: pytest.Mo
     assert one.shape == (5, 16) and bool(torch.isin(one[:, 0], starts).all())
     assert torch.equal(one, sample(tiny("mixtral"), Wanted(5, 16, starts)))
     assert not torch.equal(one, sample(tiny("mixtral"), Wanted(5, 16, starts, seed=1)))
-    monkeypatch.setattr(own, "AT_ONCE", 2)
-    assert torch.equal(one[:, 0], sample(tiny("mixtral"), Wanted(5, 16, starts))[:, 0])
+    random = torch.Generator().manual_seed(0)
+    assert torch.equal(one[:, 0], starts[torch.randint(len(starts), (5,), generator=random)])
+
+
+@pytest.mark.parametrize("layout", ARCHITECTURES)
+def test_from_disk_they_are_the_same_with_one_layer_in_memory(layout: str, tiny: Callable[[str], Path]) -> None:
+    streamed, lines = Layerwise(Checkpoint(tiny(layout)), torch.device("cpu")), Lines()
+    there: list[int] = []
+    for layer in streamed.layers:
+        layer.register_forward_pre_hook(
+            lambda *_: there.append(sum(not part.is_meta for each in streamed.layers for part in each.parameters()))
+        )
+    wanted = Wanted(5, 8, torch.arange(20, 60))
+    least = own.sampling_bytes(streamed.checkpoint, 2, 8, whole=False)
+    found = own_samples(streamed, wanted, least, Stages(lines), from_disk=True)
+    expected = own.sampled(load_model(tiny(layout))[0], wanted, silent, 2)
+    assert torch.equal(found, expected) and "read again for every token" in lines.lines[-1]
+    assert there and not any(there)  # before a layer runs none has weights
+    assert all(part.is_meta for part in streamed.model.parameters())
 
 
 def test_tokens_are_drawn_by_their_probability() -> None:
@@ -92,6 +110,8 @@ def test_what_cannot_be_sampled(tiny: Callable[[str], Path], monkeypatch: pytest
     wanted = Wanted(2, 4, torch.arange(VOCABULARY))
     with pytest.raises(GlobeError, match="own samples need the whole model in memory, about .* --calibrate pydoc"):
         own_samples(streamed, wanted, 1 << 20, Stages())
+    with pytest.raises(GlobeError, match="own samples need a layer in memory, about .* --max-memory"):
+        own_samples(streamed, wanted, 1 << 20, Stages(), from_disk=True)
     forward = type(streamed.model).forward
 
     def damaged(self: Any, **arguments: Any) -> Any:

@@ -140,7 +140,7 @@ def calibrate(
 
     Texts are pydoc (what every Python carries: help topics, sources, licence), self (samples of MODEL itself), UTF-8
     files (.jsonl: records with text, messages or conversations) and folders; half of each is held out. One decoder
-    layer is in memory at a time, but for self, which takes the whole model.
+    layer is in memory at a time, but for self, which takes the whole model where that fits.
     """
     from globe.compute.devices import pick_device, set_threads
     from globe.statistics.calibrate import calibrate as run

@@ -230,6 +230,29 @@ class Layerwise:
             yield self.model
 
     @contextmanager
+    def on_demand(self) -> Iterator[Any]:
+        """The model with what lies before and behind its layers; each of these has its weights while it runs."""
+
+        def loading(number: int, layer: Any) -> Any:
+            forward = layer.forward
+
+            def run(*given: Any, **arguments: Any) -> Any:
+                self.expect((number + 1) % len(self.layers))
+                with self.layer(number):
+                    return forward(*given, **arguments)
+
+            return run
+
+        with self.ends():
+            for number, layer in enumerate(self.layers):
+                layer.forward = loading(number, layer)
+            try:
+                yield self.model
+            finally:
+                for layer in self.layers:
+                    del layer.forward
+
+    @contextmanager
     def ends(self) -> Iterator[Any]:
         """The model with what lies before and behind its layers, for as long as the scope lasts."""
         beside = set(self.base.modules())

@@ -19,6 +19,7 @@ from globe.statistics.sampling_memory import sampling_bytes
 LENGTH = 256  # most tokens of a sample
 TEMPERATURE = 1.0
 AT_ONCE = 128  # sequences: products of as many rows keep a CPU's cores busy
+MOST = 1024  # sequences, where every token reads the layers again
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,14 @@ class Wanted:
     seed: int = 0
 
 
-def own_samples(streamed: Layerwise, wanted: Wanted, limit: int, stages: Stages) -> torch.Tensor:
+def own_samples(
+    streamed: Layerwise, wanted: Wanted, limit: int, stages: Stages, from_disk: bool = False
+) -> torch.Tensor:
     """Sample sequences from a model, every one from a token drawn from those that it may begin with.
 
     Tokens are drawn at temperature 1 from the model's own distribution, without cutting its tail. The whole model is in
-    memory meanwhile: a token takes a pass over all of its weights, which cannot be had from disk.
+    memory meanwhile, for a token takes a pass over all of its weights; where it does not fit, every token of all
+    sequences reads the layers from disk again, one in memory at a time, if that is allowed.
 
     Parameters
     ----------
@@ -46,6 +50,8 @@ def own_samples(streamed: Layerwise, wanted: Wanted, limit: int, stages: Stages)
         Bytes of memory that may be taken.
     stages : Stages
         Shows it as stage ``sample``.
+    from_disk : bool
+        Whether hours may go into reading.
 
     Returns
     -------
@@ -55,31 +61,50 @@ def own_samples(streamed: Layerwise, wanted: Wanted, limit: int, stages: Stages)
     Raises
     ------
     GlobeError
-        If the model does not fit in memory, or cannot be run.
+        If the model, or without `from_disk` all of it, does not fit in memory, or cannot be run.
     """
     checkpoint = streamed.checkpoint
-    needed = sampling_bytes(checkpoint, min(wanted.count, AT_ONCE) * wanted.length, streamed.dtype.itemsize)
-    if needed > limit:
-        raise GlobeError(
-            f"{checkpoint.directory}: its own samples need the whole model in memory, about {size_text(needed)}; there "
-            f"is {size_text(limit)}: use --calibrate pydoc, or a larger --max-memory"
-        )
+    whole, at_once = _held(streamed, wanted, limit, from_disk)
     began = time.perf_counter()
     total = wanted.count * wanted.length
-    with stages.stage("sample", total) as advance, streamed.whole() as model, own_code(checkpoint):
-        found = sampled(model, wanted, advance)
+    held = streamed.whole() if whole else streamed.on_demand()
+    with stages.stage("sample", total) as advance, held as model, own_code(checkpoint):
+        found = sampled(model, wanted, advance, at_once)
     seconds = time.perf_counter() - began
-    stages.display.log(f"{total:,} tokens sampled from the model itself in {seconds:.0f} s")
+    read = "" if whole else ", all layers read again for every token"
+    stages.display.log(f"{total:,} tokens sampled from the model itself in {seconds:.0f} s{read}")
     return found
 
 
-def sampled(model: Any, wanted: Wanted, advance: Advance) -> torch.Tensor:
-    """The sequences (count, length) that a model in memory writes, `AT_ONCE` at a time."""
+def _held(streamed: Layerwise, wanted: Wanted, limit: int, from_disk: bool) -> tuple[bool, int]:
+    """Whether the whole model is in memory, and how many sequences are sampled at once."""
+    checkpoint, width = streamed.checkpoint, streamed.dtype.itemsize
+    needed = sampling_bytes(checkpoint, min(wanted.count, AT_ONCE), wanted.length, width)
+    if needed <= limit:
+        return True, AT_ONCE
+    found = f"there is {size_text(limit)}: use --calibrate pydoc, or a larger --max-memory"
+    if not from_disk:
+        raise GlobeError(
+            f"{checkpoint.directory}: its own samples need the whole model in memory, about {size_text(needed)}; "
+            f"{found}; --calibrate self reads the layers again for every token, which may take hours"
+        )
+    at_once = min(wanted.count, MOST)
+    while (needed := sampling_bytes(checkpoint, at_once, wanted.length, width, whole=False)) > limit:
+        if at_once == 1:
+            raise GlobeError(
+                f"{checkpoint.directory}: its own samples need a layer in memory, about {size_text(needed)}; {found}"
+            )
+        at_once //= 2
+    return False, at_once
+
+
+def sampled(model: Any, wanted: Wanted, advance: Advance, at_once: int = AT_ONCE) -> torch.Tensor:
+    """The sequences (count, length) that a model writes, so many at once."""
     random = torch.Generator().manual_seed(wanted.seed)
     drawn = torch.randint(len(wanted.starts), (wanted.count,), generator=random)
     found = torch.empty(wanted.count, wanted.length, dtype=torch.int64)
     found[:, 0] = wanted.starts[drawn]
-    for ids in torch.split(found, AT_ONCE):
+    for ids in torch.split(found, at_once):
         advance(len(ids))
         for _ in _continued(model, ids, random):
             advance(len(ids))

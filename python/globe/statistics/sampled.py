@@ -35,7 +35,8 @@ def with_own_samples(reading: Reading, ask: Ask, means: Means, optional: bool) -
     ask : Ask
     means : Means
     optional : bool
-        Where samples cannot be made, read what Python carries alone, and say so.
+        Where samples cannot be made, or would take reading the model for every token, read what Python carries alone,
+        and say so.
 
     Returns
     -------
@@ -50,7 +51,7 @@ def with_own_samples(reading: Reading, ask: Ask, means: Means, optional: bool) -
     if reading.wanted is None:
         return reading, None
     try:
-        return reading.with_samples(_samples(reading.wanted, reading, means)), None
+        return reading.with_samples(_samples(reading.wanted, reading, means, from_disk=not optional)), None
     except NotFinite:
         raise
     except GlobeError as error:
@@ -61,9 +62,9 @@ def with_own_samples(reading: Reading, ask: Ask, means: Means, optional: bool) -
         return read_windows(reading.checkpoint, replace(ask, texts=mixture({PYDOC: 1})), log), str(error)
 
 
-def _samples(wanted: Wanted, reading: Reading, means: Means) -> torch.Tensor:
+def _samples(wanted: Wanted, reading: Reading, means: Means, from_disk: bool) -> torch.Tensor:
     device = means.manner.device
     room = device_room(device)
     limit = means.limit if room is None else min(means.limit, room)
     streamed = Layerwise(reading.checkpoint, device, reading.trust_remote_code, means.manner.precision)
-    return own_samples(streamed, wanted, limit, means.stages)
+    return own_samples(streamed, wanted, limit, means.stages, from_disk)

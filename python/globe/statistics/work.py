@@ -12,7 +12,7 @@ from globe.sizes.work import Work
 from globe.statistics.fisher import TOKENS
 from globe.statistics.layerwise import LAYER
 from globe.statistics.mixture import AUTO, MEASURED, SELF, tokens_for
-from globe.statistics.own import AT_ONCE, LENGTH
+from globe.statistics.own import AT_ONCE, LENGTH, MOST
 from globe.statistics.row_moments import moments_for
 from globe.statistics.sampling_memory import sampling_bytes
 from globe.statistics.windows import WINDOW
@@ -73,19 +73,22 @@ def fisher_work(checkpoint: Checkpoint, settings: Settings) -> Work:
 
 
 def sampling_work(checkpoint: Checkpoint, settings: Settings) -> Work:
-    """Of the model's own samples; nothing where there are none, or where there is no memory for the whole model."""
+    """Of the model's own samples; nothing where there are none, or `auto` has no memory for the whole model."""
     if settings.calibrate not in (AUTO, SELF):
         return Work()
     gates = checkpoint.leading
     share = 0.5 if settings.calibrate == AUTO else 1.0
     tokens = round(1.25 * share * tokens_for(settings, gates.d))  # a quarter is held out
-    if sampling_bytes(checkpoint, min(tokens, AT_ONCE * LENGTH)) > memory_limit(settings):
+    sequences = -(-tokens // LENGTH)
+    whole = sampling_bytes(checkpoint, min(sequences, AT_ONCE), LENGTH) <= memory_limit(settings)
+    if not whole and settings.calibrate == AUTO:
         return Work()
+    at_once = AT_ONCE if whole else MOST
     routed = {expert.tensor for name in checkpoint.layout.families for expert in checkpoint.family(name).experts}
     sizes = {name: math.prod(info.shape) for name, info in checkpoint.decoded.items()}
     chosen = 3 * gates.layers * choices(checkpoint) * gates.p * gates.d
     active = sum(size for name, size in sizes.items() if name not in routed) + chosen
-    steps = -(-tokens // (AT_ONCE * LENGTH)) * LENGTH
-    read = sum(info.nbytes for info in checkpoint.tensors.values())
+    steps = -(-sequences // at_once) * LENGTH
+    read = sum(info.nbytes for info in checkpoint.tensors.values()) * (1 if whole else steps)
     moved = 4.0 * steps * sum(sizes.values()) + 3 * read
     return Work(flops=2.0 * tokens * active, moved=moved, read=read, calls=40 * steps * gates.layers)
