@@ -40,6 +40,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem not in DOORS 
 
 # More than five parameters, each for its reason; a module stands for all its functions.
 MANY = {
+    "globe.cli.foreseeing": "click hands a command its options one by one",
     "globe.cli.healing": "click hands a command its options one by one",
     "globe.cli.making": "click hands a command its options one by one",
     "globe.cli.using": "click hands a command its options one by one",

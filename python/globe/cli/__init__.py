@@ -7,7 +7,7 @@ import sys
 import click
 
 from globe._version import __version__
-from globe.cli import about, healing, making, using
+from globe.cli import about, foreseeing, healing, making, using
 from globe.cli.launched import run_at_rank
 from globe.errors import GlobeError, UsageError
 from globe.machine.launch import launched_ranks
@@ -36,11 +36,11 @@ def cli() -> None:
 
 
 for command in (
-    making.inspect,
+    foreseeing.inspect,
     making.calibrate,
     making.compress,
     making.batch,
-    making.compare,
+    foreseeing.compare,
     making.demo,
     using.report,
     using.export,

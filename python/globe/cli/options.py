@@ -61,6 +61,35 @@ def common(command: _Command) -> _Command:
     return click.option("-q", "--quiet", is_flag=True, help="No progress, no tables.")(command)
 
 
+def sizing(command: _Command) -> _Command:
+    """Add what commands have that choose ranks and banks."""
+    for option in (
+        click.option("--families", help="Any of gate, up and down.  [default: gate,up]"),
+        click.option(
+            "--bank-size", type=int, help="Bank size.  [default: 128 from 512 experts, 64 from 256, else N/4]"
+        ),
+        click.option(
+            "--bank-ratio", type=float, help="Bank size as a fraction of the experts.  [default: by bank size]"
+        ),
+        click.option("--rank", type=Rank(), help="Fraction of min(p, d), or rows.  [default: 0.75]"),
+    ):
+        command = option(command)
+    return command
+
+
+def storing(command: _Command) -> _Command:
+    """Add what commands have that choose the bits of factors."""
+    group = "Values that share a scale below 16 bits, 32 to 128.  [default: 32]"
+    command = click.option("--group-size", type=int, help=group)(command)
+    for name, said in (
+        ("--atom-bits", "Of atoms.  [default: --factor-bits]"),
+        ("--left-bits", "Of left factors.  [default: --factor-bits]"),
+        ("--factor-bits", "Stored bits of a factor's value.  [default: 16]"),
+    ):
+        command = click.option(name, type=int, metavar="16|8|4|3", help=said)(command)
+    return command
+
+
 def resuming(command: _Command) -> _Command:
     """Add what commands have that go on with what an earlier process did."""
     command = click.option("--keep-run", is_flag=True, help="Keep OUT/.globe-run at the end.")(command)
