@@ -122,9 +122,10 @@ class Sums:
         """Add some experts."""
         self.energies[numbers], self.errors[numbers] = part.energies, part.errors
         self.ridged[numbers], self.means[numbers] = part.ridged, part.means
-        self.columns += part.columns
-        self.gram += part.gram
-        self.sampled += part.sampled
+        if part.sampled:
+            self.columns += part.columns
+            self.gram += part.gram
+            self.sampled += part.sampled
 
     def gather(self, span: slice, point: tuple[torch.Tensor, Array], slopes: torch.Tensor, lefts: torch.Tensor) -> None:
         """Add to the atoms what experts in hand, which have been added, mean for them.

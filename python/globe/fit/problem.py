@@ -96,7 +96,7 @@ class Problem:
         left_room = torch.empty(size, *sums.lefts.shape[1:], device=self.device)
         hidden_room = torch.empty(size, bank.shape[2 if self.whole else 1], bank.shape[2], device=self.device)
         free_room = torch.empty(size, bank.shape[2], SKETCHED, device=self.device)
-        sketch, atoms = Sketch(bank, self.metric, self._moments, seed or 0), self._atoms(codes)
+        sketch, atoms = Sketch(bank.to(self.kept), self.metric, self._moments, seed or 0), self._atoms(codes)
         with engine(self.device) as workers:
             for span, weighted in self._weighted_batches():
                 mixed = mixtures(codes[span], bank, mixed_room)

@@ -18,7 +18,7 @@ class Sketch:
 
     Parameters
     ----------
-    bank : torch.Tensor, shape (m, r, d)
+    bank : torch.Tensor, shape (m, r, d), fp32 or bf16
     metric : Metric or None
         L_i; the identity without.
     moments : mapping
@@ -75,4 +75,5 @@ class Sketch:
     def _probed(self, atoms: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
         """B_j F_i (n, a, r, 16) of some atoms (n, a) of experts with F_i (n, d, 16)."""
         chosen = self._bank[atoms]
-        return matmul(chosen.flatten(1, 2), free).view(*chosen.shape[:3], -1)
+        probes = matmul(chosen.flatten(1, 2), free.to(chosen.dtype))
+        return probes.to(free.dtype).view(*chosen.shape[:3], -1)
