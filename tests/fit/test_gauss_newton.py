@@ -1,4 +1,4 @@
-"""Gauss-Newton steps against dense fp64 algebra: the operator, its preconditioner, and what the gradients solve."""
+"""Gauss-Newton steps against dense fp64 algebra: what the gradients solve."""
 
 from __future__ import annotations
 
@@ -9,123 +9,35 @@ import numpy as np
 import pytest
 import torch
 
-from dense import ATOMS, CASES, EXPERTS, RANK, WHOLE, D, dense_of, problem_of, random_metric, random_point, small_family
-from families import CPU, Array, make_family, silent
-from forms import Serial, form
+from dense import EXPERTS, RANK, D, random_metric, random_point, small_family
+from families import Array, make_family, silent
+from forms import form
 from globe.checkpoint.family import Family
-from globe.compute.blocks import Blocks
-from globe.compute.passes import engine
 from globe.fit import gauss_newton
-from globe.fit import preconditioner as preconditioner_module
 from globe.fit import problem as problem_module
-from globe.fit.gauss_newton import Newton, Operator, Point, Vector, newton_step
+from globe.fit.gauss_newton import Newton, Point, Vector, newton_step
 from globe.fit.objective import Value
 from globe.fit.preconditioner import Preconditioner
-from globe.fit.problem import Problem
 from globe.statistics.metric import Metric
-
-every_case = pytest.mark.parametrize(("kind", "rank"), CASES)
-every_sign = pytest.mark.parametrize("signed", [True, False], ids=["signed", "non-negative"])
-some_cases = pytest.mark.parametrize(
-    ("kind", "rank", "signed"),
-    [
-        ("none", RANK, True),
-        ("none", RANK, False),
-        ("scaled", RANK, False),
-        ("scaled", WHOLE, True),
-        ("rows", WHOLE, False),
-    ],
+from newton import (
+    by_variables,
+    close,
+    dense_inverse,
+    drawn,
+    every_case,
+    flat,
+    problem_at,
+    some_cases,
+    sparse_point,
+    vector_of,
 )
+
 TO_THE_END = 600
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     return small_family(tmp_path_factory.mktemp("newton"))
-
-
-@pytest.fixture
-def bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(problem_module, "solver_dtype", lambda wanted, device: torch.bfloat16)
-
-
-def flat(vector: Vector) -> Array:
-    """fp64, the bank first."""
-    return np.concatenate([vector.bank.double().numpy().ravel(), vector.codes.ravel()])
-
-
-def vector_of(values: Array, rank: int) -> Vector:
-    size = ATOMS * rank * D
-    bank = torch.from_numpy(values[:size].astype(np.float32)).view(ATOMS, rank, D)
-    return Vector(bank, values[size:].reshape(EXPERTS, ATOMS).copy())
-
-
-def drawn(seed: int, rank: int) -> Array:
-    """As fp32 has it."""
-    size = ATOMS * rank * D + EXPERTS * ATOMS
-    return np.random.default_rng(seed).standard_normal(size).astype(np.float32).astype(np.float64)
-
-
-def sparse_point(rank: int, signed: bool) -> Point:
-    """A point; where codes are non-negative some are zero."""
-    bank, codes = random_point(signed=signed, rank=rank)
-    if not signed:
-        codes[np.random.default_rng(0).random(codes.shape) < 0.3] = 0
-        codes[:, 0] += 0.1
-    return Point(bank, codes, signed)
-
-
-def problem_at(family: Family, metric: Metric | None, point: Point, *, experts: int = 4) -> tuple[Problem, Value]:
-    """The problem after a pass at the point, and what it found."""
-    problem = problem_of(family, metric, shape=tuple(point.bank.shape), blocks=Blocks(experts=experts))  # type: ignore[arg-type]
-    return problem, problem.look(point.bank, point.codes, 0, silent)
-
-
-def by_codes(family: Family, metric: Metric | None, point: Point) -> Array:
-    """2 JᵀJ / Σ_i ‖W'_i‖², J by the bank and the codes themselves."""
-    dense = dense_of(family, metric)
-    both = torch.cat(dense.jacobian(point.bank.double(), torch.from_numpy(point.codes)), 1)
-    found: Array = (2 * both.mT @ both / dense.energy).numpy()
-    return found
-
-
-def by_variables(family: Family, metric: Metric | None, point: Point) -> Array:
-    """The same by the bank and the codes' variables."""
-    chain = np.concatenate([np.ones(point.bank.numel()), point.chain.ravel()])
-    return by_codes(family, metric, point) * np.outer(chain, chain)
-
-
-def apply(problem: Problem, point: Point, value: Value, values: Array) -> Array:
-    with engine(problem.device) as workers:
-        return flat(Operator(problem, point, value.scale, workers)(vector_of(values, point.bank.shape[1])))
-
-
-def close(found: Array, wanted: Array, tolerance: float) -> None:
-    distance = np.linalg.norm(found - wanted)
-    assert distance <= tolerance * np.linalg.norm(wanted), distance
-
-
-@every_case
-@every_sign
-def test_the_operator_is_the_gauss_newton_matrix(signed: bool, kind: str, rank: int, family: Family) -> None:
-    metric, point = random_metric(kind), sparse_point(rank, signed)
-    problem, value = problem_at(family, metric, point)
-    wanted = by_variables(family, metric, point)
-    for seed in range(3):
-        values = drawn(seed, rank)
-        close(apply(problem, point, value, values), wanted @ values, 1e-4)
-    size = point.bank.numel()
-    for part in (slice(0, size), slice(size, None)):  # each block alone
-        values = np.zeros(len(wanted))
-        values[part] = drawn(5, rank)[part]
-        close(apply(problem, point, value, values), wanted @ values, 1e-4)
-
-
-@every_case
-def test_in_bf16_the_operator_is_off_by_rounding(kind: str, rank: int, family: Family, bf16: None) -> None:
-    metric, point = random_metric(kind), sparse_point(rank, True)
-    problem, value = problem_at(family, metric, point)
-    close(apply(problem, point, value, drawn(0, rank)), by_variables(family, metric, point) @ drawn(0, rank), 0.03)
 
 
 @every_case
@@ -137,53 +49,6 @@ def test_steps_in_bf16_lower_f_as_far(kind: str, rank: int, family: Family, monk
         step = newton_step(problem, point, value, None, 5).step
         errors.append(problem.look(point.bank + 0.1 * step.bank, point.moved(step.codes, 0.1), None, silent).error)
     assert errors[1] < value.error and value.error - errors[1] > 0.9 * (value.error - errors[0])
-
-
-@every_case
-def test_the_operator_is_symmetric_and_semidefinite(kind: str, rank: int, family: Family) -> None:
-    point = sparse_point(rank, False)
-    problem, value = problem_at(family, random_metric(kind), point)
-    with engine(CPU) as workers:
-        times = Operator(problem, point, value.scale, workers)
-        matrix = np.stack([flat(times(vector_of(unit, rank))) for unit in np.eye(len(drawn(0, rank)))])
-    close(matrix, matrix.T, 1e-5)
-    eigenvalues = np.linalg.eigvalsh((matrix + matrix.T) / 2)
-    assert eigenvalues[0] > -1e-5 * eigenvalues[-1]
-    off = np.flatnonzero(np.concatenate([np.ones(point.bank.numel()), point.chain.ravel()]) == 0)
-    assert len(off) and not matrix[off].any() and not matrix[:, off].any()
-
-
-@every_case
-def test_what_costs_nothing_has_no_curvature(kind: str, rank: int, family: Family) -> None:
-    """f does not change under B_j → Q B_j, nor with the size of an expert's codes."""
-    point = sparse_point(rank, True)
-    problem, value = problem_at(family, random_metric(kind), point)
-    turn = torch.randn(rank, rank, generator=torch.Generator().manual_seed(1))
-    usual = flat(vector_of(drawn(0, rank), rank))
-    size = np.linalg.norm(apply(problem, point, value, usual)) / np.linalg.norm(usual)
-    for free in (
-        Vector(turn @ point.bank, np.zeros_like(point.codes)),
-        Vector(torch.zeros_like(point.bank), point.codes * np.arange(1, EXPERTS + 1)[:, None]),
-    ):
-        assert np.linalg.norm(apply(problem, point, value, flat(free))) < 1e-4 * size * np.linalg.norm(flat(free))
-
-
-def test_at_an_exact_fit_it_is_the_hessian(tmp_path: Path) -> None:
-    """There the terms that are left out are zero."""
-    bank, codes = random_point(signed=True)
-    random = np.random.default_rng(1)
-    weights = random.standard_normal((EXPERTS, 10, RANK)) @ np.einsum("ij,jrd->ird", codes, bank.double().numpy())
-    family, point = make_family(tmp_path, weights), Point(bank, codes, True)
-    problem, value = problem_at(family, None, point)
-    dense = dense_of(family, None)
-    values = vector_of(drawn(0, RANK), RANK)
-
-    def shares(bank: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        return dense.shares(bank, codes).sum()
-
-    at = bank.double(), torch.from_numpy(codes)
-    _, products = torch.autograd.functional.hvp(shares, at, (values.bank.double(), torch.from_numpy(values.codes)))  # type: ignore[no-untyped-call]
-    close(apply(problem, point, value, flat(values)), torch.cat([part.flatten() for part in products]).numpy(), 1e-4)
 
 
 def whole_step(
@@ -285,173 +150,6 @@ def test_a_minimum_takes_no_step(tmp_path: Path) -> None:
     found, value, _ = whole_step(family, None, Point(bank, codes, False))
     assert (found.iterations, found.slope, value.error) == (0, 0.0, 0.0)
     assert not found.step.bank.any() and not found.step.codes.any()
-
-
-@pytest.mark.parametrize("kind", ["shared", "scaled", "own", "rows"])
-@pytest.mark.parametrize("rank", [RANK, WHOLE])
-def test_both_forms_of_the_columns_agree(rank: int, kind: str, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    metric, point = random_metric(kind), sparse_point(rank, False)
-    values, found = drawn(1, rank), []
-    for whole in (True, False):
-        monkeypatch.setattr(problem_module, "keeps_columns", lambda *given, whole=whole: whole)
-        problem, value = problem_at(family, metric, point)
-        assert problem.whole == whole
-        step = newton_step(problem, point, value, None, 6)
-        problem, value = problem_at(family, metric, point)
-        found.append((value, apply(problem, point, value, values), step))
-    (one, product, step), (other, same, again) = found
-    assert one.error == pytest.approx(other.error, rel=1e-6)
-    for name in ("bank", "lefts", "columns", "curvature", "gram"):
-        close(getattr(one, name).double().numpy(), getattr(other, name).double().numpy(), 1e-5)
-    close(product, same, 1e-4)
-    close(flat(step.step), flat(again.step), 2e-2)
-    assert step.slope == pytest.approx(again.slope, rel=1e-3)
-
-
-@every_case
-def test_batches_shelves_and_forms_change_rounding_only(kind: str, rank: int, family: Family, tmp_path: Path) -> None:
-    point, values = sparse_point(rank, False), drawn(1, rank)
-    problem, value = problem_at(family, random_metric(kind), point)
-    wanted = apply(problem, point, value, values)
-    for experts in (1, 32):
-        problem, value = problem_at(family, random_metric(kind), point, experts=experts)
-        close(apply(problem, point, value, values), wanted, 1e-6)
-    stored = problem_of(
-        family,
-        random_metric(kind),
-        shape=tuple(point.bank.shape),  # type: ignore[arg-type]
-        blocks=Blocks(experts=4, cached=0),
-        folder=tmp_path,
-    )
-    value = stored.look(point.bank, point.codes, 0, silent)
-    assert np.array_equal(apply(stored, point, value, values), wanted)
-    for name in ("batched", "batched in fp32"):
-        with form(name):
-            problem, value = problem_at(family, random_metric(kind), point)
-            close(apply(problem, point, value, values), wanted, 1e-3)
-
-
-def dense_preconditioner(value: Value, codes: Array, chain: Array, weighed: bool) -> tuple[Array, list[Array]]:
-    """S (R ⊗ I) Sᵀ ⊗ K of the bank (m r d, m r d), and the blocks of the codes on their support."""
-    lefts = value.lefts.double().numpy()
-    atoms, rank, _ = lefts.shape
-    lefts = lefts + 1e-4 * np.trace(lefts, axis1=1, axis2=2)[:, None, None] / rank * np.eye(rank)
-    roots = np.linalg.cholesky(lefts)
-    coupling = codes.T @ (value.weights[:, None] * codes)
-    coupling /= np.sqrt(np.outer(np.diag(coupling), np.diag(coupling)))
-    coupling += 1e-2 * np.eye(atoms)
-    whole = np.einsum("jab,jk,kcb->jakc", roots, coupling, roots).reshape(atoms * rank, atoms * rank)
-    columns = value.columns.numpy() + 1e-3 * np.eye(len(value.columns)) if weighed else np.eye(len(value.columns))
-    blocks = []
-    for block, slopes in zip(value.curvature.double().numpy(), chain, strict=True):
-        some = np.flatnonzero(slopes)
-        inner = block[np.ix_(some, some)] * np.outer(slopes[some], slopes[some])
-        blocks.append(inner + 1e-2 * np.trace(inner) / max(len(some), 1) * np.eye(len(some)))
-    return np.kron(whole, columns), blocks
-
-
-def dense_inverse(value: Value, point: Point, weighed: bool) -> Array:
-    """The inverse of both parts together; zero where a code has no variable."""
-    bank, blocks = dense_preconditioner(value, point.codes, point.chain, weighed)
-    size = len(bank) + EXPERTS * ATOMS
-    inverse = np.zeros((size, size))
-    inverse[: len(bank), : len(bank)] = np.linalg.inv(bank)
-    for number, block in enumerate(blocks):
-        some = len(bank) + ATOMS * number + np.flatnonzero(point.chain[number])
-        inverse[np.ix_(some, some)] = np.linalg.inv(block)
-    return inverse
-
-
-@every_case
-@every_sign
-def test_the_preconditioner_is_the_inverse_of_its_blocks(signed: bool, kind: str, rank: int, family: Family) -> None:
-    metric, point = random_metric(kind), sparse_point(rank, signed)
-    value = problem_at(family, metric, point)[1]
-    matrix, blocks = dense_preconditioner(value, point.codes, point.chain, metric is not None)
-    found = Preconditioner(value, point.codes, point.chain, metric is not None, Serial())
-    given = vector_of(drawn(3, rank), rank)
-    bank = found.bank(given.bank)
-    close(matrix @ bank.double().numpy().ravel(), given.bank.double().numpy().ravel(), 1e-2)
-    codes = found.codes(given.codes)
-    for number, block in enumerate(blocks):
-        some = np.flatnonzero(point.chain[number])
-        np.testing.assert_allclose(block @ codes[number, some], given.codes[number, some], rtol=1e-6, atol=1e-8)
-        assert np.count_nonzero(codes[number]) == len(some)
-
-
-@every_case
-def test_the_preconditioner_is_symmetric_and_positive_definite(kind: str, rank: int, family: Family) -> None:
-    metric, point = random_metric(kind), sparse_point(rank, False)
-    value = problem_at(family, metric, point)[1]
-    found = Preconditioner(value, point.codes, point.chain, metric is not None, Serial())
-    size = point.bank.numel()
-    columns = []
-    for unit in np.eye(len(drawn(0, rank))):
-        part = vector_of(unit, rank)
-        columns.append(flat(Vector(found.bank(part.bank), found.codes(part.codes))))
-    matrix = np.stack(columns)
-    close(matrix, matrix.T, 1e-5)
-    active = np.concatenate([np.ones(size, bool), point.chain.ravel() > 0])
-    assert not matrix[~active].any() and not matrix[:size, size:].any()
-    assert np.linalg.eigvalsh((matrix + matrix.T)[np.ix_(active, active)])[0] > 0
-
-
-@pytest.mark.parametrize("kind", ["none", "shared"])
-def test_it_is_exact_where_experts_are_alike(kind: str, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All C_i and K_i equal: but for damping the bank's part is the inverse of that of the operator."""
-    for name in ("_LEFT_DAMPING", "_COUPLING_DAMPING", "_COLUMN_DAMPING"):
-        monkeypatch.setattr(preconditioner_module, name, 0.0)
-    metric, point = random_metric(kind), sparse_point(WHOLE, False)
-    problem, value = problem_at(family, metric, point)
-    random = np.random.default_rng(6)
-    left, moment = (
-        torch.from_numpy(root @ root.T / len(root) + 0.3 * np.eye(len(root))).float()
-        for root in (random.standard_normal((WHOLE, WHOLE)), random.standard_normal((D, D)))
-    )
-    problem.lefts.put(slice(0, EXPERTS), left.expand(EXPERTS, -1, -1))
-    if metric is None:  # a basis of nothing: K_i = I
-        moment = torch.eye(D)
-        problem.hidden.put(slice(0, EXPERTS), torch.zeros(EXPERTS, WHOLE, D))
-    else:
-        problem.hidden.put(slice(0, EXPERTS), moment.expand(EXPERTS, -1, -1))
-    mean = float(moment.diagonal().mean())
-    sizes = torch.from_numpy(np.square(point.codes).sum(0)).float()
-    alike = Value(
-        value.error,
-        value.bank,
-        value.codes,
-        value.errors,
-        0,
-        value.scale,
-        2 * value.scale * mean * sizes[:, None, None] * left,
-        np.full(EXPERTS, mean * float(left.trace())),
-        (moment / mean).double(),
-        value.curvature,
-        value.gram,
-    )
-    precondition = Preconditioner(alike, point.codes, point.chain, metric is not None, Serial())
-    direction = vector_of(drawn(8, WHOLE), WHOLE)
-    direction.codes[:] = 0
-    with engine(CPU) as workers:
-        image = Operator(problem, point, value.scale, workers)(direction)
-    close(precondition.bank(image.bank).numpy(), direction.bank.numpy(), 1e-2)
-
-
-def test_the_preconditioner_passes_over_what_has_no_curvature() -> None:
-    lefts, inner = torch.eye(2).repeat(3, 1, 1), torch.eye(3).repeat(2, 1, 1)
-    lefts[1] = 0
-    inner[0] = 0
-    semidefinite = torch.diag(torch.tensor([1.0, 1.0, 0.0, -1e-12], dtype=torch.float64))
-    nothing = torch.zeros(3, 2, 4)
-    gram = torch.eye(2, dtype=torch.float64)
-    codes = np.array([[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]])
-    value = Value(0.0, nothing, np.zeros((2, 3)), np.zeros(2), 0, 1.0, lefts, np.ones(2), semidefinite, inner, gram)
-    found = Preconditioner(value, codes, np.ones((2, 3)), True, Serial())
-    given = Vector(torch.ones(3, 2, 4), np.ones((2, 3)))
-    moved = Vector(found.bank(given.bank), found.codes(given.codes))
-    assert bool(moved.bank.isfinite().all()) and np.isfinite(moved.codes).all()
-    assert (moved.codes[0] == 0).all() and (moved.codes[1] > 0).all()
-    assert moved.dot(given) > 0
 
 
 @some_cases
