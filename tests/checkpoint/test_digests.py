@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import architectures
 import codes
@@ -21,7 +20,6 @@ from globe.checkpoint.index import Checkpoint
 from globe.errors import GlobeError
 from globe.seeds.proxies import scan
 from globe.settings import Settings
-from refusals import edit_json
 
 LAYOUTS = ["olmoe", "qwen3_5_moe"]
 OTHERS = ["gpt_oss", "fp8"]  # stacks across and in turns; codes and scales
@@ -40,18 +38,9 @@ def source_of(layout: str, dtype: str, directory: Path) -> Path:
     if layout == "gpt_oss":
         architectures.tiny_model("gpt_oss").save_pretrained(directory)
         return directory
-    if layout != "fp8":
-        return make_tiny(layout, directory, dtype=dtype)
-    stored: dict[str, torch.Tensor] = {}
-    for name, value in load_file(make_tiny("qwen3_moe", directory) / "model.safetensors").items():
-        if ".experts." in name:
-            stored[name], stored[f"{name}_scale_inv"] = codes.fp8(value, (16, 16))
-        else:
-            stored[name] = value
-    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
-    told = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
-    edit_json(directory / "config.json", lambda config: config.update(quantization_config=told))
-    return directory
+    if layout == "fp8":
+        return codes.fp8_checkpoint(make_tiny("qwen3_moe", directory))
+    return make_tiny(layout, directory, dtype=dtype)
 
 
 @pytest.mark.parametrize(
