@@ -8,9 +8,10 @@ and then continues it greedily for DECODE tokens; each is repeated after one rep
 median stands: tokens per second, and per second of CPU time of all threads, which a busy machine distorts less. `half`
 is half of the bytes of all mixtures. Peak memory is that of the process, loading included.
 
-With --offload the dense model is beside it with its experts on accelerate's disk, and the factored one with its left
-factors there; with --memory every process has so much, the pages of files that it has read included, in a scope of
-systemd. Bytes read are those from storage (/proc/self/io of Linux), over the tokens that were decoded.
+With --offload the dense model is there with its experts on accelerate's disk too, and the factored one with those in
+its files (`globe.load(offload="disk")`); with --memory every process has so much, the pages of files that it has read
+included, in a scope of systemd. Bytes read are those from storage (/proc/self/io of Linux), over the tokens that were
+decoded.
 """
 
 from __future__ import annotations

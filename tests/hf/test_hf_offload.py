@@ -1,4 +1,4 @@
-"""Left factors that stay in their files: the same bits, without the memory."""
+"""Experts' matrices that stay in their files: the same bits, without the memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from globe import Settings, compress  # noqa: E402
 from globe.checkpoint.tensorfile import TensorInfo, read_header, read_tensor  # noqa: E402
 from globe.errors import UsageError  # noqa: E402
 from globe.hf import FactoredExperts, set_cache  # noqa: E402
-from globe.hf.offload import Files, map_lefts, stored_lefts  # noqa: E402
+from globe.hf.offload import Files, map_matrices, stored_lefts, stored_matrices  # noqa: E402
 
 SMALL: dict[str, Any] = {"rank": 0.5, "bank_size": 3, "outer_loops": 0, "device": "cpu", **WEIGHTS_ONLY}
 IDS = torch.arange(24).view(2, 12) * 7 % 256
@@ -77,17 +77,19 @@ def test_the_same_bits(case: str, dtype: str, make: Make) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_left_factors_are_those_of_the_files(case: str, make: Make) -> None:
+def test_matrices_are_those_of_the_files(case: str, make: Make) -> None:
     out = make(case)
     families = CASES[case][2].get("families", ("gate", "up"))
     model, mapped = globe.load(out), globe.load(out, offload="disk")
     names = {name for name, _ in mapped.named_parameters()} | {name for name, _ in mapped.named_buffers()}
     assert not [name for name in names if name.endswith("_left")]
+    assert (case == "fused") or not [name for name in names if name.endswith("experts.down_proj")]
     for ours, theirs in zip(modules(mapped), modules(model), strict=True):
-        assert sorted(ours.mapped) == sorted(f"{family}_left" for family in families) and not theirs.mapped
+        down = set() if "down" in families or case == "fused" else {"down_proj"}
+        assert set(ours.mapped) == {f"{family}_left" for family in families} | down and not theirs.mapped
         for name, lefts in ours.mapped.items():
             assert torch.equal(torch.stack(lefts).to(model.dtype), getattr(theirs, name).detach())
-            assert all(left.dtype == torch.bfloat16 and not left.requires_grad for left in lefts)
+            assert not any(left.requires_grad for left in lefts)
 
 
 def test_nothing_is_said_of_tensors_that_are_not_loaded(make: Make, caplog: pytest.LogCaptureFixture) -> None:
@@ -127,8 +129,12 @@ def test_experts_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     weights = np.random.default_rng(0).standard_normal((24, 6, 5))
     stored = read_header(write_checkpoint(tmp_path, gate=weights) / "model.safetensors").tensors
     named = {f"{name}.globe_gate_left": stored[name] for name in sorted(stored, reverse=True)}
-    lefts = map_lefts(Files(), stored_lefts(named, 1, "gate_left"))
+    lefts = map_matrices(Files(), stored_lefts(named, 1, "gate_left"))
     assert torch.equal(torch.stack(lefts), torch.from_numpy(weights[12:]).float())
+    found = map_matrices(Files(), stored_matrices(stored, 0, "mlp.experts.*.gate_proj.weight"))
+    assert torch.equal(torch.stack(found), torch.from_numpy(weights[:12]).float())
+    for source in ("mlp.experts.gate_proj.weight", "mlp.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"):
+        assert stored_matrices(stored, 0, source) == []
 
 
 MEASURE = """
@@ -153,8 +159,9 @@ print(json.dumps({"loaded": loaded[0] - before, "run": run[0] - before, "file": 
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc/self/status")
-def test_memory_of_a_loaded_model(tmp_path: Path) -> None:
-    """Anonymous memory, which the system cannot take back: without the left factors, before and after they are used."""
+@pytest.mark.parametrize("families", [("gate", "up"), ("gate", "up", "down")], ids=["down dense", "all factored"])
+def test_memory_of_a_loaded_model(families: tuple[str, ...], tmp_path: Path) -> None:
+    """Anonymous memory, which the system cannot take back: without the matrices, before and after they are used."""
     import transformers
 
     config = transformers.OlmoeConfig(
@@ -166,14 +173,16 @@ def test_memory_of_a_loaded_model(tmp_path: Path) -> None:
         intermediate_size=384,
         num_experts=32,
         num_experts_per_tok=8,
+        eos_token_id=None,
     )
     torch.manual_seed(0)
     transformers.OlmoeForCausalLM(config).bfloat16().save_pretrained(tmp_path / "source")
-    settings = {**SMALL, "rank": 256, "method": "ts-pca", "bank_size": 2, "families": ("gate", "up", "down")}
+    settings = {**SMALL, "rank": 256, "method": "ts-pca", "bank_size": 2, "families": families}
     out = compress(tmp_path / "source", tmp_path / "out", Settings(**settings)).directory
     files = [read_header(path) for path in out.glob("globe*.safetensors")]
-    lefts = sum(info.nbytes for file in files for name, info in file.tensors.items() if name.endswith("_left"))
-    assert lefts == 3 * 64 * 384 * 256 * 2
+    tensors = {name: info for file in files for name, info in file.tensors.items()}
+    left = sum(info.nbytes for name, info in tensors.items() if name.endswith(("_left", "down_proj.weight")))
+    assert left == 64 * 384 * 2 * (2 * 256 + (256 if "down" in families else 512))
 
     def measured(**options: Any) -> dict[str, int]:
         command = [sys.executable, "-c", MEASURE, str(out), json.dumps(options)]
@@ -182,8 +191,8 @@ def test_memory_of_a_loaded_model(tmp_path: Path) -> None:
 
     held, mapped = measured(), measured(offload="disk")
     for when in ("loaded", "run"):
-        assert held[when] - mapped[when] > 0.7 * lefts, (when, held, mapped)
-    assert mapped["file"] > 0.5 * lefts  # what was used is the system's to keep or to drop
+        assert held[when] - mapped[when] > 0.7 * left, (when, held, mapped)
+    assert mapped["file"] > 0.5 * left  # what was used is the system's to keep or to drop
 
 
 @pytest.mark.parametrize(

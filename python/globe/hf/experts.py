@@ -15,11 +15,11 @@ from globe.checkpoint.expert_module import ExpertModule, expert_module
 from globe.checkpoint.formats.packed import PACKED, SCALE, Packing
 from globe.checkpoint.layouts import FAMILIES
 from globe.hf.banks import AsStored, Bank, Banks, register_packed, require_packed, unpacked
-from globe.hf.offload import Lefts
+from globe.hf.offload import Matrices
 from globe.hf.packed import packed_linear
 
 _NONE: Mapping[str, Packing] = MappingProxyType({})
-_RESIDENT: Mapping[str, Lefts] = MappingProxyType({})
+_RESIDENT: Mapping[str, Matrices] = MappingProxyType({})
 Held = dict[str, tuple[torch.Tensor, ...]]  # parameters by name, expert by expert
 
 
@@ -55,7 +55,7 @@ class FactoredExperts(AsStored):
     packings : mapping
         Of the families whose left factors are packed.
     mapped : mapping
-        By parameter, left factors that stay in their files: they are no parameters then.
+        By parameter, matrices that stay in their files: they are no parameters then.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class FactoredExperts(AsStored):
         places: dict[str, Place],
         banks: Banks,
         packings: Mapping[str, Packing] = _NONE,
-        mapped: Mapping[str, Lefts] = _RESIDENT,
+        mapped: Mapping[str, Matrices] = _RESIDENT,
     ) -> None:
         super().__init__()
         form = expert_module(dense)
         first: nn.Parameter = getattr(dense, form.first)
         experts, width, size = form.shape[0], form.shape[2], form.turned(first).shape[2]
         self.num_experts, self.hidden_dim, self.intermediate_dim = experts, size, width
-        self.places, self.packings, self.mapped = places, packings, mapped
+        self.places, self.packings, self.mapped = places, packings, dict(mapped)
         # In tuples, so that they are no submodules: the banks of every layer, and the module without its parameters.
         self._banks = (banks,)
         self._form = (ExpertModule(_emptied(dense), form.first, form.transposed, form.interleaved),)
@@ -132,8 +132,8 @@ class FactoredExperts(AsStored):
         form = self._form[0]
         gate, up = self._outputs(expert, held, x)
         hidden = form.hidden(gate, up)
-        if "down_proj" in held:
-            made = linear(hidden, form.turned(held["down_proj"][expert]))
+        if "down" not in self.places:
+            made = linear(hidden, form.turned(self._matrix("down_proj", expert, held, hidden)))
         else:
             left = self.left("down", expert, held, hidden)
             made = (hidden @ left) @ self.mixture("down", expert, hidden)  # W_downᵀ ≈ A B̃
@@ -165,12 +165,18 @@ class FactoredExperts(AsStored):
 
     def left(self, family: str, expert: int, held: Held, like: torch.Tensor) -> torch.Tensor:
         """The left factor of an expert; one that is packed or mapped in the dtype of another tensor."""
-        if f"{family}_left" in self.mapped:
-            return self.mapped[f"{family}_left"][expert].to(like.dtype)
         packing = self.packings.get(family)
         if packing is None:
-            return held[f"{family}_left"][expert]
+            return self._matrix(f"{family}_left", expert, held, like)
         return unpacked(self, f"{family}_left", expert, packing, like.dtype)
+
+    def _matrix(self, name: str, expert: int, held: Held, like: torch.Tensor) -> torch.Tensor:
+        return self.mapped[name][expert].to(like.dtype) if name in self.mapped else held[name][expert]
+
+    def leave_in_files(self, name: str, matrices: Matrices) -> None:
+        """Take a parameter from its files in place of holding it."""
+        delattr(self, name)
+        self.mapped[name] = matrices
 
     def mixture(self, family: str, expert: int, like: torch.Tensor) -> torch.Tensor:
         """B̃ of an expert, in the dtype and on the device of another tensor."""

@@ -44,9 +44,9 @@ def load(
     device : str or torch.device
         Where to put the model.
     offload : {"disk"}, optional
-        Left factors stay in their files, mapped into memory, and are read when the router asks for an expert; the
-        system keeps what it has room for. The banks, the cache and all else are held. Not on a device, and neither with
-        packed left factors nor with `device_map`.
+        Left factors, and down where it is dense and has a tensor for each expert, stay in their files, mapped into
+        memory, and are read when the router asks for an expert; the system keeps what it has room for. The banks, the
+        cache and all else are held. Not on a device, and neither with packed left factors nor with `device_map`.
     **options
         Passed on to `AutoModelForCausalLM.from_pretrained`.
 

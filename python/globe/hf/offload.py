@@ -1,4 +1,4 @@
-"""Left factors that stay in their files: mapped into memory, with the system's page cache as the store."""
+"""Experts' matrices that stay in their files: mapped into memory, with the system's page cache as the store."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from globe.errors import UsageError
 DISK = "disk"
 
 
-class Lefts(tuple[torch.Tensor, ...]):
-    """Left factors (p, r) of a layer's experts in the dtype of their files, read from disk when they are touched."""
+class Matrices(tuple[torch.Tensor, ...]):
+    """A matrix of each of a layer's experts in the dtype of its file, read from disk when it is touched."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Lefts:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Matrices:
         return self  # nobody writes to them, and a copy would be of the whole files
 
 
@@ -49,10 +49,22 @@ def stored_lefts(stored: Mapping[str, TensorInfo], layer: int, held: str) -> lis
     return [stored[name] for name in sorted(filter(ours.search, stored), key=_natural)]
 
 
-def map_lefts(files: Files, found: list[TensorInfo]) -> Lefts:
-    """Left factors of a layer's experts, of what `stored_lefts` found."""
+def stored_matrices(stored: Mapping[str, TensorInfo], layer: int, source: str) -> list[TensorInfo]:
+    """The tensors of a layer's experts that a pattern of transformers merges, in the order of the experts' numbers.
+
+    The pattern has a star where the number of the expert is.
+    """
+    before, star, after = source.replace("\\", "").rstrip("$").rpartition("*")
+    if not star or not before.endswith("experts."):
+        return []
+    theirs = re.compile(rf"(?:^|\.)layers\.{layer}\.(?:.*\.)?experts\.\d+{re.escape(after)}$")
+    return [stored[name] for name in sorted(filter(theirs.search, stored), key=_natural)]
+
+
+def map_matrices(files: Files, found: list[TensorInfo]) -> Matrices:
+    """The matrices of a layer's experts, of one stack or of a tensor for each."""
     tensors = [files.map(info) for info in found]
-    return Lefts(tensors[0].unbind() if tensors[0].ndim == 3 else tensors)
+    return Matrices(tensors[0].unbind() if tensors[0].ndim == 3 else tensors)
 
 
 def require_offload(offload: str | None, device: str | torch.device, options: Mapping[str, Any]) -> None:

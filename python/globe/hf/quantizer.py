@@ -20,7 +20,7 @@ from globe.checkpoint.tensorfile import TensorInfo, read_header
 from globe.errors import GlobeError, UsageError
 from globe.hf.banks import Banks, bank_parts
 from globe.hf.experts import FactoredExperts, Place
-from globe.hf.offload import Files, map_lefts, stored_lefts
+from globe.hf.offload import Files, map_matrices, stored_lefts, stored_matrices
 from globe.hf.save import save_offloaded, save_pretrained
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?experts$")
@@ -34,7 +34,7 @@ class GlobeConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     `experts` has, per family and layer, the arguments of `Place`, with the bank by its name. `packed` has bits and
     group of packed left factors (`lefts`) by family, and of packed atoms (`atoms`) by bank. `offload` is no part of
-    config.json: "disk" where `globe.load` is to leave left factors in their files.
+    config.json: "disk" where `globe.load` is to leave experts in their files.
     """
 
     def __init__(
@@ -128,13 +128,14 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
             if places:
                 dense = model.get_submodule(name)
                 found = {f"{family}_left": stored_lefts(stored, int(match[1]), f"{family}_left") for family in places}
-                mapped = {held: map_lefts(files, each) for held, each in found.items() if files is not None and each}
+                mapped = {held: map_matrices(files, each) for held, each in found.items() if files is not None and each}
                 factored = FactoredExperts(dense, places, model.globe, lefts, mapped)
                 _require_stored(stored, int(match[1]), factored)
                 model.set_submodule(name, factored)
         if files is not None:
+            self._mapping = files, stored
             ignored = model._keys_to_ignore_on_load_unexpected
-            model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), _OURS.pattern}
+            model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), _OURS.pattern, r"experts\.down_proj$"}
         _require_untied(model)
         if not any(isinstance(module, FactoredExperts) for module in model.modules()):
             raise GlobeError(f"{type(model).__name__} of transformers has no experts where the checkpoint has them")
@@ -154,6 +155,8 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
                     "of which none is factored: run what globe export writes"
                 )
             if not factored & set(families):
+                if families == ("down",) and all(isinstance(step, MergeModulelist) for step in conversion.operations):
+                    self._leave_down(model, sources[0])
                 before += _stacked(sources, targets, factored, packed)
                 kept.append(conversion)
                 continue
@@ -188,6 +191,20 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
         model.globe_stats = model.globe.stats
         model.save_pretrained = MethodType(save_offloaded if self._offloads else save_pretrained, model)
         return model
+
+    def _leave_down(self, model: Any, source: str) -> None:
+        """Leave down in its files where it is dense and merged of matrices that lie there as the model has them."""
+        if not self._offloads:
+            return
+        files, stored = self._mapping
+        for name, module in model.named_modules():
+            place = _LAYER.search(name)
+            if place is None or not isinstance(module, FactoredExperts) or "down_proj" not in module._parameters:
+                continue
+            shape = tuple(module.get_parameter("down_proj").shape)
+            found = stored_matrices(stored, int(place[1]), source)
+            if [info.shape for info in found] == [shape[1:]] * shape[0]:
+                module.leave_in_files("down_proj", map_matrices(files, found))
 
     @property
     def _offloads(self) -> bool:

@@ -47,7 +47,7 @@ def save_pretrained(
 
 
 def save_offloaded(model: Any, save_directory: str | os.PathLike[str], *arguments: Any, **options: Any) -> None:
-    """Refuse to save a model whose left factors are in the files that it was loaded from.
+    """Refuse to save a model whose experts are in the files that it was loaded from.
 
     Raises
     ------
