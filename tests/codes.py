@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
 
@@ -25,6 +28,25 @@ def fp8(weight: torch.Tensor, block: tuple[int, int], kind: str = "float32") -> 
             codes[place] = (weight[place].float() / scale).to(torch.float8_e4m3fn)
     exponents = (scales.log2() + 127).to(torch.uint8)
     return codes, exponents if kind == "e8m0" else scales.to(getattr(torch, kind))
+
+
+def fp8_checkpoint(directory: Path, block: tuple[int, int] = (16, 16)) -> Path:
+    """Give the experts of a checkpoint of one file codes and scales in the place of their weights."""
+    file, stored = directory / "model.safetensors", Tensors()
+    for name, value in load_file(file).items():
+        if ".experts." in name:
+            stored[name], stored[f"{name}_scale_inv"] = fp8(value, block)
+        else:
+            stored[name] = value
+    save_file(stored, file, metadata={"format": "pt"})
+    told = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    told["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": list(block),
+    }
+    (directory / "config.json").write_text(json.dumps(told), encoding="utf-8")
+    return directory
 
 
 def compressed(weight: torch.Tensor, form: str, weights: dict[str, Any]) -> tuple[Tensors, torch.Tensor]:

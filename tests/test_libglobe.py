@@ -17,6 +17,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+import architectures  # noqa: E402
+import codes  # noqa: E402
 import globe  # noqa: E402
 import libglobe  # noqa: E402
 from checkpoint.test_header_fuzz import DAMAGES, damaged  # noqa: E402
@@ -113,6 +115,25 @@ def test_it_shows_its_interface_and_nothing_else():
     ours = {name for name in shown if not re.match(r"_ZT[IVS]?N5globe|_ZNK?5globe|_Z\w*N5globe", name)}
     assert ours == declared and len(declared) > 20
     assert not [name for name in shown if "nlohmann" in name or ("6detail" in name and "run_tasks" not in name)]
+
+
+def test_every_header_s_functions_are_shown():
+    """A function of a header without GLOBE_API is hidden, and found by nobody until a program is linked."""
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed")
+    command = ["nm", "-DC", "--defined-only", libglobe.path()]
+    lines = subprocess.check_output(command, text=True).splitlines()
+    shown = {name for line in lines for name in re.findall(r"\w+", line.partition("(")[0])}
+    declared = {}
+    for header in sorted(HEADER.parent.glob("*.hpp")):
+        text = re.sub(r"//.*", "", header.read_text(encoding="utf-8"))
+        # What has no body lies in the library.
+        form = r"^(?!#|inline|struct|class|enum|using)[\w:<> ]*?[ >](\w+)\((?:[^;{}]|{})*?\);"
+        declared[header.name] = {match[1] for match in re.finditer(form, text, re.MULTILINE)}
+    assert declared["qmatmul.hpp"] == {"qmatmul"} and declared["compose_matmul.hpp"] == {"compose_matmul"}
+    assert {name for name, functions in declared.items() if not functions} == {"globe.hpp", "view.hpp"}
+    for name, functions in declared.items():
+        assert functions <= shown, name
 
 
 def test_it_lists_what_the_directory_holds(pair):
@@ -291,6 +312,32 @@ def test_versions_of_the_format(factored):
     for version in (0, 3, 4, True, "2", 2.0):
         path.write_text(json.dumps({**manifest, "format_version": version}))
         assert "reads 1 to 2" in refused(factored)
+
+
+LATER = {  # the source, settings, and what the refusal says of what was made
+    "packed": ("olmoe", {"rank": 32, "left_bits": 4}, "left factors of family gate are packed in integers of 4 bits"),
+    "packed atoms": ("olmoe", {"rank": 32, "atom_bits": 8}, "atoms of bank gate are packed in integers of 8 bits"),
+    "codes": ("fp8", {"families": ("gate",)}, r"tensor \S+_proj\.weight stays stored as codes"),
+    "across": ("llama4", {}, r"tensor \S+_proj is a stack of \[experts, inputs, outputs\]"),
+    "in turns": ("inkling2", {}, r"tensor \S+\.experts\.\S+ has rows of gate and up in turns"),
+}
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_later_versions_are_refused_by_what_they_have(kind, tmp_path):
+    layout, settings, told = LATER[kind]
+    source, out = tmp_path / "source", tmp_path / "out"
+    if layout == "fp8":
+        codes.fp8_checkpoint(make_tiny("qwen3_moe", source))
+    elif layout == "olmoe":
+        make_tiny(layout, source)
+    else:
+        architectures.tiny_model(layout).save_pretrained(source)
+    globe.compress(source, out, globe.Settings(**{**SMALL, "rank": 4, **settings}))
+    line, version = refused(out), 4 if layout in ("llama4", "inkling2") else 3
+    assert re.search(rf": format version {version}, in which {told}; this library reads 1 to 2: run it with", line), (
+        line
+    )
 
 
 def test_null_pointers_and_numbers_out_of_range_are_refused(plain):

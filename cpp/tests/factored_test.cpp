@@ -79,8 +79,7 @@ void refuses_arguments(const globe::FactoredCheckpoint& opened) {
 
 // Whatever `from` is in a file becomes `to`; the directory must be refused with these words in one line.
 void refuses(const std::string& file, const std::string& from, const std::string& to,
-             const std::string& words) {
-    Files files = tiny_directory();
+             const std::string& words, Files files = tiny_directory()) {
     const auto at = files[file].find(from);
     check(at != std::string::npos, from + " is in " + file);
     files[file].replace(at, from.size(), to);
@@ -93,6 +92,37 @@ void refuses(const std::string& file, const std::string& from, const std::string
         check(line.find(words) != std::string::npos && line.find('\n') == std::string::npos,
               words + ": " + line);
     }
+}
+
+// Directories of later versions are refused by what they have that this library does not run.
+void refuses_later_versions() {
+    const auto later = [](const char* version, const std::string& from, const std::string& to,
+                          const std::string& words) {
+        Files files = tiny_directory();
+        auto& manifest = files["globe.json"];
+        const std::string ours = "\"format_version\":2";
+        manifest.replace(manifest.find(ours), ours.size(), std::string("\"format_version\":") + version);
+        refuses("globe.json", from, to,
+                std::string("format version ") + version + words + "; this library reads 1 to 2: run it with",
+                files);
+    };
+    const std::string family = "\"families\":{\"gate\":{", bank = "\"banks\":{\"gate\":{\"exp";
+    const std::string tensor = "experts.1.down_proj.weight\":{", which = "model.layers.0.mlp.experts.1.down";
+    later("3", family, family + "\"packed\":{\"bits\":4,\"group\":32},",
+          ", in which left factors of family gate are packed in integers of 4 bits");
+    later("3", bank, "\"banks\":{\"gate\":{\"packed\":{\"bits\":8,\"group\":32},\"exp",
+          ", in which atoms of bank gate are packed in integers of 8 bits");
+    later("3", family, family + "\"packed\":[4],",
+          ", in which left factors of family gate are packed in integers");
+    later("3", tensor, tensor + "\"encoded\":{},",
+          ", in which tensor " + which + "_proj.weight stays stored as codes");
+    later("4", tensor, tensor + "\"transposed\":true,",
+          ", in which tensor " + which + "_proj.weight is a stack of [experts, inputs, outputs]");
+    later("4", tensor, tensor + "\"interleaved\":true,",
+          ", in which tensor " + which + "_proj.weight has rows of gate and up in turns");
+    later("3", "\"layout\"", "\"shards_\":3,\"layout\"", "");
+    later("3", "\"shards\":[{", "\"shards\":[null,3,{", "");
+    later("5", family, family + "\"packed\":{\"bits\":4},", "");
 }
 
 void refuses_damage() {
@@ -166,5 +196,6 @@ int main() {
     globe::tests::on_every_isa([&] { composes(opened); });
     refuses_arguments(opened);
     refuses_damage();
+    refuses_later_versions();
     return globe::tests::result();
 }

@@ -11,14 +11,63 @@
 namespace globe::detail {
 namespace {
 
-constexpr std::int64_t newest_version = 2;  // 3 has experts that stay stored as codes
+constexpr std::int64_t newest_version = 2;
+constexpr std::int64_t last_known_version = 4;  // 3 has packed factors and codes, 4 stacks that lie otherwise
+
+// The value of a key, or null where there is no object with it: of a manifest that is not checked yet.
+const Json& at(const Json& value, const char* key) {
+    static const Json nothing;
+    const auto found = value.find(key);
+    return found == value.end() ? nothing : *found;
+}
+
+// The first entry of an object that has the key, by name, or the end.
+auto first_with(const Json& entries, const char* key) {
+    return std::find_if(entries.begin(), entries.end(),
+                        [key](const Json& entry) { return !at(entry, key).is_null(); });
+}
+
+std::string packed_in(const Json& entry) {
+    const Json& bits = at(at(entry, "packed"), "bits");
+    return " are packed in integers" + (bits.is_number_unsigned() ? " of " + bits.dump() + " bits" : "");
+}
+
+// What a manifest of a later version has that this library does not run; empty where that is not to be found.
+std::string beyond(const Json& manifest) {
+    const Json &families = at(manifest, "families"), &banks = at(manifest, "banks");
+    if (families.is_object()) {
+        const auto found = first_with(families, "packed");
+        if (found != families.end()) return "left factors of family " + found.key() + packed_in(*found);
+    }
+    if (banks.is_object()) {
+        const auto found = first_with(banks, "packed");
+        if (found != banks.end()) return "atoms of bank " + found.key() + packed_in(*found);
+    }
+    for (const Json& shard : at(at(manifest, "source"), "shards")) {
+        const Json& tensors = at(shard, "tensors");
+        if (!tensors.is_object()) continue;
+        const auto told = [&tensors](const char* key, const char* what) {
+            const auto found = first_with(tensors, key);
+            return found == tensors.end() ? std::string() : "tensor " + found.key() + what;
+        };
+        for (const std::string& line : {told("encoded", " stays stored as codes"),
+                                        told("transposed", " is a stack of [experts, inputs, outputs]"),
+                                        told("interleaved", " has rows of gate and up in turns")}) {
+            if (!line.empty()) return line;
+        }
+    }
+    return "";
+}
 
 void check_version(const std::string& path, const Json& manifest) {
     const auto found = manifest.find("format_version");
     const bool whole_number = found != manifest.end() && found->is_number_unsigned();
     if (whole_number && *found >= 1 && *found <= newest_version) return;
+    const bool known = whole_number && *found > newest_version && *found <= last_known_version;
+    const std::string why = known ? beyond(manifest) : "";
     throw CheckpointError(path + ": format version " + (found == manifest.end() ? "none" : found->dump()) +
-                          "; this library reads 1 to " + std::to_string(newest_version) +
+                          (why.empty() ? "" : ", in which " + why) + "; this library reads 1 to " +
+                          std::to_string(newest_version) +
                           ": run it with the Python package, or use what globe export writes");
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from globe.checkpoint.formats.encoded import Encoded
 from globe.checkpoint.powers import times_power
 from globe.checkpoint.tensorfile import TORCH_DTYPES, TensorInfo, read_tensor
+from globe.errors import GlobeError
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Expert:
 
     A family takes it as W_i · 2^-exponent; `read` gives it as stored, or decoded where it is stored as codes. Of a
     tensor with gate and up (`both`) it has every `step`-th output from `first_row` on; `swapped`: outputs are columns.
+    `digest` is the CRC-32 of what `read` gave of all its rows in a first pass, once there was one.
     """
 
     layer: int
@@ -36,6 +39,7 @@ class Expert:
     both: bool = False
     step: int = 1
     swapped: bool = False
+    digest: int | None = None
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -160,10 +164,38 @@ class Family:
     def read(self, number: int, rows: tuple[int, int] | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """Read W_i (or its rows from the first to before the last), in the family's dtype, into `out` if given."""
         expert, rows = self.experts[number], rows if rows is not None else (0, self.p)
-        if not expert.exponent and TORCH_DTYPES[expert.info.dtype] == self.dtype:
+        if self._as_stored(expert):
             return expert.read(rows, out)
         found = times_power(expert.read(rows).to(self.dtype), -expert.exponent)
         return found if out is None else out.copy_(found)
+
+    def read_digested(self, number: int, out: torch.Tensor) -> int:
+        """Read W_i into `out`, and the CRC-32 of its values as they are stored, or decoded."""
+        expert, rows = self.experts[number], (0, self.p)
+        if self._as_stored(expert):
+            return _crc32(expert.read(rows, out))
+        found = expert.read(rows)
+        out.copy_(times_power(found.to(self.dtype), -expert.exponent))
+        return _crc32(found)
+
+    def read_again(self, number: int, out: torch.Tensor) -> None:
+        """Read W_i into `out`, which must be what an earlier pass found its `digest` of, if one has.
+
+        Raises
+        ------
+        GlobeError
+            If it is not: the source was changed in between.
+        """
+        expert, found = self.experts[number], self.read_digested(number, out)
+        if expert.digest not in (None, found):
+            raise GlobeError(
+                f"tensor {expert.tensor} (expert {expert.expert} of layer {expert.layer}, {expert.family}) was changed "
+                f"during the run: CRC-32 {found:08x}, expected {expert.digest:08x} as first read; fits may be of "
+                "either: see that the source is whole, and start over with --fresh"
+            )
+
+    def _as_stored(self, expert: Expert) -> bool:
+        return not expert.exponent and TORCH_DTYPES[expert.info.dtype] == self.dtype
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -183,6 +215,10 @@ class Family:
         """The experts' numbers in runs of at most `size`."""
         for first in range(0, len(self), size):
             yield range(first, min(first + size, len(self)))
+
+
+def _crc32(tensor: torch.Tensor) -> int:
+    return zlib.crc32(_bits(tensor).reshape(-1).view(np.uint8).data)
 
 
 def _bits(tensor: torch.Tensor) -> NDArray[Any]:

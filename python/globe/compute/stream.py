@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from globe.checkpoint.family import Family
 
@@ -31,20 +34,31 @@ def ahead(jobs: Iterable[Callable[[], Value]]) -> Iterator[Value]:
 
 
 def expert_batches(
-    family: Family, size: int, device: torch.device, some: slice | None = None
+    family: Family,
+    size: int,
+    device: torch.device,
+    some: slice | None = None,
+    digests: NDArray[np.int64] | None = None,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """One pass over a family, or `some` of it: `size` experts at a time, (n, p, d) in the checkpoint's dtype.
 
     They are on the device; the next ones are read, and on CUDA carried there, while the last are worked on. The tensor
-    in hand is overwritten once the next but one is asked for.
+    in hand is overwritten once the next but one is asked for. `digests` (N,) take the CRC-32 of each expert read.
     """
     first, last = (0, len(family)) if some is None else (some.start, some.stop)
     spans = [slice(start, min(start + size, last)) for start in range(first, last, size)]
     shape, lane = (min(size, max(last - first, 0)), family.p, family.d), Lane(device)
     buffers = [lane.memory(shape, family.dtype) for _ in range(_BUFFERS)]
 
+    def fill(span: slice, out: torch.Tensor) -> torch.Tensor:
+        if digests is None:
+            return family.read_some(span, out)
+        for place, number in enumerate(range(span.start, span.stop)):
+            digests[number] = family.read_digested(number, out[place])
+        return out[: span.stop - span.start]
+
     def reading(number: int) -> Callable[[], Sent]:
-        return lambda: lane.send(lambda out: family.read_some(spans[number], out), buffers[number % _BUFFERS])
+        return lambda: lane.send(partial(fill, spans[number]), buffers[number % _BUFFERS])
 
     for span, sent in zip(spans, ahead(map(reading, range(len(spans)))), strict=True):
         yield span, lane.take(sent)

@@ -174,7 +174,7 @@ def _reading(
 
     def fill(out: torch.Tensor) -> torch.Tensor:
         for place, number in enumerate(numbers):
-            family.read(number, out=out[place])
+            family.read_again(number, out[place])
         return out
 
     return fill, lane.memory((len(numbers), family.p, family.d), family.dtype)

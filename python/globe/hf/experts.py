@@ -15,9 +15,11 @@ from globe.checkpoint.expert_module import ExpertModule, expert_module
 from globe.checkpoint.formats.packed import PACKED, SCALE, Packing
 from globe.checkpoint.layouts import FAMILIES
 from globe.hf.banks import AsStored, Bank, Banks, register_packed, require_packed, unpacked
+from globe.hf.offload import Matrices
 from globe.hf.packed import packed_linear
 
 _NONE: Mapping[str, Packing] = MappingProxyType({})
+_RESIDENT: Mapping[str, Matrices] = MappingProxyType({})
 Held = dict[str, tuple[torch.Tensor, ...]]  # parameters by name, expert by expert
 
 
@@ -52,17 +54,24 @@ class FactoredExperts(AsStored):
         Shared by all layers.
     packings : mapping
         Of the families whose left factors are packed.
+    mapped : mapping
+        By parameter, matrices that stay in their files: they are no parameters then.
     """
 
     def __init__(
-        self, dense: nn.Module, places: dict[str, Place], banks: Banks, packings: Mapping[str, Packing] = _NONE
+        self,
+        dense: nn.Module,
+        places: dict[str, Place],
+        banks: Banks,
+        packings: Mapping[str, Packing] = _NONE,
+        mapped: Mapping[str, Matrices] = _RESIDENT,
     ) -> None:
         super().__init__()
         form = expert_module(dense)
         first: nn.Parameter = getattr(dense, form.first)
         experts, width, size = form.shape[0], form.shape[2], form.turned(first).shape[2]
         self.num_experts, self.hidden_dim, self.intermediate_dim = experts, size, width
-        self.places, self.packings = places, packings
+        self.places, self.packings, self.mapped = places, packings, dict(mapped)
         # In tuples, so that they are no submodules: the banks of every layer, and the module without its parameters.
         self._banks = (banks,)
         self._form = (ExpertModule(_emptied(dense), form.first, form.transposed, form.interleaved),)
@@ -82,7 +91,8 @@ class FactoredExperts(AsStored):
                     register_packed(self, f"{family}_left", words, groups)
                     places[family].bank.orthonormal = True
                     continue
-                self.register_parameter(f"{family}_left", nn.Parameter(first.new_empty(experts, width, rank)))
+                if f"{family}_left" not in mapped:
+                    self.register_parameter(f"{family}_left", nn.Parameter(first.new_empty(experts, width, rank)))
             elif family != "down" and form.first not in kept:
                 self.register_parameter(f"{family}_dense", nn.Parameter(first.new_empty(experts, width, size)))
 
@@ -122,8 +132,8 @@ class FactoredExperts(AsStored):
         form = self._form[0]
         gate, up = self._outputs(expert, held, x)
         hidden = form.hidden(gate, up)
-        if "down_proj" in held:
-            made = linear(hidden, form.turned(held["down_proj"][expert]))
+        if "down" not in self.places:
+            made = linear(hidden, form.turned(self._matrix("down_proj", expert, held, hidden)))
         else:
             left = self.left("down", expert, held, hidden)
             made = (hidden @ left) @ self.mixture("down", expert, hidden)  # W_downᵀ ≈ A B̃
@@ -151,14 +161,22 @@ class FactoredExperts(AsStored):
         mixed, packing = linear(x, self.mixture(family, expert, x)), self.packings.get(family)
         if packing is not None:
             return packed_linear(mixed, self, f"{family}_left", expert, packing)
-        return linear(mixed, held[f"{family}_left"][expert])
+        return linear(mixed, self.left(family, expert, held, mixed))
 
     def left(self, family: str, expert: int, held: Held, like: torch.Tensor) -> torch.Tensor:
-        """The left factor of an expert; a packed one in the dtype of another tensor."""
+        """The left factor of an expert; one that is packed or mapped in the dtype of another tensor."""
         packing = self.packings.get(family)
         if packing is None:
-            return held[f"{family}_left"][expert]
+            return self._matrix(f"{family}_left", expert, held, like)
         return unpacked(self, f"{family}_left", expert, packing, like.dtype)
+
+    def _matrix(self, name: str, expert: int, held: Held, like: torch.Tensor) -> torch.Tensor:
+        return self.mapped[name][expert].to(like.dtype) if name in self.mapped else held[name][expert]
+
+    def leave_in_files(self, name: str, matrices: Matrices) -> None:
+        """Take a parameter from its files in place of holding it."""
+        delattr(self, name)
+        self.mapped[name] = matrices
 
     def mixture(self, family: str, expert: int, like: torch.Tensor) -> torch.Tensor:
         """B̃ of an expert, in the dtype and on the device of another tensor."""
@@ -169,7 +187,8 @@ class FactoredExperts(AsStored):
         """Put the mixtures of all experts into the cache, in the dtype that the model computes in."""
         for family in self.places:
             held = f"{family}_left{PACKED}" if family in self.packings else f"{family}_left"
-            like = torch.empty(0, dtype=dtype, device=getattr(self, held).device)
+            device = "cpu" if held in self.mapped else getattr(self, held).device
+            like = torch.empty(0, dtype=dtype, device=device)
             for expert in range(self.num_experts):
                 self.mixture(family, expert, like)
 

@@ -12,6 +12,7 @@ from globe.artifact.factored import open_factored
 from globe.errors import UsageError
 from globe.hf.cache import DEFAULT_BUDGET, read_budget
 from globe.hf.experts import FactoredExperts
+from globe.hf.offload import require_offload
 
 
 def load(
@@ -21,6 +22,7 @@ def load(
     cache_bits: int = 16,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
+    offload: str | None = None,
     **options: Any,
 ) -> Any:
     """Load a factored directory as the causal language model of its architecture.
@@ -41,6 +43,10 @@ def load(
         To compute in; by default as the checkpoint states.
     device : str or torch.device
         Where to put the model.
+    offload : {"disk"}, optional
+        Left factors, and down where it is dense and has a tensor for each expert, stay in their files, mapped into
+        memory, and are read when the router asks for an expert; the system keeps what it has room for. The banks, the
+        cache and all else are held. Not on a device, and neither with packed left factors nor with `device_map`.
     **options
         Passed on to `AutoModelForCausalLM.from_pretrained`.
 
@@ -54,14 +60,17 @@ def load(
     GlobeError
         If the directory is not whole.
     UsageError
-        If the cache's budget is none, or it has other bits.
+        If the cache's budget is none, or it has other bits; or where nothing can be offloaded so.
     """
     read_budget(cache)
     _require_bits(cache_bits)
+    require_offload(offload, device, options)
     directory = Path(directory)
     if not (directory / "config.json").is_file() or (directory / "globe.json").is_file():
         open_factored(directory)
     options = {"trust_remote_code": False, **options}
+    if offload is not None:
+        options["config"] = _offloaded(directory, offload)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options)
     if not hasattr(model, "globe_stats"):
         raise UsageError(f"{directory}: not factored; use transformers to load it")
@@ -88,6 +97,16 @@ def set_cache(model: Any, cache: int | str | None, bits: int = 16) -> None:
         for module in model.modules():
             if isinstance(module, FactoredExperts):
                 module.precompose(model.dtype)
+
+
+def _offloaded(directory: Path, offload: str) -> Any:
+    """The configuration, with where left factors are to stay beside what it says of factors."""
+    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    told = getattr(config, "quantization_config", None)
+    if not isinstance(told, dict):
+        raise UsageError(f"{directory}: not factored; use transformers to load it")
+    config.quantization_config = {**told, "offload": offload}
+    return config
 
 
 def _require_bits(bits: int) -> None:

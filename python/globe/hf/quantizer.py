@@ -17,10 +17,11 @@ from globe.artifact.factored import FORMAT_VERSION, INDEX_FILE, bank_name, left_
 from globe.checkpoint.formats.packed import PACKED, SCALE, SHAPE, Packing, read_packing
 from globe.checkpoint.quantised import KEY, require_plain
 from globe.checkpoint.tensorfile import TensorInfo, read_header
-from globe.errors import GlobeError
+from globe.errors import GlobeError, UsageError
 from globe.hf.banks import Banks, bank_parts
 from globe.hf.experts import FactoredExperts, Place
-from globe.hf.save import save_pretrained
+from globe.hf.offload import Files, map_matrices, stored_lefts, stored_matrices
+from globe.hf.save import save_offloaded, save_pretrained
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?experts$")
 _OURS = re.compile(rf"(?:^|[._])(?:gate|up|down)_left(?:{PACKED}|{SCALE}|{SHAPE})?$")  # in files of any maker
@@ -32,7 +33,8 @@ class GlobeConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`quantization_config` of config.json: `weights` is the weight file, or the index of several.
 
     `experts` has, per family and layer, the arguments of `Place`, with the bank by its name. `packed` has bits and
-    group of packed left factors (`lefts`) by family, and of packed atoms (`atoms`) by bank.
+    group of packed left factors (`lefts`) by family, and of packed atoms (`atoms`) by bank. `offload` is no part of
+    config.json: "disk" where `globe.load` is to leave experts in their files.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class GlobeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         format_version: int = FORMAT_VERSION,
         replaced: dict[str, Any] | None = None,
         packed: dict[str, dict[str, Any]] | None = None,
+        offload: str | None = None,
         **unknown: Any,
     ) -> None:
         if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
@@ -59,6 +62,8 @@ class GlobeConfig(QuantizationConfigMixin):  # type: ignore[misc]
             self.replaced = replaced
         if packed:
             self.packed = packed
+        if offload is not None:
+            self.offload = offload
 
     def packings(self, part: str) -> dict[str, Packing]:
         """How left factors (`lefts`, by family) or atoms (`atoms`, by bank) are packed.
@@ -107,6 +112,12 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
                 if bank_name(name, part) not in shapes:
                     raise GlobeError(f"tensor {bank_name(name, part)} is in none of the weight files; compress again")
         model.globe = Banks(names, shapes, atoms)
+        files = Files() if self._offloads else None
+        if files is not None and lefts:
+            raise UsageError(
+                f"left factors are packed (family {', '.join(lefts)}), and offload takes those that are not; "
+                "load them without, they take a fraction of the memory"
+            )
         modules = {name: match for name, _ in model.named_modules() if (match := _LAYER.search(name))}
         for name, match in modules.items():
             places = {
@@ -116,9 +127,15 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
             }
             if places:
                 dense = model.get_submodule(name)
-                factored = FactoredExperts(dense, places, model.globe, lefts)
-                _require_stored(shapes, int(match[1]), factored)
+                found = {f"{family}_left": stored_lefts(stored, int(match[1]), f"{family}_left") for family in places}
+                mapped = {held: map_matrices(files, each) for held, each in found.items() if files is not None and each}
+                factored = FactoredExperts(dense, places, model.globe, lefts, mapped)
+                _require_stored(stored, int(match[1]), factored)
                 model.set_submodule(name, factored)
+        if files is not None:
+            self._mapping = files, stored
+            ignored = model._keys_to_ignore_on_load_unexpected
+            model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), _OURS.pattern, r"experts\.down_proj$"}
         _require_untied(model)
         if not any(isinstance(module, FactoredExperts) for module in model.modules()):
             raise GlobeError(f"{type(model).__name__} of transformers has no experts where the checkpoint has them")
@@ -138,6 +155,8 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
                     "of which none is factored: run what globe export writes"
                 )
             if not factored & set(families):
+                if families == ("down",) and all(isinstance(step, MergeModulelist) for step in conversion.operations):
+                    self._leave_down(model, sources[0])
                 before += _stacked(sources, targets, factored, packed)
                 kept.append(conversion)
                 continue
@@ -170,8 +189,26 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, FactoredExperts):
                 module.require_packed(name)
         model.globe_stats = model.globe.stats
-        model.save_pretrained = MethodType(save_pretrained, model)
+        model.save_pretrained = MethodType(save_offloaded if self._offloads else save_pretrained, model)
         return model
+
+    def _leave_down(self, model: Any, source: str) -> None:
+        """Leave down in its files where it is dense and merged of matrices that lie there as the model has them."""
+        if not self._offloads:
+            return
+        files, stored = self._mapping
+        for name, module in model.named_modules():
+            place = _LAYER.search(name)
+            if place is None or not isinstance(module, FactoredExperts) or "down_proj" not in module._parameters:
+                continue
+            shape = tuple(module.get_parameter("down_proj").shape)
+            found = stored_matrices(stored, int(place[1]), source)
+            if [info.shape for info in found] == [shape[1:]] * shape[0]:
+                module.leave_in_files("down_proj", map_matrices(files, found))
+
+    @property
+    def _offloads(self) -> bool:
+        return hasattr(self.quantization_config, "offload")
 
     def is_serializable(self) -> bool:
         """`save_pretrained` works."""
@@ -238,13 +275,15 @@ def _stored_tensors(files: list[str] | None) -> dict[str, TensorInfo]:
     return {name: info for header in headers for name, info in header.tensors.items()}
 
 
-def _require_stored(shapes: dict[str, tuple[int, ...]], layer: int, experts: FactoredExperts) -> None:
+def _require_stored(stored: dict[str, TensorInfo], layer: int, experts: FactoredExperts) -> None:
     """Check that the files hold the left factors of a layer, which transformers would otherwise make up."""
     for family in experts.places:
         held = f"{family}_left{PACKED}" if family in experts.packings else f"{family}_left"
-        wanted = tuple(getattr(experts, held).shape)
-        ours = re.compile(rf"(?:^|\.)layers\.{layer}\..*\.(?:globe_)?{held}$")
-        found = [shape for name, shape in shapes.items() if ours.search(name)]
+        if held in experts.mapped:
+            wanted: tuple[int, ...] = experts.num_experts, experts.intermediate_dim, experts.places[family].bank.rank
+        else:
+            wanted = tuple(getattr(experts, held).shape)
+        found = [info.shape for info in stored_lefts(stored, layer, held)]
         if found != [wanted] and found != [wanted[1:]] * wanted[0]:
             told = f"{len(found)} tensors of shapes {sorted(set(found))}"
             raise GlobeError(

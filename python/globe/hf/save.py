@@ -46,6 +46,16 @@ def save_pretrained(
         _mark(directory)
 
 
+def save_offloaded(model: Any, save_directory: str | os.PathLike[str], *arguments: Any, **options: Any) -> None:
+    """Refuse to save a model whose experts are in the files that it was loaded from.
+
+    Raises
+    ------
+    UsageError
+    """
+    raise UsageError(f"{save_directory}: nothing is saved of a model with offload; load it without, or copy its files")
+
+
 def _mark(directory: Path) -> None:
     for old in [*directory.glob("globe*.safetensors"), directory / INDEX_FILE]:
         old.unlink(missing_ok=True)

@@ -45,13 +45,17 @@ class Rows:
 
 @dataclass(frozen=True)
 class Scan:
-    """What the first pass sees: the row energies Σ_i ‖W_i[k,:]‖² (p,) over the ranked experts, and ‖W_i‖² (N,)."""
+    """What the first pass sees: the row energies Σ_i ‖W_i[k,:]‖² (p,) over the ranked experts, and ‖W_i‖² (N,).
+
+    `digests` (N,) are the experts' CRC-32, by which a later pass knows that they are the same.
+    """
 
     row_energy: NDArray[np.float64]
     energy: NDArray[np.float64]
+    digests: NDArray[np.int64]
 
     def usual_size(self, family: Family) -> Family:
-        """The family, its weights times a power of two that makes an expert's root mean square about one.
+        """The family with its digests, and times a power of two that makes an expert's root mean square about one.
 
         Nothing changes where that is within 2^±16 already. Experts fainter than `_FAINTEST` of the typical one are
         brought up to it, where they weigh next to nothing and nothing underflows: A_i absorbs the factor.
@@ -61,8 +65,8 @@ class Scan:
         sizes = np.sqrt(self.energy / (family.p * family.d))
         lifts = [math.ceil(math.log2(_FAINTEST * typical / size)) if size > 0 else 0 for size in sizes]
         scaled = (
-            replace(expert, exponent=exponent - max(0, lift))
-            for expert, lift in zip(family.experts, lifts, strict=True)
+            replace(expert, exponent=exponent - max(0, lift), digest=int(digest))
+            for expert, lift, digest in zip(family.experts, lifts, self.digests, strict=True)
         )
         return replace(family, experts=tuple(scaled))
 
@@ -77,16 +81,16 @@ def scan_family(family: Family, job: Job) -> Scan:
     saved = job.store.load(name)
     if saved is not None:
         job.stages.recall(saved.meta["stage"])
-        return Scan(saved.array("row_energy"), saved.array("energy"))
+        return Scan(saved.array("row_energy"), saved.array("energy"), saved.tensors["digests"].numpy())
     with job.stages.stage(f"{family.name}: scan", len(family)) as advance:
         found = scan(family, job.settings, advance)
-        tensors = {"row_energy": torch.from_numpy(found.row_energy), "energy": torch.from_numpy(found.energy)}
+        tensors = {part: torch.from_numpy(array) for part, array in vars(found).items()}
         job.store.save(name, tensors, {"stage": job.stages.so_far()})
     return found
 
 
 def scan(family: Family, settings: Settings, advance: Advance) -> Scan:
-    """Read every expert once: check that all values are finite, and sum the energies.
+    """Read every expert once: check that all values are finite, sum the energies, and take the digests.
 
     Raises
     ------
@@ -96,10 +100,10 @@ def scan(family: Family, settings: Settings, advance: Advance) -> Scan:
     """
     step, mine, share = -(-len(family) // settings.energy_experts), ranks.dealt(family), ranks.size()
     ranked = np.zeros(family.p)
-    energy, peaks = np.zeros(len(family)), np.zeros(len(family))
+    energy, peaks, digests = np.zeros(len(family)), np.zeros(len(family)), np.zeros(len(family), np.int64)
     cpu = torch.device("cpu")
     with ranks.together(), engine(cpu) as workers:
-        for span, batch in expert_batches(family, _SCANNED_AT_ONCE, cpu, mine):
+        for span, batch in expert_batches(family, _SCANNED_AT_ONCE, cpu, mine, digests):
 
             def energies(part: slice, batch: torch.Tensor = batch) -> list[tuple[NDArray[np.float64], float]]:
                 return [_row_energies(matrix) for matrix in batch[part]]
@@ -118,9 +122,10 @@ def scan(family: Family, settings: Settings, advance: Advance) -> Scan:
                     ranked += rows
                 advance(share)
     ranked, energy, peaks = (ranks.summed_array(each) for each in (ranked, energy, peaks))
+    digests = ranks.summed_array(digests)
     if not energy.any():
         raise GlobeError(f"family {family.name}: all experts are zero; there is nothing to factorise")
-    result = Scan(ranked, energy)
+    result = Scan(ranked, energy, digests)
     wildest = int(peaks.argmax())
     if peaks[wildest] > _WILDEST * result.typical(family):
         raise _wild(family, wildest, result.typical(family))
