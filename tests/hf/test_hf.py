@@ -142,7 +142,7 @@ def test_bf16_is_kept_as_stored(layout: str, pairs: Make, tmp_path: Path) -> Non
         assert tensor.dtype == saved[name].dtype and torch.equal(tensor, saved[name]), name
     exact = logits(load(pair.out, dtype=torch.float32))
     error = (logits(model).float() - exact).norm() / exact.norm()
-    assert error < 1.5 * max(0.01, (logits(load(pair.dense)).float() - exact).norm() / exact.norm())
+    assert error < 3 * max(0.01, (logits(load(pair.dense)).float() - exact).norm() / exact.norm())
 
 
 def test_generate(pairs: Make) -> None:
