@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from globe.checkpoint.companions import companions
-from globe.checkpoint.completeness import Source, require_complete
+from globe.checkpoint.completeness import Source, require_complete, stated_experts
 from globe.checkpoint.family import Expert, Family
 from globe.checkpoint.foreign import missing_directory, missing_weights, unknown_layout
 from globe.checkpoint.formats.encoded import Encoded
@@ -182,14 +182,13 @@ class Checkpoint:
         for experts in found.values():
             experts.sort(key=lambda expert: (expert.layer, expert.expert))
         source = Source(self.directory, self.text_config, self.layout, layers, self.tensors)
-        return found, require_complete(source, held)
+        noted = require_complete(source, held)
+        return {family: _in_turn(experts) for family, experts in found.items()}, noted
 
     @property
     def _group(self) -> int | None:
         """The experts of the first group, where the numbers of a layer go on with another's."""
-        config = self.text_config
-        stated = (config.get(key) for key in self.layout.experts_keys)
-        return next((count for count in stated if isinstance(count, int)), None) if self.layout.groups else None
+        return stated_experts(self.text_config, self.layout) if self.layout.groups else None
 
     def _matrix(self, tensor: str, info: TensorInfo) -> TensorInfo | Encoded:
         """A tensor of experts, or what it is decoded to."""
@@ -330,6 +329,16 @@ def uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _in_turn(experts: list[Expert]) -> list[Expert]:
+    """Experts, sorted, of every layer numbered from 0 on: numbers may have gaps in the names of tensors."""
+    found: list[Expert] = []
+    layer, number = -1, 0
+    for expert in experts:
+        layer, number = expert.layer, number + 1 if expert.layer == layer else 0
+        found.append(expert if expert.expert == number else replace(expert, expert=number))
+    return found
 
 
 def _experts_of(
