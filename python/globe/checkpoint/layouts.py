@@ -45,6 +45,8 @@ class Layout:
         gate and up take turns.
     groups : bool
         Whether experts past the number that config.json states are of another group, which is left alone.
+    copies : bool
+        Whether transformers runs every expert of a layer on all tokens, zeros in place of those of others.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Layout:
     transposed: bool = False
     interleaved: bool = False
     groups: bool = False
+    copies: bool = False
 
     def is_of(self, model_type: object) -> bool:
         """Whether it is that of a model type; of its language model alone too."""
@@ -112,6 +115,7 @@ def read_layouts() -> tuple[Layout, ...]:
             entry.get("transposed", False),
             entry.get("interleaved", False),
             entry.get("groups", False),
+            entry.get("copies", False),
         )
         for entry in json.loads(text)
     )
