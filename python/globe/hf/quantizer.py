@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from globe.artifact.autoload import METHOD
 from globe.artifact.factored import FORMAT_VERSION, INDEX_FILE, bank_name, left_name, rest_name
 from globe.checkpoint.formats.packed import PACKED, SCALE, SHAPE, Packing, read_packing
-from globe.checkpoint.quantised import KEY, require_plain
+from globe.checkpoint.quantised import quantization_of, require_plain
 from globe.checkpoint.tensorfile import TensorInfo, read_header
 from globe.errors import GlobeError
 from globe.hf.banks import Banks, bank_parts
@@ -96,7 +96,7 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
         require_plain(
             Path(kwargs["checkpoint_files"][0]).parent,
             kept,
-            replaced.get(KEY),
+            quantization_of(replaced),
             "dequantise the source first, or load what globe export writes",
         )
         shapes = {name: info.shape for name, info in stored.items()}
