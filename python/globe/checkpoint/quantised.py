@@ -54,6 +54,11 @@ def _inside(config: Mapping[str, Any]) -> str | None:
     return next((name for name, value in inner if isinstance(value, dict) and quantization_of(value) is not None), None)
 
 
+def is_quantised(dtype: str) -> bool:
+    """Whether in no tensor of a dtype (safetensors' name) numbers are plain."""
+    return dtype not in _AS_THEY_ARE
+
+
 def quantised_dtypes(dtypes: Iterable[str]) -> list[str]:
     """Those dtypes (safetensors' names) in which no tensor holds plain numbers: F8_E4M3, I32 of GPTQ, U8 …"""
     return sorted(set(dtypes) - set(_AS_THEY_ARE))
