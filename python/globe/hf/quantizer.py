@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -22,7 +22,7 @@ from globe.hf.banks import Banks, bank_parts
 from globe.hf.experts import FactoredExperts, Place
 from globe.hf.save import save_pretrained
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?experts$")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?!.*\bvision_moe\b)(?:.*\.)?experts$")
 _OURS = re.compile(rf"(?:^|[._])(?:gate|up|down)_left(?:{PACKED}|{SCALE}|{SHAPE})?$")  # in files of any maker
 _GATE_UP, _UP, _DOWN = "experts.gate_up_proj", "experts.up_proj", "experts.down_proj"
 
@@ -119,7 +119,7 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
                 factored = FactoredExperts(dense, places, model.globe, lefts)
                 _require_stored(shapes, int(match[1]), factored)
                 model.set_submodule(name, factored)
-        _require_untied(model)
+        self._tied = _tie(model)
         if not any(isinstance(module, FactoredExperts) for module in model.modules()):
             raise GlobeError(f"{type(model).__name__} of transformers has no experts where the checkpoint has them")
 
@@ -132,11 +132,11 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
             targets = getattr(conversion, "_original_target_patterns", [])
             sources = getattr(conversion, "_original_source_patterns", [])
             families = _families(conversion, targets, sources)
-            if len(targets) > 1 and any(target.endswith(_DOWN) for target in targets):
-                raise GlobeError(
-                    f"{type(model).__name__} of transformers takes its experts out of one list with those for images, "
-                    "of which none is factored: run what globe export writes"
-                )
+            if len(targets) > 1 and all(target.endswith((_GATE_UP, _DOWN)) for target in targets):
+                mine, others = _groups(conversion, factored, packed)
+                before += mine
+                kept.append(others)
+                continue
             if not factored & set(families):
                 before += _stacked(sources, targets, factored, packed)
                 kept.append(conversion)
@@ -164,6 +164,8 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
         return [*before, *kept, *renamed]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for target, source in self._tied.items():
+            model.get_submodule(target)._buffers.update(model.get_submodule(source)._buffers)
         for bank in model.globe.banks.values():
             bank.prepare()
         for name, module in model.named_modules():
@@ -196,14 +198,64 @@ def _stacked(sources: list[str], targets: list[str], factored: set[str], packed:
     ]
 
 
-def _require_untied(model: Any) -> None:
-    """Refuse experts that transformers ties to others: it would leave their factors as they were made up."""
-    for target, source in model.all_tied_weights_keys.items():
-        owners = {name.rpartition(".")[0] for name in (target, source)}
-        if any(isinstance(model.get_submodule(owner), FactoredExperts) for owner in owners):
+def _tie(model: Any) -> dict[str, str]:
+    """Tie factors of experts as transformers ties the matrices that they stand for: by target the source of a module.
+
+    It ties parameters when all are loaded; packed factors are left to do.
+
+    Raises
+    ------
+    GlobeError
+        If only one of two modules that are tied is of factored experts.
+    """
+    tied: dict[str, str] = {}
+    for target, source in list(model.all_tied_weights_keys.items()):
+        owners = [name.rpartition(".")[0] for name in (target, source)]
+        factored = [isinstance(model.get_submodule(owner), FactoredExperts) for owner in owners]
+        if all(factored):
+            del model.all_tied_weights_keys[target]
+            tied[owners[0]] = owners[1]
+        elif any(factored):
             raise GlobeError(
                 f"{type(model).__name__} of transformers ties {target} to others: run what globe export writes"
             )
+    for target, source in tied.items():
+        held = model.get_submodule(source)
+        names = {name: name for name in (*held._parameters, *held._buffers)}
+        model.get_submodule(target)._tied_weights_keys = names  # which transformers leaves out as it saves
+        model.all_tied_weights_keys |= {f"{target}.{name}": f"{source}.{name}" for name in held._parameters}
+        absent = [re.escape(f"{target}.{name}") for name in held._buffers]
+        model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or ()), *absent]
+    return tied
+
+
+def _groups(conversion: Any, factored: set[str], packed: Container[str]) -> tuple[list[Any], Any]:
+    """Of a list of experts for text and for images: what merges the first, and what is left for the second.
+
+    Raises
+    ------
+    GlobeError
+        If gate is factored and up is not, or the reverse.
+    """
+    sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+    families = ("down",) if targets[0].endswith(_DOWN) else ("gate", "up")
+    if not factored & set(families):
+        return [], conversion
+    if not factored.issuperset(families):
+        raise GlobeError(
+            "transformers takes gate and up of experts out of one list with those for images, and one of the two is "
+            "factored here: compress both (--families gate,up), or run what globe export writes"
+        )
+    place = targets[0].removesuffix("gate_up_proj").removesuffix("down_proj")
+    mine = [
+        conversion.copy(
+            [left_name(source, family) + part], [f"{place}{family}_left{part}"], operations=[MergeModulelist(dim=0)]
+        )
+        for family, source in zip(families, sources, strict=True)
+        for part in _parts(family, packed)
+    ]
+    joined = [MergeModulelist(dim=0), Concatenate(dim=1)][: len(families)]
+    return mine, conversion.copy([f"{source}$" for source in sources], [targets[1]], operations=joined)
 
 
 def _families(conversion: Any, targets: list[str], sources: list[str]) -> tuple[str, ...]:
