@@ -107,21 +107,27 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
                 if bank_name(name, part) not in shapes:
                     raise GlobeError(f"tensor {bank_name(name, part)} is in none of the weight files; compress again")
         model.globe = Banks(names, shapes, atoms)
-        modules = {name: match for name, _ in model.named_modules() if (match := _LAYER.search(name))}
-        for name, match in modules.items():
+        wanted = {layer for layers in experts.values() for layer in layers}
+        matches = {
+            name: match
+            for name, module in model.named_modules()
+            if (match := _LAYER.search(name)) and match[1] in wanted and "down_proj" in module._parameters
+        }
+        for name, match in matches.items():
             places = {
                 family: Place(model.globe.banks[layers[match[1]][0]], *layers[match[1]][1:])
                 for family, layers in experts.items()
                 if match[1] in layers
             }
-            if places:
-                dense = model.get_submodule(name)
-                factored = FactoredExperts(dense, places, model.globe, lefts)
-                _require_stored(shapes, int(match[1]), factored)
-                model.set_submodule(name, factored)
+            factored = FactoredExperts(model.get_submodule(name), places, model.globe, lefts)
+            _require_stored(shapes, int(match[1]), factored)
+            model.set_submodule(name, factored)
+        if not matches:  # one layer's alone may be missing: transformers drops those that config.json says are dense
+            raise GlobeError(
+                f"{type(model).__name__} of transformers has no module of its own for the experts of layer "
+                f"{min(wanted, key=int)}, with gate_up_proj or up_proj, and down_proj: run what globe export writes"
+            )
         self._tied = _tie(model)
-        if not any(isinstance(module, FactoredExperts) for module in model.modules()):
-            raise GlobeError(f"{type(model).__name__} of transformers has no experts where the checkpoint has them")
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Merge the experts' left factors as transformers merges their matrices, and split them again on saving."""
