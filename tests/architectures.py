@@ -89,6 +89,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "inkling2": {"vision_config": {"text_hidden_size": HIDDEN}},
     "kimi_linear": {"num_experts_per_token": 2, "num_expert_group": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"]},
+    "llama4": {"text_config": {"num_experts_per_tok": 1}},
     "mistral_large4": {"text_config": {"kv_source_layers": [0, 1, 2]}},
     "mistral4": {"rope_parameters": _ROTARY},
     "qwen4_exp": {

@@ -59,7 +59,9 @@ def judge(model_type: str, folder: Path) -> Judged:
         works.append("exports")
         found = _logits(type(model), out, ids)
         # The export is rounded to bf16; a norm behind the experts (muse_spark) makes much of that.
-        assert float((found - wanted).abs().max()) < 3e-2 * float(wanted.abs().max())
+        # One token in a hundred (of diffusion there are hundreds) may be sent to another expert by that rounding.
+        off = (found - wanted).abs().amax(-1) >= 3e-2 * float(wanted.abs().max())
+        assert float(off.float().mean()) <= 0.01
         works.append("runs factored")
     except (GlobeError, AttributeError) as error:
         return Judged(model_type, layout, tuple(works), _line(error).replace(f"{source}: ", ""))

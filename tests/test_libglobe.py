@@ -17,6 +17,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from safetensors.torch import load_file, save_file  # noqa: E402
+
 import architectures  # noqa: E402
 import codes  # noqa: E402
 import globe  # noqa: E402
@@ -28,7 +30,7 @@ from globe.artifact.factored import BANK_FILE, open_factored  # noqa: E402
 from globe.checkpoint.index import Checkpoint  # noqa: E402
 from globe.errors import GlobeError  # noqa: E402
 from globe.hf.cache import MixtureCache  # noqa: E402
-from refusals import json_variants  # noqa: E402
+from refusals import edit_json, json_variants  # noqa: E402
 
 HEADER = Path(__file__).parent.parent / "cpp" / "include" / "globe" / "globe.h"
 SMALL = {"rank": 0.5, "bank_size": 3, "outer_loops": 1, "device": "cpu", **WEIGHTS_ONLY}
@@ -67,6 +69,20 @@ def plain(tmp_path_factory):
 @pytest.fixture
 def factored(plain, tmp_path):
     return Path(shutil.copytree(plain, tmp_path / "factored"))
+
+
+def keep_half(source):
+    """Leave every other expert of eight, under its own number."""
+    tensors = load_file(source / "model.safetensors")
+    for name in list(tensors):
+        found = re.search(r"\.experts\.(\d+)\.", name)
+        if found and int(found[1]) % 2 == 0:
+            del tensors[name]
+        elif name.endswith("mlp.gate.weight"):
+            tensors[name] = tensors[name][1::2].clone()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    edit_json(source / "config.json", lambda config: config.update(num_local_experts=4))
+    return source
 
 
 def dense_experts(directory):
@@ -169,6 +185,20 @@ def test_matrices_are_those_of_the_export(pair):
                 found = libglobe.array_of(matrix.stored)
             np.testing.assert_allclose(found.astype(np.float32), expected.numpy(), rtol=2**-7, atol=1e-6)
     assert kinds == {(family, family in manifest["families"]) for family in libglobe.FAMILIES}
+
+
+def test_numbers_with_gaps_follow_each_other(tmp_path):
+    """Of a pruned source: the export read in its order is what the library holds as experts 0 to 3."""
+    out, dense = tmp_path / "out", tmp_path / "dense"
+    source = keep_half(make_tiny("qwen3_moe", tmp_path / "source"))
+    globe.compress(source, out, globe.Settings(**SMALL, families=("gate", "up")))
+    globe.export(out, dense)
+    opened, experts = libglobe.Checkpoint(out), dense_experts(dense)
+    assert [opened.experts(layer) for layer in opened.layers()] == [4, 4]
+    assert {(layer, e) for layer in opened.layers() for e in range(4)} == experts.keys()
+    tokens = tokens_of(5, 64)
+    for place, matrices in experts.items():
+        assert error(opened.forward(place, tokens, "silu"), expert_of(matrices, tokens, "silu")) < 3 * 2**-8
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ from globe.checkpoint.layouts import read_layouts  # noqa: E402
 from globe.checkpoint.quantised import quantization_of, with_quantization  # noqa: E402
 from globe.errors import GlobeError  # noqa: E402
 from globe.evaluation.models import load_model  # noqa: E402
-from refusals import edit_json  # noqa: E402
+from refusals import edit_json, refusal  # noqa: E402
+from trips import load_plain  # noqa: E402
 
 SETTINGS = Settings(rank=0.5, bank_size=3, outer_loops=0, device="cpu", **WEIGHTS_ONLY)
 TOKENS = torch.arange(24)[None] * 7 % 256
@@ -45,6 +47,37 @@ def test_stacks_that_transformers_writes_of_experts_known_one_by_one(layout: str
     export(tmp_path / "out", tmp_path / "dense")
     wanted = logits(tmp_path / "dense")
     assert (logits(tmp_path / "out") - wanted).abs().max() < 2e-2 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("families", [("gate", "up"), ("down",)])
+def test_experts_one_by_one_of_a_type_that_is_published_in_stacks(families: tuple[str, ...], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    LAYOUTS["qwen3_5_moe"]().bfloat16().save_pretrained(tmp_path / "source")
+    byte_tokenizer().save_pretrained(tmp_path / "source")
+    names = load_file(tmp_path / "source" / "model.safetensors").keys()
+    assert "model.layers.0.mlp.experts.3.gate_proj.weight" in names and not any("experts.gate_up" in n for n in names)
+    compress(tmp_path / "source", tmp_path / "out", replace(SETTINGS, families=families))
+    export(tmp_path / "out", tmp_path / "dense")
+    assert load_file(tmp_path / "dense" / "model.safetensors").keys() == names
+    wanted = logits(tmp_path / "dense")
+    assert (logits(tmp_path / "out") - wanted).abs().max() < 2e-2 * wanted.abs().max()
+
+
+def test_experts_one_by_one_of_a_type_that_transformers_reads_in_stacks_alone(tmp_path: Path) -> None:
+    source = make_tiny("granitemoe", tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("input_linear.weight")]:
+        place = name.removesuffix("input_linear.weight") + "experts"
+        for expert, both in enumerate(tensors.pop(name)):
+            tensors |= {f"{place}.{expert}.{half}_proj.weight": both[::2].clone() for half in ("gate", "up")}
+    for name in [name for name in tensors if name.endswith("output_linear.weight")]:
+        place = name.removesuffix("output_linear.weight") + "experts"
+        tensors |= {f"{place}.{n}.down_proj.weight": down.clone() for n, down in enumerate(tensors.pop(name))}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AssertionError, match="missing_keys"):
+        load_plain(source)
+    line = refusal(1, "inspect", source)
+    assert "block_sparse_moe.experts.0." in line and "in stacks alone" in line and "input_linear.weight" in line
 
 
 def test_links_and_names_of_any_kind(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def mlx(tensors: Tensors) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Tensors], object], tuple[str, ...]]] = {
-    "numbers with gaps": (gaps, ("layer 0 has experts 0, 2, 4, 6 in family gate", "expected 0 to 3", "router")),
+    "numbers with gaps": (gaps, ("layer 0 has experts 0, 2, 4, 6;", "expected 0 to 3", "router")),
     "one gate missing": (drop(EXPERT.format(2, 3, "gate")), (EXPERT.format(2, 3, "gate"), "is missing")),
     "one up missing": (drop(EXPERT.format(0, 7, "up")), (EXPERT.format(0, 7, "up"), "is missing", "family gate")),
     "one down missing": (drop(EXPERT.format(0, 0, "down")), (EXPERT.format(0, 0, "down"), "is missing")),
@@ -195,8 +195,6 @@ def test_names_of_layers_below_other_modules_are_read(prefix: str, source: Path)
 def test_refused_when_it_is_opened(case: str, source: Path, tmp_path: Path) -> None:
     change, words = BROKEN[case]
     edit(source, change)
-    if case == "numbers with gaps":
-        edit_json(source / "config.json", lambda value: value.update(num_experts=4))
     line = refusal(1, "inspect", source)
     for word in words:
         assert word in line, line

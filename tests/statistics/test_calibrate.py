@@ -30,8 +30,9 @@ from globe.statistics.layerwise import Layerwise  # noqa: E402
 from globe.statistics.shrinkage import damped_factor  # noqa: E402
 from globe.statistics.texts import evaluation_text  # noqa: E402
 
-# per-expert tensors; a dense first layer; a dense layer between; fused as [E, 2p, d]; linear attention; post-norm
-ARCHITECTURES = ("mixtral", "olmoe", "deepseek_v3", "qwen3_moe", "qwen3_5_moe", "granitemoe", "minimax")
+# per-expert tensors; a dense first layer; a dense layer between; fused as [E, 2p, d]; linear attention; post-norm; a
+# copy of all tokens for every expert
+ARCHITECTURES = ("mixtral", "olmoe", "deepseek_v3", "qwen3_moe", "qwen3_5_moe", "granitemoe", "minimax", "llama4_text")
 
 
 def _windows(tokenizer: Any) -> Any:
@@ -46,6 +47,7 @@ def _weights(checkpoint: Checkpoint, layer: int) -> list[tuple[Any, Any, Any]]:
     for name, value in tensors.items():
         place = layout.place("down", name)
         if place is not None and place[0] == layer:
+            value = value.mT if layout.transposed else value
             down.update(enumerate(value) if place[1] is None else {place[1]: value}.items())
     places = [place for place, expert in enumerate(gates.experts) if expert.layer == layer]
     return [
@@ -103,6 +105,14 @@ def _oracle(model_dir: Path, tokens_of_layer: dict[int, list[Any]], stream: Any,
     return whole | {name: torch.stack(values) for name, values in found.items()}
 
 
+def _undone(copied: Any) -> tuple[Any, Any, Any]:
+    """Tokens that one expert of four was given weighed, and the others as zeros: with a choice and a weight of one."""
+    copies = copied.view(4, -1, copied.shape[-1])
+    mine = copies.abs().sum(-1) > 0
+    assert bool((mine.sum(0) == 1).all())
+    return copies.sum(0), mine.int().argmax(0)[:, None], torch.ones(copies.shape[1], 1)
+
+
 def _own_moments_are_shrunk(statistics: dict[str, Any], own: Any) -> int:
     """In the layer's coordinates an expert's U Λ Uᵀ is a share of what its moment is beyond the identity.
 
@@ -146,13 +156,15 @@ def test_statistics_are_those_of_the_whole_model(layout: str, tiny: Callable[[st
     for number, layer in enumerate(model.model.layers):
         for module in layer.modules():
             if hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
-                module.register_forward_pre_hook(lambda _, x, n=number: seen.setdefault(n, []).append(x))
+                module.register_forward_pre_hook(
+                    lambda _, x, n=number: seen.setdefault(n, []).append(x if x[1:] else _undone(*x))
+                )
         layer.register_forward_hook(
             lambda _, x, y, n=number: streams.setdefault(n, []).append(y[0] if isinstance(y, tuple) else y)
         )
     with torch.no_grad():
         model(_windows(tokenizer))
-    found = calibrate_tiny(model_dir, tmp_path / "statistics", row_moments="full")
+    found = calibrate_tiny(model_dir, tmp_path / "statistics", row_moments="full", precision="fp32")
     assert found.layers == tuple(sorted(seen))
     own = 0
     for number in found.layers:

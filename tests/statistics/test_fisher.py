@@ -60,7 +60,22 @@ def _watched(model: Any) -> Iterator[list[Any]]:
     """Experts one after another in plain products, whose gradients stay."""
     calls: list[Any] = []
 
-    def forward(self: Any, x: Any, chosen: Any, weights: Any) -> Any:
+    def forward_of_copies(self: Any, copied: Any) -> Any:
+        answers, products = [], []
+        for expert, x in enumerate(copied.view(len(self.down_proj), -1, copied.shape[-1])):
+            both = x @ self.gate_up_proj[expert]
+            both.retain_grad()
+            gate, up = both.chunk(2, -1)
+            answers.append((self.act_fn(gate) * up) @ self.down_proj[expert])
+            products.append((both, both.shape[-1] // 2))
+        answers[0].retain_grad()  # of which every expert's are added up
+        calls.append((products, answers[0]))
+        return torch.cat(answers)
+
+    def forward(self: Any, x: Any, *routing: Any) -> Any:
+        if not routing:
+            return forward_of_copies(self, x)
+        chosen, weights = routing
         output, products = torch.zeros_like(x), []
         for expert in range(len(self.down_proj)):
             rows, place = (chosen == expert).nonzero(as_tuple=True)
@@ -80,7 +95,7 @@ def _watched(model: Any) -> Iterator[list[Any]]:
     yield calls
 
 
-@pytest.mark.parametrize("layout", ["olmoe", "qwen3_moe"])
+@pytest.mark.parametrize("layout", ["olmoe", "qwen3_moe", "llama4_text"])
 def test_it_is_that_of_the_whole_model(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = make_tiny(layout, tmp_path / "model", dtype="float32")
     vocabulary = Checkpoint(directory).text_config["vocab_size"]

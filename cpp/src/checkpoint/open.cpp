@@ -234,13 +234,15 @@ std::vector<ExpertMatrix> matrices_of(State& state, const Manifest& manifest, co
 // The matrices of a layer by family and number, before it is known that none is missing.
 using Found = std::array<std::map<std::int64_t, ExpertMatrix>, 3>;
 
-// A layer's matrices, of which each family must have as many, p x d and d x p.
+// A layer's matrices, of which each family must have the same numbers, p x d and d x p; experts follow each
+// other in the order of their numbers, which may leave some out.
 State::Layer checked(const State& state, std::int64_t number, const Found& found) {
     const std::string told = "layer " + std::to_string(number);
     State::Layer layer;
     for (std::size_t f = 0; f < 3; ++f) {
-        require(!found[f].empty() && found[f].size() == found[0].size() &&
-                    found[f].rbegin()->first + 1 == static_cast<std::int64_t>(found[f].size()),
+        const auto same = [](const auto& one, const auto& other) { return one.first == other.first; };
+        require(!found[f].empty() && std::equal(found[f].begin(), found[f].end(), found[0].begin(),
+                                                found[0].end(), same),
                 told + " has not all experts of family " + family_names[f]);
         for (const auto& [expert, matrix] : found[f]) {
             const ExpertMatrix& gate = found[0].begin()->second;

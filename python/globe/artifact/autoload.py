@@ -77,7 +77,7 @@ def source_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _places(manifest: dict[str, Any]) -> dict[str, dict[str, list[Any]]]:
-    """Per family and layer [bank, first, step]: expert e of the layer has row first + step · e of the bank's codes."""
+    """Per family and layer [bank, first, step]: the e-th expert of the layer has row first + step · e of the codes."""
     layout = next(layout for layout in read_layouts() if layout.name == manifest["source"]["layout"])
     places: dict[str, dict[str, list[Any]]] = {}
     for family, described in manifest["families"].items():
@@ -102,6 +102,6 @@ def _evenly(family: str, layer: int, experts: dict[int, tuple[str, int]]) -> lis
     rows = [experts[e][1] for e in sorted(experts)]
     step = rows[1] - rows[0] if len(rows) > 1 else 1
     even = step > 0 and rows == list(range(rows[0], rows[0] + step * len(rows), step))
-    if not even or sorted(experts) != list(range(len(rows))) or len({bank for bank, _ in experts.values()}) != 1:
+    if not even or len({bank for bank, _ in experts.values()}) != 1:
         raise GlobeError(f"family {family}: the experts of layer {layer} do not follow each other in one bank")
-    return [experts[0][0], rows[0], step]
+    return [experts[min(experts)][0], rows[0], step]

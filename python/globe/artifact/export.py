@@ -99,7 +99,7 @@ def export(
             write_text(directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
         told = source_config(config)
         if as_source:
-            told = with_quantization(told, record[KEY])
+            told = with_quantization(told, record[KEY], record.get(f"{KEY}_inside"))
         write_text(directory / "config.json", json.dumps(told, indent=2) + "\n")
     return {
         "output": str(target),

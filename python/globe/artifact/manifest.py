@@ -13,7 +13,7 @@ from globe.checkpoint.formats.encoded import Encoded
 from globe.checkpoint.formats.packed import Packing
 from globe.checkpoint.formats.tensors import as_decoded
 from globe.checkpoint.index import Checkpoint
-from globe.checkpoint.quantised import KEY, quantization_of
+from globe.checkpoint.quantised import KEY, quantization_of, quantization_place
 from globe.checkpoint.tensorfile import TensorInfo
 from globe.settings import Settings
 from globe.sizes.ratios import BF16, Shape
@@ -68,6 +68,9 @@ def manifest(
         index_metadata = stated if isinstance(stated, dict) else {}
     newest = kept or any(shape.storage != BF16 for shape in shapes.values())
     quantization = {KEY: quantization_of(checkpoint.config)} if checkpoint.encoded else {}
+    place = quantization_place(checkpoint.config)
+    if quantization and place:
+        quantization[f"{KEY}_inside"] = place
     return {
         "format_version": FORMAT_VERSION if lies else CODES_VERSION if newest else PLAIN_VERSION,
         "globe_version": __version__,

@@ -46,11 +46,11 @@ def require_complete(source: Source, held: Held) -> list[str]:
         If an expert or a layer's experts are missing, by the name of a tensor or the number of the layer.
     """
     families = {name: numbers for name, numbers in held.items() if numbers}
-    _require_numbers(source, families)
+    noted = _require_numbers(source, families)
     with_experts = {layer for numbers in families.values() for layer, _ in numbers}
     stated = stated_layers(source.config, source.layers, every=source.layout.every_layer)
     if stated is None:
-        return []
+        return noted
     for layer in sorted(stated - with_experts):
         mine = [name for name in source.tensors if name.startswith(f"model.layers.{layer}.")]
         told = other_names(mine)
@@ -62,13 +62,13 @@ def require_complete(source: Source, held: Held) -> list[str]:
         )
     extra = sorted(with_experts - stated)
     if not extra:
-        return []
+        return noted
     said = f"config.json says that {_layers(extra)} no routed experts, but the weight files have some there"
     dense = {int(found[1]) for name in source.tensors if (found := _DENSE.match(name))}
     if set(extra) - dense:
         lacking = min(set(extra) - dense)
         raise GlobeError(f"{source.directory}: {said}, and layer {lacking} lacks the dense ones: mend config.json")
-    return [f"{said}: transformers drops them"]
+    return [*noted, f"{said}: transformers drops them"]
 
 
 def _layers(numbers: Sequence[int]) -> str:
@@ -108,28 +108,58 @@ def stated_layers(config: Mapping[str, Any], layers: int | None, *, every: bool 
     return found
 
 
-def _require_numbers(source: Source, families: Held) -> None:
-    count = 1 + max((number for numbers in families.values() for _, number in numbers), default=-1)
-    layers = sorted({layer for numbers in families.values() for layer, _ in numbers})
+def _require_numbers(source: Source, families: Held) -> list[str]:
+    """Check that all families of a layer have the same experts, and all layers as many; numbers may leave some out.
+
+    transformers puts a layer's experts into a stack in the order of their numbers, and has as many in every layer.
+    """
+    held: dict[int, set[int]] = {}
+    for numbers in families.values():
+        for layer, number in numbers:
+            held.setdefault(layer, set()).add(number)
     for family, numbers in families.items():
-        for layer in layers:
-            missing = next((number for number in range(count) if (layer, number) not in numbers), None)
-            if missing is None:
-                continue
-            elsewhere = [
-                (other, place) for other in families for place in layers if (place, missing) in families[other]
-            ]
-            if not elsewhere:
-                mine = sorted(number for held, number in numbers if held == layer)
+        for layer in sorted(held):
+            missing = min((number for number in held[layer] if (layer, number) not in numbers), default=None)
+            if missing is not None:
+                other = next(name for name in families if (layer, missing) in families[name])
                 raise GlobeError(
-                    f"{source.directory}: layer {layer} has experts {_some(mine)} in family {family}; expected 0 to "
-                    f"{len(mine) - 1}: fetch the missing ones, or number them anew without gaps, the router's rows too"
+                    f"{source.directory}: tensor {_name(source.layout, family, layer, missing)} is missing: family "
+                    f"{family} of layer {layer} has no expert {missing}, which family {other} has; fetch the "
+                    "checkpoint again"
                 )
-            raise GlobeError(
-                f"{source.directory}: tensor {_name(source.layout, family, layer, missing)} is missing: family "
-                f"{family} of layer {layer} has no expert {missing}, which family {elsewhere[0][0]} of layer "
-                f"{elsewhere[0][1]} has; fetch the checkpoint again"
-            )
+    _require_as_many(source, next(iter(families), ""), held)
+    gaps = [layer for layer in sorted(held) if max(held[layer]) >= len(held[layer])]
+    if not gaps:
+        return []
+    shown = f"layer {gaps[0]} has experts {_some(sorted(held[gaps[0]]))}"
+    count, stated = len(held[gaps[0]]), stated_experts(source.config, source.layout)
+    if stated != count or source.layout.groups:
+        states = f"config.json states {stated}" if stated is not None else "config.json states no number of them"
+        raise GlobeError(
+            f"{source.directory}: {shown}; expected 0 to {count - 1}, and {states}: fetch the missing ones, or where "
+            f"they were pruned state {count} and leave as many rows in the routers"
+            + (", and number them anew" if source.layout.groups else "")
+        )
+    return [f"{shown}: taken as 0 to {count - 1} in this order, as transformers does"]
+
+
+def _require_as_many(source: Source, family: str, held: Mapping[int, set[int]]) -> None:
+    """Check that layers have as many experts as each other; `family` is one of those that have them."""
+    few, many = (pick(sorted(held), key=lambda layer: len(held[layer]), default=0) for pick in (min, max))
+    if held and len(held[few]) < len(held[many]):
+        missing = ""
+        if held[few] < held[many]:
+            missing = f"tensor {_name(source.layout, family, few, min(held[many] - held[few]))} is missing: "
+        raise GlobeError(
+            f"{source.directory}: {missing}layer {few} has {len(held[few])} routed experts, layer {many} has "
+            f"{len(held[many])}, and transformers has as many in every layer; fetch the checkpoint again, or prune all "
+            "layers to one number"
+        )
+
+
+def stated_experts(config: Mapping[str, Any], layout: Layout) -> int | None:
+    """The experts of a layer as config.json states them, if it does."""
+    return next((config[key] for key in layout.experts_keys if isinstance(config.get(key), int)), None)
 
 
 def _name(layout: Layout, family: str, layer: int, expert: int) -> str:

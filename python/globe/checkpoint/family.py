@@ -61,6 +61,8 @@ class Expert:
     @property
     def stored_bytes(self) -> int:
         """Bytes of W_i in the checkpoint; of one that is stored as codes those of its scales too."""
+        if self.index is None:
+            return self.info.nbytes
         return self.info.nbytes * math.prod(self.matrix) // math.prod(self.info.shape)
 
     @property

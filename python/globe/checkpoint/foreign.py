@@ -13,6 +13,7 @@ from globe.errors import GlobeError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _EXPERT_LIKE = re.compile(r"\.(?:experts|switch_mlp)\.")
+_ONE_EXPERT = re.compile(r"\.experts\.[0-9]+\.")
 # Of names of experts, the form that they show.
 _FORMS = (
     (re.compile(r"\.experts\..*\.(?:qweight|qzeros|scales|g_idx)$"), "quantised as by GPTQ or AWQ"),
@@ -104,6 +105,12 @@ def _other_names(names: list[str], layouts: list[Layout]) -> str:
                     f"tensor {name} has {found!r} where 'model.' is expected; save the whole causal language model "
                     "(AutoModelForCausalLM) with save_pretrained, not the model inside or around it"
                 )
+    one = next((name for name in names if _ONE_EXPERT.search(name)), None)
+    if one is not None and not any(layout.templates for layout in layouts):
+        return (
+            f"tensor {one} is of one expert, and transformers reads those of this model_type in stacks alone "
+            f"({expected}): stack them, gate above up, or start from the checkpoint that this one was made of"
+        )
     shown = next((name for name in names if _EXPERT_LIKE.search(name)), names[0] if names else None)
     return (
         f"no tensor is named as routed experts of this model_type are ({expected}); found {len(names)} tensors"

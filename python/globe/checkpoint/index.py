@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from globe.checkpoint.companions import companions
-from globe.checkpoint.completeness import Source, require_complete
+from globe.checkpoint.completeness import Source, require_complete, stated_experts
 from globe.checkpoint.family import Expert, Family
 from globe.checkpoint.foreign import missing_directory, missing_weights, unknown_layout
 from globe.checkpoint.formats.encoded import Encoded
 from globe.checkpoint.formats.tensors import has_outputs_first, open_all, open_encoded, plain_name
 from globe.checkpoint.json_file import read_json
-from globe.checkpoint.layouts import FAMILIES, Layout, read_layouts
-from globe.checkpoint.quantised import TEXT_CONFIGS, quantised_dtypes
+from globe.checkpoint.layouts import Layout, read_layouts
+from globe.checkpoint.quantised import TEXT_CONFIGS, is_quantised
 from globe.checkpoint.tensorfile import FileHeader, TensorInfo, read_header
 from globe.errors import GlobeError, UsageError
 
@@ -58,6 +58,7 @@ class Checkpoint:
         self.index, names = self._shard_names()
         self._noted: list[str] = []
         self._encoded: dict[str, Encoded] = {}
+        self._families: dict[str, Family] = {}
         with uncollected():
             self.shards, self.tensors = self._open(names)
             self._check_index()
@@ -68,12 +69,10 @@ class Checkpoint:
         shards: list[FileHeader] = []
         tensors: dict[str, TensorInfo] = {}
         for header in (read_header(self.directory / name) for name in names):
-            kept = {}
-            for name, info in header.tensors.items():
-                if named.get(name, header.path.name) == header.path.name:
-                    kept[name] = info
-                if name in kept and name in tensors:
-                    raise GlobeError(f"tensor {name} is in both {tensors[name].file.name} and {header.path.name}")
+            mine = header.path.name
+            kept = {name: info for name, info in header.tensors.items() if named.get(name, mine) == mine}
+            for name in sorted(kept.keys() & tensors.keys()):
+                raise GlobeError(f"tensor {name} is in both {tensors[name].file.name} and {mine}")
             tensors |= kept
             shards.append(replace(header, tensors=kept))
             for name in sorted(header.tensors.keys() - kept.keys())[:1]:
@@ -113,8 +112,9 @@ class Checkpoint:
     def _check_index(self) -> None:
         if self.index is None:
             return
+        holds = {name: shard.path.name for shard in self.shards for name in shard.tensors}
         for name, file in self.index["weight_map"].items():
-            if name not in self.tensors or self.tensors[name].file.name != file:
+            if holds.get(name) != file:
                 raise GlobeError(f"{INDEX_NAME} names tensor {name} in {file}, which does not hold it")
 
     @cached_property
@@ -122,9 +122,7 @@ class Checkpoint:
         """The layout of config.json's model type, confirmed by the names of the tensors."""
         model_type = self.config.get("model_type")
         for layout in read_layouts():
-            if layout.is_of(model_type) and any(
-                layout.place(family, plain_name(name)) is not None for name in self.tensors for family in FAMILIES
-            ):
+            if layout.is_of(model_type) and any(layout.held(plain_name(name)) is not None for name in self.tensors):
                 return layout
         raise unknown_layout(self.directory, self.config, self.tensors)
 
@@ -165,13 +163,14 @@ class Checkpoint:
         layers, group = self.layers, self._group
         for tensor, info in self.tensors.items():
             name = plain_name(tensor)
-            for family in families:
-                place = self.layout.place(family, name)
-                if place is None or (layers is not None and place[0] >= layers):
-                    continue  # a layer past num_hidden_layers predicts further tokens and is left alone
-                if group is not None and place[1] is not None and place[1] >= group:
-                    continue  # of another group, for images, of another width
-                for expert in _experts_of(name, self._matrix(tensor, info), family, place, self.layout):
+            place = self.layout.held(name)
+            if place is None or (layers is not None and place[0] >= layers):
+                continue  # a layer past num_hidden_layers predicts further tokens and is left alone
+            if group is not None and place[1] is not None and place[1] >= group:
+                continue  # of another group, for images, of another width
+            matrix = self._matrix(tensor, info)
+            for family in place[2]:
+                for expert in _experts_of(name, matrix, family, place[:2], self.layout):
                     known = held[family].setdefault((expert.layer, expert.expert), tensor)
                     if known != tensor:
                         raise GlobeError(
@@ -182,18 +181,17 @@ class Checkpoint:
         for experts in found.values():
             experts.sort(key=lambda expert: (expert.layer, expert.expert))
         source = Source(self.directory, self.text_config, self.layout, layers, self.tensors)
-        return found, require_complete(source, held)
+        noted = require_complete(source, held)
+        return {family: _in_turn(experts) for family, experts in found.items()}, noted
 
     @property
     def _group(self) -> int | None:
         """The experts of the first group, where the numbers of a layer go on with another's."""
-        config = self.text_config
-        stated = (config.get(key) for key in self.layout.experts_keys)
-        return next((count for count in stated if isinstance(count, int)), None) if self.layout.groups else None
+        return stated_experts(self.text_config, self.layout) if self.layout.groups else None
 
     def _matrix(self, tensor: str, info: TensorInfo) -> TensorInfo | Encoded:
         """A tensor of experts, or what it is decoded to."""
-        if not quantised_dtypes([info.dtype]):
+        if not is_quantised(info.dtype):
             return info
         if tensor not in self._encoded:
             matrix = open_encoded(tensor, self.tensors, self.config)
@@ -223,6 +221,11 @@ class Checkpoint:
 
     def family(self, name: str) -> Family:
         """Collect one family's experts and check their shapes against each other and config.json."""
+        if name not in self._families:
+            self._families[name] = self._collected(name)
+        return self._families[name]
+
+    def _collected(self, name: str) -> Family:
         experts = self._experts[0].get(name, [])
         for expert in experts:
             if expert.info.dtype not in ("BF16", "F16", "F32"):
@@ -256,8 +259,9 @@ class Checkpoint:
 
     def _checked(self, name: str, experts: list[Expert]) -> Family:
         layout = self.layout
-        expected = Counter(expert.matrix for expert in experts).most_common(1)[0][0]
-        odd = next((expert for expert in experts if expert.matrix != expected), None)
+        shapes = [expert.matrix for expert in experts]
+        expected = Counter(shapes).most_common(1)[0][0]
+        odd = next((expert for expert, shape in zip(experts, shapes, strict=True) if shape != expected), None)
         if odd is not None:
             usual = next(expert for expert in experts if expert.matrix == expected)
             raise GlobeError(
@@ -291,7 +295,7 @@ class Checkpoint:
         counted = sum(matrix.nbytes / 2 for matrix in self.encoded)
         for name, info in self.tensors.items():
             if name not in parts:
-                counted += info.nbytes / 2 if quantised_dtypes([info.dtype]) else math.prod(info.shape)
+                counted += info.nbytes / 2 if is_quantised(info.dtype) else math.prod(info.shape)
         return counted
 
     @cached_property
@@ -330,6 +334,16 @@ def uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _in_turn(experts: list[Expert]) -> list[Expert]:
+    """Experts, sorted, of every layer numbered from 0 on: numbers may have gaps in the names of tensors."""
+    found: list[Expert] = []
+    layer, number = -1, 0
+    for expert in experts:
+        layer, number = expert.layer, number + 1 if expert.layer == layer else 0
+        found.append(expert if expert.expert == number else replace(expert, expert=number))
+    return found
 
 
 def _experts_of(

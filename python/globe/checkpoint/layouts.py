@@ -21,6 +21,10 @@ PREFIXES = (
     "",
 )
 FAMILIES = ("gate", "up", "down")
+_BEFORE = "{prefix}layers.{layer}."  # in every template
+_NAME = re.compile(
+    rf"(?:{'|'.join(map(re.escape, PREFIXES))})layers\.([0-9]{{1,6}})\.(?:(.+?)\.([0-9]{{1,6}})\.)?(.+)", re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Layout:
         gate and up take turns.
     groups : bool
         Whether experts past the number that config.json states are of another group, which is left alone.
+    copies : bool
+        Whether transformers runs every expert of a layer on all tokens, zeros in place of those of others.
     """
 
     name: str
@@ -57,6 +63,7 @@ class Layout:
     transposed: bool = False
     interleaved: bool = False
     groups: bool = False
+    copies: bool = False
 
     def is_of(self, model_type: object) -> bool:
         """Whether it is that of a model type; of its language model alone too."""
@@ -73,27 +80,35 @@ class Layout:
 
     def place(self, family: str, tensor: str) -> tuple[int, int | None] | None:
         """The layer and the expert of a family (None: all of the layer's experts) that a tensor holds, if any."""
-        for template in (self.templates.get(family), self.fused.get(family)):
-            match = _pattern(template).fullmatch(tensor) if template is not None else None
-            if match is not None:
-                expert = match.groupdict().get("expert")
-                return int(match["layer"]), int(expert) if expert is not None else None
-        return None
+        found = self.held(tensor)
+        return found[:2] if found is not None and family in found[2] else None
+
+    def held(self, tensor: str) -> tuple[int, int | None, tuple[str, ...]] | None:
+        """The layer, the expert (None: all of the layer's) and the families that a tensor holds, if any."""
+        match = _NAME.fullmatch(tensor)
+        if match is None:
+            return None
+        layer, before, expert, behind = match.groups()
+        families = self._forms.get((before, behind))
+        return (int(layer), None if expert is None else int(expert), families) if families is not None else None
+
+    @cached_property
+    def _forms(self) -> dict[tuple[str | None, str], tuple[str, ...]]:
+        """The families of a name, by what stands between the layer and the expert's number, and behind the last."""
+        found: dict[tuple[str | None, str], tuple[str, ...]] = {}
+        for family in self.families:
+            for template in {self.templates.get(family), self.fused.get(family)} - {None}:
+                assert template is not None
+                before, expert, behind = template.removeprefix(_BEFORE).partition(".{expert}.")
+                key = (before, behind) if expert else (None, before)
+                found[key] = (*found.get(key, ()), family)
+        return found
 
     def names(self, family: str) -> Iterator[str]:
         """The templates of a family."""
         for forms in (self.templates, self.fused):
             if family in forms:
                 yield forms[family].replace("{prefix}", PREFIXES[0])
-
-
-@lru_cache
-def _pattern(template: str) -> re.Pattern[str]:
-    prefixes = "|".join(map(re.escape, PREFIXES))
-    pattern = re.escape(template).replace(re.escape("{prefix}"), f"(?:{prefixes})")
-    for field in ("layer", "expert"):
-        pattern = pattern.replace(re.escape("{" + field + "}"), rf"(?P<{field}>[0-9]{{1,6}})")
-    return re.compile(pattern)
 
 
 @lru_cache
@@ -112,6 +127,7 @@ def read_layouts() -> tuple[Layout, ...]:
             entry.get("transposed", False),
             entry.get("interleaved", False),
             entry.get("groups", False),
+            entry.get("copies", False),
         )
         for entry in json.loads(text)
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from globe.errors import GlobeError
@@ -16,24 +16,47 @@ TEXT_CONFIGS = ("thinker_config", "text_config", "language_config", "llm_config"
 
 def quantization_of(config: Mapping[str, Any]) -> Any:
     """The `quantization_config` of config.json, or of its language model where several models have one config.json."""
-    name = _inside(config)
-    return config.get(KEY) if name is None else config[name][KEY]
+    for name in quantization_place(config):
+        config = config[name]
+    return config.get(KEY)
 
 
-def with_quantization(config: Mapping[str, Any], quantization: Any) -> dict[str, Any]:
-    """config.json with another `quantization_config` where it has one; without any for None."""
-    name = _inside(config)
-    if name is not None:
-        return {**config, name: with_quantization(config[name], quantization)}
+def with_quantization(
+    config: Mapping[str, Any], quantization: Any, inside: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """config.json with another `quantization_config` where it has one, or `inside`; without any for None.
+
+    Raises
+    ------
+    GlobeError
+        If config.json has nothing to go inside of.
+    """
+    place = quantization_place(config) if inside is None else inside
+    if place:
+        name, *rest = place
+        if not isinstance(config.get(name), dict):
+            raise GlobeError(f"config.json has no {name} to say in how tensors are quantised; fetch it again")
+        return {**config, name: with_quantization(config[name], quantization, rest)}
     found = {key: value for key, value in config.items() if key != KEY}
     return found if quantization is None else {**found, KEY: quantization}
+
+
+def quantization_place(config: Mapping[str, Any]) -> list[str]:
+    """The keys of config.json that one inside another hold its `quantization_config`; none where it is its own."""
+    name = _inside(config)
+    return [] if name is None else [name, *quantization_place(config[name])]
 
 
 def _inside(config: Mapping[str, Any]) -> str | None:
     if config.get(KEY) is not None:
         return None
     inner = ((name, config.get(name)) for name in TEXT_CONFIGS)
-    return next((name for name, value in inner if isinstance(value, dict) and value.get(KEY) is not None), None)
+    return next((name for name, value in inner if isinstance(value, dict) and quantization_of(value) is not None), None)
+
+
+def is_quantised(dtype: str) -> bool:
+    """Whether in no tensor of a dtype (safetensors' name) numbers are plain."""
+    return dtype not in _AS_THEY_ARE
 
 
 def quantised_dtypes(dtypes: Iterable[str]) -> list[str]:

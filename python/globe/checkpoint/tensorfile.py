@@ -125,8 +125,11 @@ def _entry(path: Path, origin: int, name: str, entry: dict[str, Any]) -> TensorI
     """One tensor of a header, whose types JSON does not vouch for."""
     name.encode()  # a lone surrogate could not be written again
     (first, last), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
-    if not isinstance(dtype, str) or any(type(n) is not int or n < 0 for n in (first, last, *shape)) or last < first:
+    if not isinstance(dtype, str) or not type(first) is type(last) is int or not 0 <= first <= last:
         raise ValueError(name)
+    for size in shape:
+        if type(size) is not int or size < 0:
+            raise ValueError(name)
     return TensorInfo(path, dtype, tuple(shape), origin + first, last - first)
 
 

@@ -10,10 +10,6 @@ from globe.checkpoint.family import Family
 from globe.checkpoint.formats.encoded import stored_as
 from globe.checkpoint.hub import headers
 from globe.checkpoint.index import Checkpoint, uncollected
-from globe.choice.estimate import estimate, measured_rates
-from globe.choice.plan import plan
-from globe.choice.ratio_plan import candidates
-from globe.compute.devices import thread_count
 from globe.errors import UsageError
 from globe.settings import Settings
 from globe.sizes.pools import storage
@@ -81,7 +77,11 @@ def _described(directory: Path, settings: Settings, estimated: bool) -> dict[str
     }
     architectures = checkpoint.config.get("architectures")
     told = {}
-    if estimated:
+    if estimated:  # whose modules take a second to import, a quarter of all that a checkpoint of 671 B takes
+        from globe.choice.estimate import estimate, measured_rates
+        from globe.choice.plan import plan
+        from globe.compute.devices import thread_count
+
         planned = plan(directory, settings)
         told["estimate"] = {
             **estimate(planned, settings, measured_rates(planned, settings)).as_dict(),
@@ -111,6 +111,8 @@ def _described(directory: Path, settings: Settings, estimated: bool) -> dict[str
 def _pairs(family: Family, settings: Settings) -> list[tuple[int, int]]:
     """Ranks and bank sizes worth showing: all that store the ratio asked for, or a grid."""
     if settings.ratio is not None:
+        from globe.choice.ratio_plan import candidates
+
         return [(size.rank, size.bank) for size in candidates(family, settings.ratio, how=storage(settings))]
     sizes = {max(1, round(share * len(family))) for share in _BANK_RATIOS}
     try:

@@ -15,7 +15,7 @@ from globe.sizes.work import Task, Work, lefts_work
 from globe.statistics.calibration import load_calibration
 from globe.statistics.experts import FACTORS
 from globe.statistics.layerwise import TOKENS_AT_ONCE
-from globe.statistics.memory import ACTIVATIONS, embedding_bytes, layer_bytes
+from globe.statistics.memory import ACTIVATIONS, COPIES, copies, embedding_bytes, layer_bytes
 from globe.statistics.mixture import MEASURED, tokens_for
 from globe.statistics.work import choices, stream_work
 
@@ -68,7 +68,7 @@ def correction_bytes(checkpoint: Checkpoint, settings: Settings) -> int:
     states = 2 * 4 * tokens * d
     seen = 4 * tokens * (chosen * (p + _NUMBERS) + d + 2)
     layer = layer_bytes(checkpoint) + 4 * size + 3 * size  # gate and up twice, down three times
-    running = 4 * at_once * (ACTIVATIONS * max(p, d) + chosen * (FACTORS * p + d))
+    running = 4 * at_once * (ACTIVATIONS * max(p, d) + chosen * (FACTORS * p + d) + COPIES * copies(checkpoint) * d)
     sums = 8 * (2 * (wide * wide + wide * d) + 3 * wide * wide + 3 * wide * d)
     in_hand = seen + layer + max(running, sums + 4 * 4 * at_once * wide)
     return states + max(embedding_bytes(checkpoint), in_hand)

@@ -16,6 +16,7 @@ from globe.compute.devices import find_device
 from globe.errors import GlobeError, UsageError
 
 FACTORED_MARK = "globe.json"
+_AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
 
 def load_model(
@@ -66,7 +67,7 @@ def load_model(
     with quiet(transformers):
         try:
             config = _config(transformers, directory, trust_remote_code, dtypes, place)
-            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            model, found = _auto(transformers, config).from_pretrained(
                 directory,
                 config=config,
                 local_files_only=True,
@@ -133,13 +134,22 @@ def _config(
     config = transformers.AutoConfig.from_pretrained(
         directory, local_files_only=True, trust_remote_code=trust_remote_code
     )
-    quantization = getattr(config, KEY, None)
-    if dtypes is not None and quantization is not None:
-        if not dtypes:
-            delattr(config, KEY)
-        elif place.type == "cpu" and quantization.get("quant_method") == "fp8":
-            setattr(config, KEY, {**quantization, "dequantize": True})  # also where the machine has a GPU
+    for told in (config, config.get_text_config()):  # of several models; often the same
+        quantization = getattr(told, KEY, None)
+        if dtypes is not None and quantization is not None:
+            if not dtypes:
+                delattr(told, KEY)
+            elif place.type == "cpu" and quantization.get("quant_method") == "fp8":
+                setattr(told, KEY, {**quantization, "dequantize": True})  # also where the machine has a GPU
     return config
+
+
+def _auto(transformers: Any, config: Any) -> Any:
+    """The class of transformers that loads a model that gives text: of several models only one for images has it."""
+    known = (getattr(transformers, name, None) for name in _AUTO)
+    return next(
+        (auto for auto in known if auto and type(config) in auto._model_mapping), transformers.AutoModelForCausalLM
+    )
 
 
 def _check_factored(directory: Path) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from globe.artifact.autoload import METHOD
 from globe.artifact.factored import FORMAT_VERSION, INDEX_FILE, bank_name, left_name, rest_name
 from globe.checkpoint.formats.packed import PACKED, SCALE, SHAPE, Packing, read_packing
-from globe.checkpoint.quantised import KEY, require_plain
+from globe.checkpoint.quantised import quantization_of, require_plain
 from globe.checkpoint.tensorfile import TensorInfo, read_header
 from globe.errors import GlobeError, UsageError
 from globe.hf.banks import Banks, bank_parts
@@ -23,7 +23,7 @@ from globe.hf.experts import FactoredExperts, Place
 from globe.hf.offload import Files, map_matrices, stored_lefts, stored_matrices
 from globe.hf.save import save_offloaded, save_pretrained
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?experts$")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?!.*\bvision_moe\b)(?:.*\.)?experts$")
 _OURS = re.compile(rf"(?:^|[._])(?:gate|up|down)_left(?:{PACKED}|{SCALE}|{SHAPE})?$")  # in files of any maker
 _GATE_UP, _UP, _DOWN = "experts.gate_up_proj", "experts.up_proj", "experts.down_proj"
 
@@ -101,7 +101,7 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
         require_plain(
             Path(kwargs["checkpoint_files"][0]).parent,
             kept,
-            replaced.get(KEY),
+            quantization_of(replaced),
             "dequantise the source first, or load what globe export writes",
         )
         shapes = {name: info.shape for name, info in stored.items()}
@@ -118,27 +118,35 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"left factors are packed (family {', '.join(lefts)}), and offload takes those that are not; "
                 "load them without, they take a fraction of the memory"
             )
-        modules = {name: match for name, _ in model.named_modules() if (match := _LAYER.search(name))}
-        for name, match in modules.items():
+        wanted = {layer for layers in experts.values() for layer in layers}
+        matches = {
+            name: match
+            for name, module in model.named_modules()
+            if (match := _LAYER.search(name)) and match[1] in wanted and "down_proj" in module._parameters
+        }
+        for name, match in matches.items():
             places = {
                 family: Place(model.globe.banks[layers[match[1]][0]], *layers[match[1]][1:])
                 for family, layers in experts.items()
                 if match[1] in layers
             }
-            if places:
-                dense = model.get_submodule(name)
-                found = {f"{family}_left": stored_lefts(stored, int(match[1]), f"{family}_left") for family in places}
-                mapped = {held: map_matrices(files, each) for held, each in found.items() if files is not None and each}
-                factored = FactoredExperts(dense, places, model.globe, lefts, mapped)
-                _require_stored(stored, int(match[1]), factored)
-                model.set_submodule(name, factored)
+            found = {f"{family}_left": stored_lefts(stored, int(match[1]), f"{family}_left") for family in places}
+            mapped = {held: map_matrices(files, each) for held, each in found.items() if files is not None and each}
+            factored = FactoredExperts(model.get_submodule(name), places, model.globe, lefts, mapped)
+            _require_stored(stored, int(match[1]), factored)
+            model.set_submodule(name, factored)
         if files is not None:
             self._mapping = files, stored
             ignored = model._keys_to_ignore_on_load_unexpected
             model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), _OURS.pattern, r"experts\.down_proj$"}
-        _require_untied(model)
-        if not any(isinstance(module, FactoredExperts) for module in model.modules()):
-            raise GlobeError(f"{type(model).__name__} of transformers has no experts where the checkpoint has them")
+        if not matches:  # one layer's alone may be missing: transformers drops those that config.json says are dense
+            raise GlobeError(
+                f"{type(model).__name__} of transformers has no module of its own for the experts of layer "
+                f"{min(wanted, key=int)}, with gate_up_proj or up_proj, and down_proj: run what globe export writes"
+            )
+        self._tied = _tie(model)
+        if self._tied and files is not None:
+            raise UsageError(f"{type(model).__name__} ties experts to others, which offload does not; load it without")
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Merge the experts' left factors as transformers merges their matrices, and split them again on saving."""
@@ -149,11 +157,11 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
             targets = getattr(conversion, "_original_target_patterns", [])
             sources = getattr(conversion, "_original_source_patterns", [])
             families = _families(conversion, targets, sources)
-            if len(targets) > 1 and any(target.endswith(_DOWN) for target in targets):
-                raise GlobeError(
-                    f"{type(model).__name__} of transformers takes its experts out of one list with those for images, "
-                    "of which none is factored: run what globe export writes"
-                )
+            if len(targets) > 1 and all(target.endswith((_GATE_UP, _DOWN)) for target in targets):
+                mine, others = _groups(conversion, factored, packed)
+                before += mine
+                kept.append(others)
+                continue
             if not factored & set(families):
                 if families == ("down",) and all(isinstance(step, MergeModulelist) for step in conversion.operations):
                     self._leave_down(model, sources[0])
@@ -183,6 +191,8 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
         return [*before, *kept, *renamed]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for target, source in self._tied.items():
+            model.get_submodule(target)._buffers.update(model.get_submodule(source)._buffers)
         for bank in model.globe.banks.values():
             bank.prepare()
         for name, module in model.named_modules():
@@ -233,14 +243,64 @@ def _stacked(sources: list[str], targets: list[str], factored: set[str], packed:
     ]
 
 
-def _require_untied(model: Any) -> None:
-    """Refuse experts that transformers ties to others: it would leave their factors as they were made up."""
-    for target, source in model.all_tied_weights_keys.items():
-        owners = {name.rpartition(".")[0] for name in (target, source)}
-        if any(isinstance(model.get_submodule(owner), FactoredExperts) for owner in owners):
+def _tie(model: Any) -> dict[str, str]:
+    """Tie factors of experts as transformers ties the matrices that they stand for: by target the source of a module.
+
+    It ties parameters when all are loaded; packed factors are left to do.
+
+    Raises
+    ------
+    GlobeError
+        If only one of two modules that are tied is of factored experts.
+    """
+    tied: dict[str, str] = {}
+    for target, source in list(model.all_tied_weights_keys.items()):
+        owners = [name.rpartition(".")[0] for name in (target, source)]
+        factored = [isinstance(model.get_submodule(owner), FactoredExperts) for owner in owners]
+        if all(factored):
+            del model.all_tied_weights_keys[target]
+            tied[owners[0]] = owners[1]
+        elif any(factored):
             raise GlobeError(
                 f"{type(model).__name__} of transformers ties {target} to others: run what globe export writes"
             )
+    for target, source in tied.items():
+        held = model.get_submodule(source)
+        names = {name: name for name in (*held._parameters, *held._buffers)}
+        model.get_submodule(target)._tied_weights_keys = names  # which transformers leaves out as it saves
+        model.all_tied_weights_keys |= {f"{target}.{name}": f"{source}.{name}" for name in held._parameters}
+        absent = [re.escape(f"{target}.{name}") for name in held._buffers]
+        model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or ()), *absent]
+    return tied
+
+
+def _groups(conversion: Any, factored: set[str], packed: Container[str]) -> tuple[list[Any], Any]:
+    """Of a list of experts for text and for images: what merges the first, and what is left for the second.
+
+    Raises
+    ------
+    GlobeError
+        If gate is factored and up is not, or the reverse.
+    """
+    sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+    families = ("down",) if targets[0].endswith(_DOWN) else ("gate", "up")
+    if not factored & set(families):
+        return [], conversion
+    if not factored.issuperset(families):
+        raise GlobeError(
+            "transformers takes gate and up of experts out of one list with those for images, and one of the two is "
+            "factored here: compress both (--families gate,up), or run what globe export writes"
+        )
+    place = targets[0].removesuffix("gate_up_proj").removesuffix("down_proj")
+    mine = [
+        conversion.copy(
+            [left_name(source, family) + part], [f"{place}{family}_left{part}"], operations=[MergeModulelist(dim=0)]
+        )
+        for family, source in zip(families, sources, strict=True)
+        for part in _parts(family, packed)
+    ]
+    joined = [MergeModulelist(dim=0), Concatenate(dim=1)][: len(families)]
+    return mine, conversion.copy([f"{source}$" for source in sources], [targets[1]], operations=joined)
 
 
 def _families(conversion: Any, targets: list[str], sources: list[str]) -> tuple[str, ...]:

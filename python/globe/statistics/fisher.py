@@ -18,6 +18,7 @@ from globe.compute.passes import engine
 from globe.errors import GlobeError
 from globe.runs.stages import Stages
 from globe.statistics.calibration import LayerStatistics
+from globe.statistics.called import called
 from globe.statistics.experts import Experts, Seen, row_blocks
 from globe.statistics.grams import mirrored, upper_gram
 from globe.statistics.layerwise import Layerwise, own_code
@@ -203,11 +204,12 @@ def _noting(streamed: Layerwise, number: int) -> Iterator[_Sums | None]:
         raise GlobeError(f"{type(module).__name__} norms what down gives, through which the gradient is not followed")
     sums = _Sums(experts)
 
-    def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    def forward(hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            _, seen = experts.run(hidden_states.detach(), top_k_index, top_k_weights.detach())
-        output: torch.Tensor = type(module).forward(module, hidden_states, top_k_index, top_k_weights)
-        output.register_hook(lambda gradient: sums.add(seen, gradient))
+            call = called(module, len(experts.down), *(part.detach() for part in (hidden_states, *routing)))
+            _, seen = experts.run(call.inputs, call.chosen, call.weights)
+        output: torch.Tensor = type(module).forward(module, hidden_states, *routing)
+        output.register_hook(lambda gradient: sums.add(seen, call.own(gradient)))
         return output
 
     module.forward = forward

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
@@ -113,6 +114,7 @@ class Layerwise:
             if not hasattr(self.base, "layers"):  # of several models some give their language model with its head
                 self.base = self.base.model
             self.layers = self.base.layers
+            self._require_one_stream()
         self.positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         self._expert_dtype = stored
         self._names: dict[int | str | None, list[str]] = {}
@@ -121,6 +123,16 @@ class Layerwise:
         for name, match in matches.items():
             beside = _HEAD if name.startswith("lm_head.") or not name.startswith(prefix) else None
             self._names.setdefault(int(match["layer"]) if match is not None else beside, []).append(name)
+
+    def _require_one_stream(self) -> None:
+        """Refuse a decoder that is given more than a text."""
+        given = signature(self.base.forward).parameters.values()
+        needed = [each.name for each in given if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
+        if needed and needed != ["input_ids"]:
+            raise GlobeError(
+                f"{self.checkpoint.directory}: {type(self.base).__name__} of transformers is given {needed[0]} beside "
+                "the text; calibration lets a text through alone: use --calibrate none"
+            )
 
     @staticmethod
     def working_dtype(stored: torch.dtype, device: torch.device, precision: str) -> torch.dtype:

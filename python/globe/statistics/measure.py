@@ -45,7 +45,7 @@ def measure(reading: Reading, manner: Manner, path: Path, stages: Stages) -> Cal
         if (streamed.experts(number) is not None) != (number in with_experts):
             raise GlobeError(
                 f"{checkpoint.directory}: layer {number} has routed experts in its weight files or as transformers "
-                "builds it, but not in both; calibration cannot read them"
+                "builds it, but not in both; calibration cannot read them: use --calibrate none"
             )
     last = max(with_experts)
     layers = {}

@@ -23,6 +23,7 @@ from globe.statistics.windows import WINDOW
 _STACKING = 4  # stacks of an expert's matrix, as stored, beside the layer's weights while they are loaded
 _ESTIMATES = 12  # d × d matrices in hand while an expert's own moment is shrunk
 _OF_LOGITS = 6  # in fp32: they, their exponentials and gradients
+COPIES = 3  # of all tokens for every expert, where transformers makes such: before and behind weights, and outputs
 ACTIVATIONS = 16  # of a token, each as wide as the widest side of an expert
 
 
@@ -86,6 +87,7 @@ def calibration_bytes(checkpoint: Checkpoint, tokens: int, kept_moments: int = 0
     summed = 4 * kept // layers  # fp64, and its symmetric part
     choices = checkpoint.config.get("num_experts_per_tok")  # of a token; at most all experts of the layer
     pair = (choices if isinstance(choices, int) else count // layers) * (FACTORS * p + d)
+    pair += COPIES * copies(checkpoint) * d
     activations = 4 * min(tokens, TOKENS_AT_ONCE) * (ACTIVATIONS * max(p, d) + pair)
     stored = kept + own * count * d
     return BASE + 4 * tokens * d + max(embedding, layer + 4 * summed + activations + sums) + 4 * stored
@@ -110,6 +112,7 @@ def fisher_bytes(checkpoint: Checkpoint, tokens: int) -> int:
     count, p, d = len(gates), gates.p, gates.d
     choices = config.get("num_experts_per_tok")
     pair = (choices if isinstance(choices, int) else count // gates.layers) * (FACTORS * p + d)
+    pair = max(pair, copies(checkpoint) * (FACTORS * p + COPIES * d))
     differentiated = 4 * min(tokens, TOKENS_AT_ONCE) * (2 * ACTIVATIONS * max(p, d) + 3 * pair)
     vocabulary = config.get("vocab_size")
     vocabulary = vocabulary if isinstance(vocabulary, int) else _weights(checkpoint).get(None, 0) // d
@@ -117,6 +120,12 @@ def fisher_bytes(checkpoint: Checkpoint, tokens: int) -> int:
     stored = 2 * gates.layers * d * d + count * (d + 5 * p)
     held = max(embedding_bytes(checkpoint) + logits, layer_bytes(checkpoint) + differentiated + 8 * d * d)
     return BASE + 8 * tokens * d + 4 * stored + held
+
+
+def copies(checkpoint: Checkpoint) -> int:
+    """Of how many experts transformers gives each all tokens of a call: of a layer's, or none."""
+    gates = checkpoint.leading
+    return len(gates) // gates.layers if checkpoint.layout.copies else 0
 
 
 def layer_bytes(checkpoint: Checkpoint) -> int:

@@ -11,6 +11,7 @@ import torch
 from globe.checkpoint.expert_module import expert_module
 from globe.errors import GlobeError
 from globe.statistics.activations import gated, own_slopes, ungated
+from globe.statistics.called import called
 from globe.statistics.experts import Experts, Form, Seen
 from globe.statistics.layerwise import Layerwise
 
@@ -26,23 +27,17 @@ def in_place_of(module: Any, experts: Experts, streamed: Layerwise) -> Iterator[
 
     def forward(hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
         nonlocal agreed
-        if len(routing) != 2:
-            raise GlobeError(
-                f"{streamed.checkpoint.directory}: {type(module).__name__} is given tokens weighed already, for "
-                "all experts alike; calibration knows those with a router's choices: use --calibrate none"
-            )
-        top_k_index, top_k_weights = routing
-        output, seen = experts.run(hidden_states, top_k_index, top_k_weights)
+        call = called(module, len(experts.down), hidden_states, *routing)
+        output, seen = experts.run(call.inputs, call.chosen, call.weights)
         if not agreed:
-            some = [part[:_PROBE] for part in (hidden_states, top_k_index, top_k_weights)]
-            own, mine = type(module).forward(module, *some), output[:_PROBE]
+            own, mine = call.first(_PROBE).by(module), output[:_PROBE]
             distance = torch.linalg.norm((mine - own).float())
             same_finite = torch.equal(own.isfinite(), mine.isfinite())  # what is not finite, `Layerwise.run` tells
             if distance > _SAME[own.dtype] * torch.linalg.norm(own.float()) or not same_finite:
                 raise _other_form(streamed, module)
             agreed = True
         calls.append(seen)
-        return output
+        return call.spread(output)
 
     module.forward = forward
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 from globe.checkpoint.quantised import made_of, quantization_of
@@ -38,7 +39,7 @@ class Scheme:
     codes: str
     block: tuple[int, int]
 
-    @property
+    @cached_property
     def text(self) -> str:
         """In words, such as "e4m3 in blocks of 128 × 128"."""
         rows, columns = self.block
@@ -47,6 +48,12 @@ class Scheme:
             shared = f"groups of {columns}" if rows == 1 else f"blocks of {rows} × {columns}"
         name = {"packed4": "int4", "packed8": "int8"}.get(self.codes, self.codes)
         return f"{name}, {shared}"
+
+
+@lru_cache
+def _shared(codes: str, block: tuple[int, int]) -> Scheme:
+    """One for all tensors that have it, of which there are tens of thousands."""
+    return Scheme(codes, block)
 
 
 def scheme_of(config: Mapping[str, Any], tensor: str, dtype: str) -> Scheme:
@@ -74,9 +81,9 @@ def scheme_of(config: Mapping[str, Any], tensor: str, dtype: str) -> Scheme:
         )
     method = quantization.get("quant_method")
     if method == "fp8":
-        return Scheme("e4m3", _fp8_block(quantization))
+        return _shared("e4m3", _fp8_block(quantization))
     if method == "mxfp4":
-        return Scheme("e2m1", (1, 32))
+        return _shared("e2m1", (1, 32))
     if method == "compressed-tensors":
         return _compressed(quantization, tensor)
     raise GlobeError(
@@ -114,10 +121,10 @@ def _compressed(quantization: Mapping[str, Any], tensor: str) -> Scheme:
         kind = "int"
     if bits not in widths or stated != kind:
         raise _wrong("weights", f"{stated} of {bits} bits in {name}", f"{kind} of {' or '.join(map(str, widths))} bits")
-    block = _shared(weights, name)
+    block = _block(weights, name)
     if kind == "float":
-        return Scheme("e4m3" if bits == 8 else "e2m1", block)
-    return Scheme(f"packed{bits}" if name == "pack-quantized" else "int8", block)
+        return _shared("e4m3" if bits == 8 else "e2m1", block)
+    return _shared(f"packed{bits}" if name == "pack-quantized" else "int8", block)
 
 
 def _group(quantization: Mapping[str, Any], tensor: str) -> Mapping[str, Any]:
@@ -146,7 +153,7 @@ def _named(target: str, module: str) -> bool:
         raise _wrong("targets", target, "a regular expression after re:") from None
 
 
-def _shared(weights: Mapping[str, Any], name: str) -> tuple[int, int]:
+def _block(weights: Mapping[str, Any], name: str) -> tuple[int, int]:
     """Rows and columns that share a scale."""
     strategy, size = weights.get("strategy"), weights.get("group_size")
     if name == "nvfp4-pack-quantized":

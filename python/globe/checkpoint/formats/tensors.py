@@ -9,7 +9,7 @@ from typing import Any
 from globe.checkpoint.formats.encoded import Encoded
 from globe.checkpoint.formats.scales import Part
 from globe.checkpoint.formats.scheme import REMEDY, Scheme, scheme_of
-from globe.checkpoint.quantised import quantised_dtypes, quantization_of
+from globe.checkpoint.quantised import is_quantised, quantization_of
 from globe.checkpoint.tensorfile import DTYPE_BITS, TensorInfo, tensor_bytes
 from globe.errors import GlobeError
 
@@ -44,14 +44,14 @@ def open_all(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> di
     codes = [name for name, info in tensors.items() if _is_codes(name, info, tensors, config)]
     found = as_decoded(tensors, [open_encoded(name, tensors, config) for name in codes])
     for name, info in found.items():
-        if isinstance(info, TensorInfo) and quantised_dtypes([info.dtype]):
+        if isinstance(info, TensorInfo) and is_quantised(info.dtype):
             found[name] = open_encoded(name, tensors, config)  # which says what is missing
     return found
 
 
 def _is_codes(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> bool:
     """Whether there are scales for a tensor."""
-    return bool(quantised_dtypes([info.dtype])) and _scale_name(name, plain_name(name), config) in tensors
+    return is_quantised(info.dtype) and _scale_name(name, plain_name(name), config) in tensors
 
 
 def open_encoded(tensor: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Encoded:
@@ -86,7 +86,7 @@ def open_encoded(tensor: str, tensors: Mapping[str, TensorInfo], config: Mapping
     if scheme.codes == "e2m1" and scheme.block[1] == 16 and "global_scale" not in parts:
         _needed(f"{name}_global_scale", tensors, tensor)
     module = name.removesuffix(".weight")
-    parts |= {end[1:]: Part(module + end, tensors[module + end]) for end in _OF_INPUTS if module + end in tensors}
+    parts |= {end[1:]: Part(told, tensors[told]) for end in _OF_INPUTS if (told := module + end) in tensors}
     found = Encoded(name, scheme, parts, shape, _dtype(parts["scale"]))
     _check_parts(found)
     return found
