@@ -29,7 +29,7 @@ from globe.fit.problem import Problem
 from globe.pipeline.opening import Opened, scratch_bytes
 from globe.settings import Settings
 from globe.sizes import budget
-from globe.sizes.budget import Room, fit_device, machine_memory, plan_blocks
+from globe.sizes.budget import Cores, Room, fit_device, machine_memory, plan_blocks
 from globe.sizes.kept import Kept, kept
 from globe.sizes.ratios import Shape
 from globe.statistics.memory import calibration_bytes, require_memory
@@ -48,7 +48,7 @@ def blocks_for(
     limit: int, mod: str = "exact", bank: int = 180, loops: int = 1, solver_bytes: int = 2, **more: Any
 ) -> Blocks:
     settings = Settings(**{"max_memory": limit, "mod": mod, "outer_loops": loops, **WEIGHTS_ONLY, **more})
-    return plan_blocks({"gate": family()}, {"gate": Shape(704, bank, 0)}, settings, 2, solver_bytes)
+    return plan_blocks({"gate": family()}, {"gate": Shape(704, bank, 0)}, settings, Cores(2, solver_bytes))
 
 
 def test_full_size_fits_as_promised() -> None:
@@ -86,10 +86,10 @@ def test_a_machine_has_memory() -> None:
 def test_the_plan_follows_the_machine_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes, settings = {"gate": Shape(704, 180, 0)}, Settings(mod="aligned", **WEIGHTS_ONLY)
     monkeypatch.setattr(budget, "machine_memory", lambda: 24 * GIB)
-    assert plan_blocks({"gate": family()}, shapes, settings, 2, 2) == BLOCKS
+    assert plan_blocks({"gate": family()}, shapes, settings, Cores(2, 2)) == BLOCKS
     monkeypatch.setattr(budget, "machine_memory", lambda: 2 * GIB)
     with pytest.raises(UsageError, match="max_memory is 1GiB"):
-        plan_blocks({"gate": family()}, shapes, settings, 2, 2)
+        plan_blocks({"gate": family()}, shapes, settings, Cores(2, 2))
 
 
 JOINT = {"solver": "joint"}
@@ -236,7 +236,8 @@ def test_a_device_without_room_is_refused_before_any_work(tmp_path: Path, monkey
 def test_a_batch_in_shared_memory_counts_whole() -> None:
     settings = Settings(max_memory=6 * GIB, mod="aligned", **WEIGHTS_ONLY)
     given_blocks = [
-        plan_blocks({"gate": family()}, {"gate": Shape(704, 180, 0)}, settings, threads, 4) for threads in (2, None)
+        plan_blocks({"gate": family()}, {"gate": Shape(704, 180, 0)}, settings, Cores(threads, 4))
+        for threads in (2, None)
     ]
     assert given_blocks[1].experts < given_blocks[0].experts == BLOCKS.experts
 

@@ -241,8 +241,8 @@ State::Layer checked(const State& state, std::int64_t number, const Found& found
     State::Layer layer;
     for (std::size_t f = 0; f < 3; ++f) {
         const auto same = [](const auto& one, const auto& other) { return one.first == other.first; };
-        require(!found[f].empty() && std::equal(found[f].begin(), found[f].end(), found[0].begin(),
-                                                found[0].end(), same),
+        require(!found[f].empty() &&
+                    std::equal(found[f].begin(), found[f].end(), found[0].begin(), found[0].end(), same),
                 told + " has not all experts of family " + family_names[f]);
         for (const auto& [expert, matrix] : found[f]) {
             const ExpertMatrix& gate = found[0].begin()->second;

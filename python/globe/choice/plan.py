@@ -23,7 +23,7 @@ from globe.errors import UsageError
 from globe.runs.job import Job
 from globe.seeds.proxies import Scan
 from globe.settings import Settings
-from globe.sizes.budget import Room, fit_device, memory_limit, plan_blocks, size_text, stage_peaks
+from globe.sizes.budget import Cores, Room, fit_device, memory_limit, plan_blocks, size_text, stage_peaks
 from globe.sizes.pools import Size, groups, pools, require_groups, sizes, storage, units
 from globe.sizes.ratios import Shape, ratios
 
@@ -83,21 +83,20 @@ def _sized(
 
 def _blocks(held: dict[str, Family], shapes: dict[str, Shape], settings: Settings, device: torch.device) -> Blocks:
     """What the memory of the host, and that of the device, have room for at a time."""
-    free, threads = device_room(device), _threads(settings, device)
-    solver_bytes = solver_dtype(settings.precision, device).itemsize
-    blocks = plan_blocks(held, shapes, settings, threads, solver_bytes)
+    free = device_room(device)
+    blocks = plan_blocks(held, shapes, settings, _cores(settings, device))
     return blocks if free is None else fit_device(blocks, held, shapes, settings, Room(str(device), free))
 
 
-def _threads(settings: Settings, device: torch.device) -> int | None:
-    """Experts that are worked on at a time in the host's memory; None where a device takes all in hand there."""
+def _cores(settings: Settings, device: torch.device) -> Cores:
+    """What works on experts in the host's memory."""
     shared = device_room(device) is None and not per_core(device)
-    return None if shared else thread_count(settings.threads)
+    return Cores(None if shared else thread_count(settings.threads), solver_dtype(settings.precision, device).itemsize)
 
 
 def peaks(planned: Plan, settings: Settings, blocks: Blocks) -> dict[str, int]:
     """Bytes of resident memory that every stage is to stay below in these blocks, of all pools."""
-    found = stage_peaks(planned.families, planned.shapes, settings, _threads(settings, planned.device), blocks)
+    found = stage_peaks(planned.families, planned.shapes, settings, _cores(settings, planned.device), blocks)
     highest = {stage: max(each[stage] for each in found.values()) for stage in next(iter(found.values()))}
     correcting = correction_bytes(planned.checkpoint, settings)
     if not correcting:

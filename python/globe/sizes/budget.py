@@ -40,12 +40,24 @@ def memory_limit(settings: Settings) -> int:
     return settings.max_memory if settings.max_memory is not None else machine_memory() // 2 // sharing()
 
 
+@dataclass(frozen=True)
+class Cores:
+    """What works on experts.
+
+    Parameters
+    ----------
+    threads : int or None
+        Experts worked on at the same time; None where it is all in hand, in the same memory.
+    solver_bytes : int
+        Bytes of a number inside conjugate gradients, 2 or 4.
+    """
+
+    threads: int | None
+    solver_bytes: int
+
+
 def plan_blocks(
-    families: Mapping[str, Family],
-    shapes: Mapping[str, Shape],
-    settings: Settings,
-    threads: int | None,
-    solver_bytes: int,
+    families: Mapping[str, Family], shapes: Mapping[str, Shape], settings: Settings, cores: Cores
 ) -> Blocks:
     """The largest blocks with which no stage is expected above `settings.max_memory`, from the shapes alone.
 
@@ -54,10 +66,7 @@ def plan_blocks(
     families, shapes : mapping
         By the name of the family, or of the pool of experts that share a bank.
     settings : Settings
-    threads : int or None
-        Experts worked on at the same time; None where it is all in hand, in the same memory.
-    solver_bytes : int
-        Bytes of a number inside conjugate gradients, 2 or 4.
+    cores : Cores
 
     Raises
     ------
@@ -66,7 +75,7 @@ def plan_blocks(
     """
     limit = memory_limit(settings)
     chosen = BLOCKS
-    for cost in _costs(families, shapes, settings, threads, solver_bytes):
+    for cost in _costs(families, shapes, settings, cores):
         if cost.peak(SMALLEST) > limit:
             raise UsageError(_advice(cost, SMALLEST, limit, f"max_memory is {size_text(limit)}"))
         chosen = _shrunk(chosen, cost, SMALLEST, limit)
@@ -101,7 +110,7 @@ def fit_device(
     """
     least = replace(SMALLEST, experts=2)
     chosen = replace(blocks, experts=max(blocks.experts, least.experts))
-    for cost in _costs(families, shapes, settings, None, 4):
+    for cost in _costs(families, shapes, settings, Cores(None, 4)):
         there = replace(cost, base=DEVICE_BASE)
         if there.peak(least) > room.free:
             raise UsageError(_advice(there, least, room.free, f"device {room.device} has {size_text(room.free)} free"))
@@ -113,11 +122,11 @@ def stage_peaks(
     families: Mapping[str, Family],
     shapes: Mapping[str, Shape],
     settings: Settings,
-    threads: int | None,
+    cores: Cores,
     blocks: Blocks,
 ) -> dict[str, dict[str, int]]:
     """Bytes of resident memory that every stage of every pool is to stay below in these blocks, by pool and stage."""
-    costs = _costs(families, shapes, settings, threads, 4)
+    costs = _costs(families, shapes, settings, cores)
     return {cost.family.name: cost.peaks(blocks) for cost in costs}
 
 
@@ -125,14 +134,13 @@ def _costs(
     families: Mapping[str, Family],
     shapes: Mapping[str, Shape],
     settings: Settings,
-    threads: int | None,
-    solver_bytes: int,
+    cores: Cores,
 ) -> list[_Cost]:
     stored = sum(
         (2 if shapes[name].storage.atoms is None else 5) * shapes[name].bank * shapes[name].rank * family.d
         for name, family in families.items()
     )
-    return [_Cost(family, shapes[name], settings, threads, solver_bytes, stored) for name, family in families.items()]
+    return [_Cost(family, shapes[name], settings, cores, stored) for name, family in families.items()]
 
 
 def _shrunk(chosen: Blocks, cost: _Cost, least: Blocks, limit: int) -> Blocks:
@@ -155,8 +163,7 @@ class _Cost:
     family: Family
     shape: Shape
     settings: Settings
-    threads: int | None
-    solver_bytes: int
+    cores: Cores
     stored: int
     base: int = BASE
 
@@ -171,7 +178,7 @@ class _Cost:
     @property
     def left_grams(self) -> int:
         exact = self.settings.mod == "exact" and self.loops > 0
-        return ranks.most_dealt(self.family) * self.shape.rank**2 * self.solver_bytes if exact else 0
+        return ranks.most_dealt(self.family) * self.shape.rank**2 * self.cores.solver_bytes if exact else 0
 
     @property
     def metric(self) -> int:
@@ -187,11 +194,11 @@ class _Cost:
         p, d, r = self.family.p, self.family.d, self.shape.rank
         turned = 2 * p * d * self.family.bytes_per_weight if "down" in self.family.families else 0
         seen = min(SEEN_GRAM_BYTES, self.bank) if self.metric else 0
-        if self.threads is None:
+        if self.cores.threads is None:
             weighed = 16 * p * d + 16 * r * d if self.metric else 0
             return turned + 2 * seen + blocks.experts * (12 * p * d + 28 * p * r + 32 * r * d + 80 * r * r + weighed)
         seen += 8 * p * d + 8 * r * d if self.metric else 0
-        return turned + self.threads * (4 * p * d + 20 * p * r + 12 * r * d + 40 * r * r + seen)
+        return turned + self.cores.threads * (4 * p * d + 20 * p * r + 12 * r * d + 40 * r * r + seen)
 
     def peak(self, blocks: Blocks) -> int:
         """Of all stages."""
@@ -217,7 +224,7 @@ class _Cost:
         return max(self.bank, self.stored) + self.metric + self.workers(blocks)
 
     def _at_once(self, blocks: Blocks) -> int:
-        return blocks.experts if self.threads is None else self.threads
+        return blocks.experts if self.cores.threads is None else self.cores.threads
 
     def seeds(self, blocks: Blocks) -> int:
         gram = 8 * 8 * len(self.family) ** 2
@@ -257,7 +264,7 @@ class _Cost:
             return 0
         count, p, d, r, m = len(self.family), self.family.p, self.family.d, self.shape.rank, self.shape.bank
         weighed = self.metric > 0
-        held = kept(self.family, self.shape, self.settings, self.solver_bytes, blocks.cached)
+        held = kept(self.family, self.shape, self.settings, self.cores.solver_bytes, blocks.cached)
         curvature = 12 * count * m * m + 4 * m * r * r + 24 * d * d + 8 * r * r
         moments = 4 * self.family.layers * d * d if weighed else 0
         hidden = d if keeps_columns(weighed, r, d) else r
@@ -265,7 +272,7 @@ class _Cost:
         read = 3 * p * d * self.family.bytes_per_weight
         hand = read + held.buffer + 4 * p * d + 12 * r * d + 8 * r * r + 4 * hidden * d + 4 * d * SKETCHED
         work = self._at_once(blocks) * (8 * p * d + 8 * p * r + 44 * r * d + 40 * r * r + 12 * d * d + probes)
-        copies = self.bank if self.solver_bytes < 4 else 0  # of the bank and a vector
+        copies = self.bank if self.cores.solver_bytes < 4 else 0  # of the bank and a vector
         return self._banks + copies + curvature + moments + held.in_memory + self.metric + blocks.experts * hand + work
 
 
