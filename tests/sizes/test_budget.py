@@ -96,7 +96,7 @@ JOINT = {"solver": "joint"}
 
 
 def test_the_joint_fit_keeps_in_memory_what_fits() -> None:
-    sizes = [1440 * each for each in (2 * 704 * 704, 2 * 704 * 2048, 4 * 1408 * 2048)]  # C_i, a basis or K_i, W'_i
+    sizes = [4 * 1440 * each for each in (704 * 704, 704 * 2048, 1408 * 2048)]  # C_i, a basis or K_i, W'_i
     whole = blocks_for(100 * GIB, **JOINT)
     assert whole == BLOCKS and kept_of(whole).in_memory == sum(sizes)
     found = {limit: kept_of(blocks_for(limit * GIB, **JOINT)) for limit in (16, 20, 28, 64)}
@@ -121,7 +121,7 @@ def test_what_is_kept_counts_where_it_will_be(precision: Literal["fp32", "auto"]
     size = solver_dtype(precision, CPU).itemsize
     for metric in (None, Metric(torch.ones(8, 6), columns, None, (0,) * 4 + (1,) * 4)):
         settings = Settings(calibrate="none" if metric is None else "pydoc", precision=precision)
-        for cached in (0, 4 * 8 * 25, 4 * 8 * (25 + 100), 1 << 20):
+        for cached in (0, 4 * 8 * 25, 4 * 8 * (25 + 50), 1 << 20):
             folder = tmp_path / f"{metric is None}-{cached}"
             folder.mkdir()
             job = make_job(settings, blocks=Blocks(cached=cached))
