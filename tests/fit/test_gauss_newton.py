@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dense import EXPERTS, RANK, D, random_metric, random_point, small_family
+from dense import EXPERTS, RANK, D, random_metric, random_point
 from families import Array, make_family, silent
 from forms import form
 from globe.checkpoint.family import Family
@@ -33,11 +33,6 @@ from newton import (
 )
 
 TO_THE_END = 600
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return small_family(tmp_path_factory.mktemp("newton"))
 
 
 @every_case

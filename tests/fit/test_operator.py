@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dense import EXPERTS, RANK, WHOLE, dense_of, problem_of, random_metric, random_point, small_family
+from dense import EXPERTS, RANK, WHOLE, dense_of, problem_of, random_metric, random_point
 from families import CPU, make_family, silent
 from forms import form
 from globe.checkpoint.family import Family
@@ -28,11 +28,6 @@ from newton import (
     sparse_point,
     vector_of,
 )
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return small_family(tmp_path_factory.mktemp("newton"))
 
 
 @pytest.fixture

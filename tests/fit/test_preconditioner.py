@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dense import EXPERTS, WHOLE, D, random_metric, small_family
+from dense import EXPERTS, WHOLE, D, random_metric
 from families import CPU
 from forms import Serial
 from globe.checkpoint.family import Family
@@ -26,13 +26,6 @@ from newton import (
     sparse_point,
     vector_of,
 )
-
-TO_THE_END = 600
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return small_family(tmp_path_factory.mktemp("newton"))
 
 
 @every_case

@@ -22,7 +22,6 @@ from dense import (
     problem_of,
     random_metric,
     random_point,
-    small_family,
 )
 from families import make_family, planted, silent
 from globe.checkpoint.family import Family
@@ -39,11 +38,6 @@ every_metric = pytest.mark.parametrize("kind", METRICS)
 every_case = pytest.mark.parametrize(("kind", "rank"), CASES)
 TENSORS = ("bank", "lefts", "columns", "curvature", "gram")
 ARRAYS = ("codes", "errors", "weights")
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return small_family(tmp_path_factory.mktemp("problem"))
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from globe.compute.passes import shifted
@@ -122,7 +121,7 @@ class OnDisk:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor on the host."""
-    found: memoryview = tensor.view(torch.uint8).numpy().reshape(-1).view(np.uint8).data
+    found: memoryview = tensor.view(torch.uint8).numpy().reshape(-1).data
     return found
 
 
