@@ -201,11 +201,16 @@ def test_one_bank_is_in_memory_while_experts_pass(family: Family, tmp_path: Path
     states.save(random_state(3, experts=EXPERTS, atoms=ATOMS, rank=RANK, d=WIDTH), begin)
     alive: list[int] = []
 
-    def spy(*arguments: Any) -> Any:
+    def banks() -> list[torch.Tensor]:
         gc.collect()
         size = ATOMS * RANK * WIDTH
-        held = [value for value in gc.get_objects() if type(value) is torch.Tensor and value.numel() == size]
-        alive.append(len({value.untyped_storage().data_ptr() for value in held}))
+        return [value for value in gc.get_objects() if type(value) is torch.Tensor and value.numel() == size]
+
+    before = banks()  # of other tests; held, so that no new one has their addresses
+    taken = {value.untyped_storage().data_ptr() for value in before}
+
+    def spy(*arguments: Any) -> Any:
+        alive.append(len({value.untyped_storage().data_ptr() for value in banks()} - taken))
         return sweep(*arguments)
 
     sweep = training.sweep

@@ -205,13 +205,19 @@ def test_one_layer_has_weights_at_a_time(
     loaded: list[tuple[int, list[int]]] = []
     run = Layerwise.run
 
+    def stacks() -> list[torch.Tensor]:
+        held = [part for part in gc.get_objects() if type(part) in (torch.Tensor, torch.nn.Parameter)]
+        return [part for part in held if part.shape == (8, 64, 64) and not part.is_meta]
+
+    gc.collect()
+    before = stacks()  # of other tests; held, so that no new one has their addresses
+    taken = {part.data_ptr() for part in before}
+
     def spy(self: Layerwise, number: int, *arguments: Any) -> Any:
         there = [n for n, layer in enumerate(self.layers) if any(not part.is_meta for part in layer.parameters())]
         others = [name for name, part in self.model.named_parameters() if ".layers." not in name and not part.is_meta]
         assert others == []
-        held = [part for part in gc.get_objects() if type(part) in (torch.Tensor, torch.nn.Parameter)]
-        stacks = {part.data_ptr() for part in held if part.shape == (8, 64, 64) and not part.is_meta}
-        assert len(stacks) == (number != 1)  # layer 1 is dense
+        assert len({part.data_ptr() for part in stacks()} - taken) == (number != 1)  # layer 1 is dense
         loaded.append((number, there))
         return run(self, number, *arguments)
 
