@@ -13,7 +13,7 @@ hub = pytest.importorskip("huggingface_hub")
 from checkpoints import make_tiny  # noqa: E402
 from globe import Settings, compress, export  # noqa: E402
 from globe.artifact.card import base_model  # noqa: E402
-from globe.artifact.output import finished_key  # noqa: E402
+from globe.artifact.run_directory import finished_key  # noqa: E402
 from globe.checkpoint.companions import SETTINGS_FILE  # noqa: E402
 from globe.settings.yaml_file import read_settings  # noqa: E402
 from refusals import in_process  # noqa: E402

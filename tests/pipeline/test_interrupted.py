@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 
 from checkpoints import make_tiny  # noqa: E402
 from families import WEIGHTS_ONLY  # noqa: E402
-from globe.artifact import output  # noqa: E402
+from globe.artifact import lock as locking  # noqa: E402
 from globe.errors import GlobeError  # noqa: E402
 from globe.pipeline.compress import compress  # noqa: E402
 from globe.settings import Settings  # noqa: E402
@@ -244,13 +244,13 @@ def test_a_lock_whose_owner_has_just_removed_it_is_no_lock(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two runs must not both hold a lock: one on the removed file, one on the file that took its name."""
-    lock, flock = tmp_path / "out" / ".globe-lock", output.fcntl.flock
+    lock, flock = tmp_path / "out" / ".globe-lock", locking.fcntl.flock
 
     def owner_ends_first(*arguments: object) -> None:
         flock(*arguments)
         lock.unlink()
 
-    monkeypatch.setattr(output.fcntl, "flock", owner_ends_first)
+    monkeypatch.setattr(locking.fcntl, "flock", owner_ends_first)
     with pytest.raises(GlobeError, match="another run"):
         compress(source, tmp_path / "out", SETTINGS)
     assert not (tmp_path / "out" / "config.json").exists()

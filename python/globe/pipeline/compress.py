@@ -9,7 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from globe.artifact.output import Existing, finished_key, shared_directory
+from globe.artifact.run_directory import Existing, finished_key, shared_directory
 from globe.artifact.write import write_weights
 from globe.checkpoint.hub import local
 from globe.choice.plan import Plan, plan_sizes, usual_size

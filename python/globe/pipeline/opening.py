@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from globe._version import __version__
-from globe.artifact.output import Identity, run_key
 from globe.artifact.owned import Claim, Scratch, factored_names
+from globe.artifact.run_directory import Identity, run_key
 from globe.checkpoint.companions import companions
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.quantised import quantised_dtypes, quantization_of, told
