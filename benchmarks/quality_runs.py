@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from globe.artifact.export import export
 from globe.checkpoint.companions import copy_companions
 from globe.checkpoint.family import Family
-from globe.checkpoint.index import INDEX_NAME, Checkpoint
+from globe.checkpoint.index import Checkpoint
+from globe.checkpoint.shards import INDEX_NAME
 from globe.checkpoint.tensorfile import TensorWriter, copy_chunks, read_tensor, write_text
 from globe.compute.devices import set_threads
 from globe.errors import GlobeError

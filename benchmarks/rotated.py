@@ -24,7 +24,8 @@ import click
 import torch
 
 from globe.checkpoint.companions import copy_companions
-from globe.checkpoint.index import INDEX_NAME, Checkpoint
+from globe.checkpoint.index import Checkpoint
+from globe.checkpoint.shards import INDEX_NAME
 from globe.checkpoint.tensorfile import TORCH_DTYPES, TensorInfo, TensorWriter, copy_chunks, read_tensor, write_text
 from globe.errors import GlobeError
 from globe.statistics.calibration import TOKENS, load_calibration, save_calibration

@@ -16,11 +16,12 @@ from globe.artifact.output import output_directory
 from globe.artifact.owned import Claim, recorded
 from globe.checkpoint.companions import companions, copy_companions
 from globe.checkpoint.formats.tensors import described, recalled
-from globe.checkpoint.index import INDEX_NAME, Checkpoint
+from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.json_file import read_json
 from globe.checkpoint.layouts import FAMILIES
 from globe.checkpoint.powers import saturated
 from globe.checkpoint.quantised import KEY, with_quantization
+from globe.checkpoint.shards import INDEX_NAME
 from globe.checkpoint.tensorfile import TORCH_DTYPES, TensorWriter, copy_chunks, read_tensor, tensor_bytes, write_text
 from globe.errors import GlobeError, UsageError
 from globe.runs.stages import Advance, Display, Stages

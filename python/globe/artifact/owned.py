@@ -12,7 +12,7 @@ from typing import Any
 
 from globe.artifact.factored import BANK_FILE, INDEX_FILE, MANIFEST, shard_name
 from globe.checkpoint.companions import OWN
-from globe.checkpoint.index import INDEX_NAME
+from globe.checkpoint.shards import INDEX_NAME
 from globe.checkpoint.tensorfile import write_text
 from globe.errors import GlobeError
 from globe.runs.store import FOLDER

@@ -9,7 +9,7 @@ from typing import Any
 
 from globe.artifact.factored import MANIFEST
 from globe.artifact.owned import LOCK, Claim, outlook, present, some, staying
-from globe.checkpoint.index import INDEX_NAME, SINGLE
+from globe.checkpoint.shards import INDEX_NAME, SINGLE
 from globe.errors import GlobeError, UsageError
 from globe.runs.store import FOLDER, Log, differences
 

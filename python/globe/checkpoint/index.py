@@ -22,11 +22,9 @@ from globe.checkpoint.formats.tensors import has_outputs_first, open_all, open_e
 from globe.checkpoint.json_file import read_json
 from globe.checkpoint.layouts import Layout, read_layouts
 from globe.checkpoint.quantised import TEXT_CONFIGS, is_quantised
-from globe.checkpoint.tensorfile import FileHeader, TensorInfo, read_header
+from globe.checkpoint.shards import INDEX_NAME, SINGLE, read_shards
+from globe.checkpoint.tensorfile import TensorInfo
 from globe.errors import GlobeError, UsageError
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 class Checkpoint:
@@ -55,67 +53,11 @@ class Checkpoint:
         self.config = read_json(self.directory / "config.json")
         if factored:
             raise GlobeError(f"{directory}: this is a factored checkpoint already; pass the dense source instead")
-        self.index, names = self._shard_names()
-        self._noted: list[str] = []
         self._encoded: dict[str, Encoded] = {}
         self._families: dict[str, Family] = {}
         with uncollected():
-            self.shards, self.tensors = self._open(names)
-            self._check_index()
-
-    def _open(self, names: list[str]) -> tuple[list[FileHeader], dict[str, TensorInfo]]:
-        """The headers of the shards, each tensor in the one that the index names, and all tensors."""
-        named: dict[str, str] = self.index["weight_map"] if self.index is not None else {}
-        shards: list[FileHeader] = []
-        tensors: dict[str, TensorInfo] = {}
-        for header in (read_header(self.directory / name) for name in names):
-            mine = header.path.name
-            kept = {name: info for name, info in header.tensors.items() if named.get(name, mine) == mine}
-            for name in sorted(kept.keys() & tensors.keys()):
-                raise GlobeError(f"tensor {name} is in both {tensors[name].file.name} and {mine}")
-            tensors |= kept
-            shards.append(replace(header, tensors=kept))
-            for name in sorted(header.tensors.keys() - kept.keys())[:1]:
-                more = len(header.tensors) - len(kept) - 1
-                self._noted.append(
-                    f"{header.path.name}: tensor {name}{f' and {more} more are' if more else ' is'} left out, for "
-                    f"{INDEX_NAME} names {'other files' if more else named[name]}; transformers may read it instead"
-                )
-        return shards, tensors
-
-    def _shard_names(self) -> tuple[dict[str, Any] | None, list[str]]:
-        index_path = self.directory / INDEX_NAME
-        if index_path.exists():
-            index = read_json(index_path)
-            weight_map = index.get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise GlobeError(f"{index_path}: weight_map is missing or empty; fetch the index again")
-            for tensor, name in weight_map.items():
-                if not isinstance(name, str):
-                    raise GlobeError(f"{index_path}: tensor {tensor} is mapped to {name!r}; expected a file name")
-            names = sorted(set(weight_map.values()))
-            for name in names:
-                if Path(name).name != name or "\0" in name:
-                    raise GlobeError(f"{index_path}: shard {name!r} lies outside the directory; expected a file name")
-                if not (self.directory / name).exists():
-                    raise GlobeError(f"{self.directory}: shard {name} named by {INDEX_NAME} is missing; fetch it")
-            if SINGLE not in names and (self.directory / SINGLE).exists():
-                raise GlobeError(
-                    f"{self.directory}: {SINGLE} is not named by {INDEX_NAME}, and transformers reads it instead of "
-                    "the files that are; remove the one or the other"
-                )
-            return index, names
-        if (self.directory / SINGLE).exists():
-            return None, [SINGLE]
-        raise GlobeError(f"{self.directory}: neither {SINGLE} nor {INDEX_NAME} found")
-
-    def _check_index(self) -> None:
-        if self.index is None:
-            return
-        holds = {name: shard.path.name for shard in self.shards for name in shard.tensors}
-        for name, file in self.index["weight_map"].items():
-            if holds.get(name) != file:
-                raise GlobeError(f"{INDEX_NAME} names tensor {name} in {file}, which does not hold it")
+            self.index, self.shards, self._noted = read_shards(self.directory)
+        self.tensors = {name: info for shard in self.shards for name, info in shard.tensors.items()}
 
     @cached_property
     def layout(self) -> Layout:

@@ -9,9 +9,10 @@ import torch
 
 from globe.checkpoint.foreign import missing_directory
 from globe.checkpoint.hub import local
-from globe.checkpoint.index import INDEX_NAME, Checkpoint
+from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.pretrained import first_line, import_transformers, load_tokenizer, quiet, refuse_own_code
 from globe.checkpoint.quantised import KEY, quantised_dtypes, quantization_of, require_plain
+from globe.checkpoint.shards import INDEX_NAME
 from globe.compute.devices import find_device
 from globe.errors import GlobeError, UsageError
 

@@ -10,8 +10,8 @@ from typing import Any
 from globe.artifact.autoload import LOADER, marked
 from globe.artifact.factored import INDEX_FILE, MANIFEST, shard_name
 from globe.checkpoint.companions import LOADER_FILE
-from globe.checkpoint.index import INDEX_NAME
 from globe.checkpoint.json_file import read_json
+from globe.checkpoint.shards import INDEX_NAME
 from globe.checkpoint.tensorfile import write_text
 from globe.errors import UsageError
 
