@@ -198,3 +198,32 @@ def test_another_number_of_ranks(ranks: Launcher, source: Path, tmp_path: Path) 
     done = in_process("compress", source, out, *COMMON, *JOINT, "--fresh")
     assert done.returncode == 0
     shutil.rmtree(out)
+
+
+def test_methods_are_dealt(ranks: Launcher, source: Path, tmp_path: Path) -> None:
+    options = (
+        "--methods",
+        "ts-pca,kmeans,rpca",
+        "--rank",
+        "0.5",
+        "--bank-size",
+        "4",
+        "--outer-loops",
+        "0,1",
+        "--json",
+        "-q",
+    )
+    ended = ranks.run(2, "compare", source, "--out", tmp_path / "two.json", *options)
+    finished(ended)
+    assert ended[1].out == "" and json.loads(ended[0].out) == json.loads((tmp_path / "two.json").read_text())
+    one = ranks.run(1, "compare", source, *options)
+    finished(one)
+
+    def settled(told: str) -> list[dict[str, Any]]:
+        timed = ("seconds", "seed_seconds", "peak_rss_bytes")
+        return [{key: value for key, value in row.items() if key not in timed} for row in json.loads(told)["rows"]]
+
+    assert settled(ended[0].out) == settled(one[0].out)
+    assert [row["method"] for row in settled(ended[0].out)][::4] == ["ts-pca", "kmeans"]
+    line = refusal(ranks.run(2, "compare", source, "--methods", ["ts-pca", "kmeans"], "-q"), 2)
+    assert "ranks were given other methods" in line

@@ -31,3 +31,13 @@ def local_ranks() -> int:
 def sharing() -> int:
     """How many of GloBE's processes share this machine's processors and memory: ranks, or jobs of a batch."""
     return max(local_ranks(), int(os.environ.get(SHARING, "1")))
+
+
+def environment_alone() -> dict[str, str]:
+    """The environment of a process that works for this one: not one of the ranks, on this one's GPU, in its share."""
+    if launched_ranks() == 1:
+        return dict(os.environ)
+    kept = {name: value for name, value in os.environ.items() if name not in _NAMES}
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = seen.split(",") if seen else [str(number) for number in range(local_ranks())]
+    return {**kept, "CUDA_VISIBLE_DEVICES": devices[local_rank() % len(devices)], SHARING: str(sharing())}

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from globe.checkpoint.hub import local
 from globe.checkpoint.tensorfile import write_text
 from globe.choice.plan import plan
 from globe.choice.seeding import seed
+from globe.compute import ranks
 from globe.compute.devices import check_device, keep_memory, set_threads
 from globe.errors import GlobeError, UsageError
 from globe.fit.stages import alternate, fit_report
+from globe.machine.launch import environment_alone
 from globe.runs.job import Job
 from globe.runs.stages import Display, Stages, peak_rss_bytes
 from globe.runs.store import RunStore
@@ -29,6 +32,7 @@ from globe.settings import Settings
 _LOOPS = (0, 6)
 
 
+@ranks.joined()
 def compare(
     model_dir: Path | str,
     methods: Sequence[str] | None = None,
@@ -43,7 +47,7 @@ def compare(
     A method's seeds are made once and its loops run once, up to the largest count; the error at a smaller count is that
     of the best state by then, which is what `compress` with that count would deliver. Every method runs in a process of
     its own, so that the peak memory is its own. What the runs keep on disk is in the system's temporary directory
-    (TMPDIR), and removed.
+    (TMPDIR), and removed. Under torchrun methods are dealt to the ranks; all have the result, and rank 0 writes it.
 
     Parameters
     ----------
@@ -71,7 +75,7 @@ def compare(
     Raises
     ------
     UsageError
-        If a method or a count of loops is none, or a setting does not fit the checkpoint.
+        If a method or a count of loops is none, or a setting does not fit the checkpoint; or ranks were given others.
     GlobeError
         If the checkpoint cannot be used.
     """
@@ -87,29 +91,39 @@ def compare(
     counts = sorted(set(outer_loops))
     if not named or not counts or counts[0] < 0:
         raise UsageError(f"methods {named} and outer loops {counts}: expected one of each at least, no count negative")
-    target = Path(out) if out is not None else None
+    target, each = Path(out) if out is not None else None, {**base.as_dict(), "outer_loops": counts[-1]}
     if target is not None and not target.parent.is_dir():
         raise GlobeError(f"{target.parent}: no such directory; expected one to write {target.name} in")
-    each = {**base.as_dict(), "outer_loops": counts[-1]}
     model = local(model_dir)
-    planned = plan(model, Settings(**each))
-    stages = Stages(progress)
-    rows: list[dict[str, Any]] = []
-    for name in named:
+    with ranks.together(), ranks.alone():
+        planned = plan(model, Settings(**each))
+        asked = (each, named, counts, planned.checkpoint.fingerprint())
+    if any(other != asked for other in ranks.gathered(asked)):
+        raise UsageError("ranks were given other methods, settings or checkpoints; start all with one command")
+    stages = Stages(progress if ranks.rank() == 0 else None)
+    mine: dict[str, list[dict[str, Any]]] = {}
+    for name in ranks.own(named):
         with stages.stage(name, 1) as advance:
-            rows += _in_process(model, Settings(**{**each, "method": name}), counts)
+            mine[name] = _in_process(model, Settings(**{**each, "method": name}), counts)
             advance(1)
+    found = {name: rows for some in ranks.gathered(mine) for name, rows in some.items()}
+    rows = [row for name in named for row in found[name]]
     source = {"path": str(model_dir), "layout": planned.checkpoint.layout.name}
     result = {"rows": rows, "settings": base.as_dict(), "source": source}
     if target is not None:
-        write_text(target, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+        ranks.lead(partial(write_text, target, text))
     return result
 
 
 def _in_process(model: Path, settings: Settings, counts: list[int]) -> list[dict[str, Any]]:
     request = json.dumps({"model": str(model), "settings": settings.as_dict(), "counts": counts})
     done = subprocess.run(
-        [sys.executable, "-m", "globe.pipeline.compare"], input=request, capture_output=True, text=True
+        [sys.executable, "-m", "globe.pipeline.compare"],
+        input=request,
+        capture_output=True,
+        text=True,
+        env=environment_alone(),
     )
     if done.returncode == 0:
         rows: list[dict[str, Any]] = json.loads(done.stdout)
