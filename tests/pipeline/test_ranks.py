@@ -203,7 +203,7 @@ def test_another_number_of_ranks(ranks: Launcher, source: Path, tmp_path: Path) 
 def test_methods_are_dealt(ranks: Launcher, source: Path, tmp_path: Path) -> None:
     options = (
         "--methods",
-        "ts-pca,kmeans,rpca",
+        "ts-pca,kmeans",
         "--rank",
         "0.5",
         "--bank-size",
