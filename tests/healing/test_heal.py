@@ -201,7 +201,7 @@ def test_what_was_made_anew_is_not_overwritten(
     replace = os.replace
     monkeypatch.setattr(publish.os, "replace", dying)
     with pytest.raises(Killed):
-        heal(out, source, quick(source, steps=2))
+        heal(out, source, quick(source, steps=6))
     monkeypatch.undo()
     for name in hashes(made[1]):  # as a compression with other settings would
         shutil.copy(made[1] / name, out / name)
@@ -209,7 +209,7 @@ def test_what_was_made_anew_is_not_overwritten(
     bank.write_bytes(bank.read_bytes()[:-1] + b"\1")
     before = hashes(out)
     with pytest.raises(UsageError, match=r"holds a healing of other options or texts: files\.globe-bank.*--fresh"):
-        heal(out, source, quick(source, steps=2))
+        heal(out, source, quick(source, steps=6))
     assert hashes(out) == before
 
 

@@ -12,7 +12,7 @@ import torch
 
 from globe.healing.loss import learn
 from globe.healing.options import Healing
-from globe.healing.parts import Moving
+from globe.healing.parts import Moving, learning
 from globe.healing.state import State
 
 BETAS = (0.9, 0.95)
@@ -61,22 +61,25 @@ def descend(run: Run, options: Healing, state: State, advance: Advance) -> Desce
     took = 0.0  # by the last checkpoint
     advance(_done(len(losses), used, options))
     finite = all(map(math.isfinite, losses))
-    while finite and _done(len(losses), used + time.monotonic() - began, options) < 1.0:
-        seconds = used + time.monotonic() - began
-        done, step = _done(len(losses), seconds, options), len(losses)
-        for group, rate in zip(optimiser.param_groups, rates, strict=True):
-            group["lr"] = rate * _schedule(step, done)
-        optimiser.zero_grad()
-        losses.append(learn(run.model, run.teacher, _batch(run.windows, step, options)))
-        finite = math.isfinite(losses[-1])
-        if finite:
-            optimiser.step()
-        now = time.monotonic()
-        if now - saved > max(_SAVE_SECONDS, took / _SAVE_SHARE):
-            _save(run, state, optimiser, losses, used + now - began)
-            saved = time.monotonic()
-            took = saved - now
-        advance(_done(len(losses), used + now - began, options) - done)
+    with learning(run.parts):
+        while finite and _done(len(losses), used + time.monotonic() - began, options) < 1.0:
+            seconds = used + time.monotonic() - began
+            done, step = _done(len(losses), seconds, options), len(losses)
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * _schedule(step, done)
+            losses.append(learn(run.model, run.teacher, _batch(run.windows, step, options)))
+            finite = math.isfinite(losses[-1])
+            if finite:
+                optimiser.step()
+                for each in run.parts:
+                    each.set(each.master)
+            optimiser.zero_grad()
+            now = time.monotonic()
+            if now - saved > max(_SAVE_SECONDS, took / _SAVE_SHARE):
+                _save(run, state, optimiser, losses, used + now - began)
+                saved = time.monotonic()
+                took = saved - now
+            advance(_done(len(losses), used + now - began, options) - done)
     seconds = used + time.monotonic() - began
     _save(run, state, optimiser, losses, seconds)
     return Descent(len(losses), seconds, tuple(losses), finite)
@@ -84,8 +87,8 @@ def descend(run: Run, options: Healing, state: State, advance: Advance) -> Desce
 
 def _optimiser(parts: list[Moving], rate: float) -> torch.optim.Optimizer:
     """Adam, with a rate over every tensor's own root mean square."""
-    sizes = [float(each.parameter.detach().square().mean().sqrt()) for each in parts]
-    groups = [{"params": [each.parameter], "lr": rate * size} for each, size in zip(parts, sizes, strict=True)]
+    sizes = [float(each.master.square().mean().sqrt()) for each in parts]
+    groups = [{"params": [each.master], "lr": rate * size} for each, size in zip(parts, sizes, strict=True)]
     return torch.optim.Adam(groups, betas=BETAS)
 
 
@@ -113,14 +116,13 @@ def _recall(run: Run, state: State, optimiser: torch.optim.Optimizer) -> tuple[l
     found = state.progress()
     if found is None:
         return [], run.used
-    with torch.no_grad():
-        for each in run.parts:
-            each.parameter.copy_(found["parameters"][each.name])
+    for each in run.parts:
+        each.set(found["parameters"][each.name])
     optimiser.load_state_dict(found["optimiser"])
     return list(found["losses"]), float(found["seconds"])
 
 
 def _save(run: Run, state: State, optimiser: torch.optim.Optimizer, losses: list[float], seconds: float) -> None:
-    parameters = {each.name: each.parameter.detach() for each in run.parts}
+    parameters = {each.name: each.master for each in run.parts}
     kept = {"parameters": parameters, "optimiser": optimiser.state_dict(), "losses": losses, "seconds": seconds}
     state.save_progress(kept)
