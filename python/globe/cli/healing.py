@@ -28,6 +28,7 @@ from globe.healing.options import PRECISIONS
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", type=choice("device"), default="cpu", show_default=True)
 @click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True, help="Of the products.")
+@click.option("--layers-at-a-time", type=int, help="Groups of N layers take turns, for less memory.  [default: all]")
 @click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: all that the process may use]")
 @click.option("--fresh", is_flag=True, help="Forget a healing that was stopped.")
 @trusting

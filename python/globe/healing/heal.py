@@ -53,7 +53,7 @@ def heal(
 ) -> dict[str, Any]:
     """Let a factored directory learn from its original, by the KL of the logits, and replace what has moved.
 
-    The original and the factored model are in memory together, the latter in fp32. A run that is stopped goes on from
+    The original and the factored model are in memory together. A run that is stopped goes on from
     its last checkpoint, in OUT/.globe-heal. The directory stays as it is until the end, and then too if the model has
     not become better on windows that are held out of every text: less perplexity, in their geometric mean, with the
     weights as they would be stored.
@@ -79,7 +79,8 @@ def heal(
     -------
     dict
         `kept` ("healed" or "start"), `steps`, `tokens`, `seconds`, the first and the last tenth's `kl` in nats, and per
-        held-out text the perplexity `before`, `after` and of the `original` (None where it is not finite); `options`.
+        held-out text the perplexity `before`, `after` and of the `original` (None where it is not finite); `precision`,
+        which was computed in; `options`.
 
     Raises
     ------
@@ -121,6 +122,7 @@ def _heal(out: Path, against: Path, options: Healing, access: Access) -> dict[st
             descent = descend(Run(model, teacher, parts, read.windows, used), options, state, advance)
         after = _judge(parts, stored, model, read)
         told = _told(options, descent, {"before": before, "after": after, "original": original})
+        told["precision"] = "bf16" if dtype == torch.bfloat16 else "fp32"
         if told["kept"] == "healed":
             with stages.stage("write", 1) as advance:
                 write_aside(factored, parts, told, state.folder)

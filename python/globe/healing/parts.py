@@ -106,6 +106,18 @@ def moving(model: Any, factored: Factored, parts: tuple[str, ...]) -> tuple[list
     return found, {name: stored[name] for each in found for name in each.stored}
 
 
+def by_layers(parts: list[Moving], count: int | None) -> list[list[Moving]]:
+    """The parts in groups of so many layers each, which follow one another; what is of no layer in the last group."""
+    layers = sorted({int(match[1]) for each in parts if (match := _LAYER.search(each.name)) is not None})
+    if count is None or not layers:
+        return [parts]
+    groups: list[list[Moving]] = [[] for _ in layers[::count]]
+    for each in parts:
+        match = _LAYER.search(each.name)
+        groups[layers.index(int(match[1])) // count if match is not None else -1].append(each)
+    return groups
+
+
 @contextmanager
 def learning(parts: list[Moving]) -> Iterator[None]:
     """Let the parameters have gradients, which gather in their masters as soon as they are there."""
