@@ -22,9 +22,9 @@ from globe.artifact.factored import open_factored  # noqa: E402
 from globe.checkpoint.tensorfile import read_tensor  # noqa: E402
 from globe.errors import GlobeError, UsageError  # noqa: E402
 from globe.evaluation.models import load_model  # noqa: E402
-from globe.healing import descent, publish  # noqa: E402
+from globe.healing import descent, loss, publish  # noqa: E402
 from globe.healing.loss import divergence, geometric_mean, learn  # noqa: E402
-from globe.healing.parts import moving  # noqa: E402
+from globe.healing.parts import Moving, by_layers, learning, moving  # noqa: E402
 from globe.healing.state import FOLDER  # noqa: E402
 from globe.healing.texts import samples  # noqa: E402
 from globe.statistics.texts import evaluation_text  # noqa: E402
@@ -128,12 +128,13 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(descent, "learn", dying)
 
 
+@pytest.mark.parametrize("layers", [None, 1])
 def test_a_stopped_run_goes_on_to_the_same_bits(
-    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layers: int | None, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = pair
     shutil.copytree(out, tmp_path / "other")
-    options, before = quick(source, steps=6), hashes(out)
+    options, before = quick(source, steps=6, layers_at_a_time=layers), hashes(out)
     killed_at(monkeypatch, 3)
     with pytest.raises(Killed):
         heal(out, source, options)
@@ -201,7 +202,7 @@ def test_what_was_made_anew_is_not_overwritten(
     replace = os.replace
     monkeypatch.setattr(publish.os, "replace", dying)
     with pytest.raises(Killed):
-        heal(out, source, quick(source, steps=2))
+        heal(out, source, quick(source, steps=6))
     monkeypatch.undo()
     for name in hashes(made[1]):  # as a compression with other settings would
         shutil.copy(made[1] / name, out / name)
@@ -209,7 +210,7 @@ def test_what_was_made_anew_is_not_overwritten(
     bank.write_bytes(bank.read_bytes()[:-1] + b"\1")
     before = hashes(out)
     with pytest.raises(UsageError, match=r"holds a healing of other options or texts: files\.globe-bank.*--fresh"):
-        heal(out, source, quick(source, steps=2))
+        heal(out, source, quick(source, steps=6))
     assert hashes(out) == before
 
 
@@ -239,6 +240,64 @@ def test_only_the_parts_that_are_named_move(made: tuple[Path, Path]) -> None:
         for each in found:
             for name, value in each.values():
                 assert torch.equal(read_tensor(stored[name]).float(), value)
+
+
+def test_layers_take_turns(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = pair
+    factored = open_factored(out)
+    parts, _ = moving(load_model(out)[0], factored, ("lefts", "norms"))
+    first, second = by_layers(parts, 1)
+    assert {each.name.split(".")[2] for each in first} == {"0"} and "model.norm.weight" in {e.name for e in second}
+    assert by_layers(parts, 2) == by_layers(parts, None) == [parts]
+    moved, step = [], descent._step
+
+    def watched(optimiser: torch.optim.Optimizer, share: float, group: list[Moving]) -> None:
+        step(optimiser, share, group)
+        assert all(each.master.grad is not None and each.parameter.grad is None for each in group)
+        assert len(optimiser.state) == len(group)
+        moved.append((group[0].name.split(".")[2], round(share, 2)))
+
+    monkeypatch.setattr(descent, "_step", watched)
+    found = heal(out, source, quick(source, steps=24, layers_at_a_time=1))
+    assert [layer for layer, _ in moved] == 2 * (6 * ["0"] + 6 * ["1"])
+    assert moved[0][1] == moved[6][1] == 0.1  # every turn begins anew
+    assert found["kept"] == "healed" and found["kl"][1] < found["kl"][0]
+
+
+def test_masters_keep_what_bf16_does_not(tmp_path: Path) -> None:
+    source = make_tiny("mixtral", tmp_path / "source", dtype="float32")
+    compress(source, tmp_path / "out", Settings(**{**SMALL, "outer_loops": 0}))
+    model, _ = load_model(tmp_path / "out", dtype=torch.bfloat16)
+    parts, stored = moving(model, open_factored(tmp_path / "out"), ("lefts", "norms", "down"))
+    for each in parts:
+        assert each.parameter.dtype == torch.bfloat16 and each.master.dtype == torch.float32
+        assert all(torch.equal(read_tensor(stored[name]).float(), value) for name, value in each.values())
+    down = next(each for each in parts if each.part == "down")
+    assert stored[down.stored[0]].dtype == "F32" and not torch.equal(down.parameter.float(), down.master)
+    down.set(down.master + 1e-6)
+    assert torch.equal(down.parameter, down.master.bfloat16())
+    with learning(parts):
+        for _ in range(2):
+            (down.parameter * 0.5).sum().backward()
+    assert torch.equal(down.master.grad, torch.ones_like(down.master))
+    assert down.parameter.grad is None and not down.parameter.requires_grad
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_it_learns_in_either_precision(
+    precision: str, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = pair
+    loaded: list[torch.dtype] = []
+
+    def seen(*arguments: Any) -> float:
+        loaded.extend(each.dtype for each in arguments[:2])
+        return learn(*arguments)
+
+    monkeypatch.setattr(descent, "learn", seen)
+    found = heal(out, source, quick(source, steps=12, precision=precision))
+    assert found["kept"] == "healed" and found["precision"] == precision
+    assert set(loaded) == {{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
 
 
 @pytest.mark.parametrize("layout", ["granitemoe", "mixtral", "qwen2_moe", "qwen3_5_moe", "deepseek_v2"])
@@ -276,6 +335,15 @@ def test_the_gradient_is_that_of_the_divergence() -> None:
     torch.testing.assert_close(gradient, found.grad)
 
 
+def test_rows_are_taken_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, found = (torch.randn(5, 7, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    value, gradient = divergence(expected, found)
+    monkeypatch.setattr(loss, "_ROW_BYTES", 2 * 4 * 7)
+    few, scaled = divergence(expected.bfloat16(), found.bfloat16(), 0.5)
+    assert few == pytest.approx(value, rel=0.05) and scaled.dtype == torch.bfloat16
+    torch.testing.assert_close(2 * scaled.float(), gradient, atol=0.02, rtol=0.05)
+
+
 def test_samples_follow_from_the_seed(made: tuple[Path, Path]) -> None:
     teacher, tokenizer = load_model(made[0])
     options = Healing(own_tokens=320, window=32)
@@ -309,6 +377,8 @@ def test_refusals(pair: tuple[Path, Path], tmp_path: Path) -> None:
         ({"minutes": 0.0}, "minutes is 0.0; expected a positive number"),
         ({"rate": float("nan")}, "rate is nan"),
         ({"steps": 0}, "steps is 0; expected at least 1"),
+        ({"layers_at_a_time": 0}, "layers_at_a_time is 0; expected at least 1"),
+        ({"precision": "fp16"}, "precision is 'fp16'; expected one of auto, fp32, bf16"),
         ({"window": 1}, "window is 1; expected at least 2"),
     ],
 )

@@ -10,6 +10,7 @@ import click
 
 from globe.cli.headings import Headed
 from globe.cli.options import PATH, choice, common, display_for, trusting
+from globe.healing.options import PRECISIONS
 
 
 @click.command(cls=Headed)
@@ -26,6 +27,8 @@ from globe.cli.options import PATH, choice, common, display_for, trusting
 @click.option("--window", type=int, default=256, show_default=True, help="Tokens per window.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", type=choice("device"), default="cpu", show_default=True)
+@click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True, help="Of the products.")
+@click.option("--layers-at-a-time", type=int, help="Groups of N layers take turns, for less memory.  [default: all]")
 @click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: all that the process may use]")
 @click.option("--fresh", is_flag=True, help="Forget a healing that was stopped.")
 @trusting

@@ -1,22 +1,23 @@
-"""The steps of a healing: Adam on the parameters that move, saved now and then."""
+"""The steps of a healing: Adam on what moves, one group of layers after another, saved now and then."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from globe.healing.loss import learn
 from globe.healing.options import Healing
-from globe.healing.parts import Moving
+from globe.healing.parts import Moving, by_layers, learning
 from globe.healing.state import State
 
 BETAS = (0.9, 0.95)
 _WARM_STEPS, _LEAST = 10, 0.02
+_ROUNDS = 2  # of turns, where there are several groups
 _SAVE_SECONDS, _SAVE_SHARE = 60.0, 0.02  # between checkpoints, and the most of the time that they may take
 
 Advance = Callable[[float], None]
@@ -49,53 +50,89 @@ class Descent:
     finite: bool = True
 
 
+@dataclass
+class _Walk:
+    """Where the steps are: the KL of each, seconds that went before `began`, the turn, the step that it began with, and
+    the state that its optimiser goes on from.
+    """
+
+    losses: list[float]
+    used: float
+    turn: int = -1
+    first: int = 0
+    optimiser: dict[str, Any] | None = None
+    began: float = field(default_factory=time.monotonic)
+
+    def seconds(self) -> float:
+        """With those that went before."""
+        return self.used + time.monotonic() - self.began
+
+    def done(self, options: Healing) -> float:
+        """How much of all is over."""
+        return len(self.losses) / options.steps if options.steps else self.seconds() / (60.0 * options.minutes)
+
+    def finite(self) -> bool:
+        """Whether the last KL is."""
+        return not self.losses or math.isfinite(self.losses[-1])
+
+
 def descend(run: Run, options: Healing, state: State, advance: Advance) -> Descent:
     """Move the parameters until the steps or the minutes are over, from the last checkpoint if there is one.
 
-    The rate rises over ten steps and falls along a cosine, over the steps or over the time.
+    Groups of layers take turns, the first layers first, in equal shares of the steps or the time, and only the one
+    whose turn it is has gradients and moments. In a turn the rate rises over ten steps and falls along a cosine.
     """
-    optimiser = _optimiser(run.parts, options.rate)
-    rates = [group["lr"] for group in optimiser.param_groups]
-    losses, used = _recall(run, state, optimiser)
-    began = saved = time.monotonic()
-    took = 0.0  # by the last checkpoint
-    advance(_done(len(losses), used, options))
-    finite = all(map(math.isfinite, losses))
-    while finite and _done(len(losses), used + time.monotonic() - began, options) < 1.0:
-        seconds = used + time.monotonic() - began
-        done, step = _done(len(losses), seconds, options), len(losses)
-        for group, rate in zip(optimiser.param_groups, rates, strict=True):
-            group["lr"] = rate * _schedule(step, done)
-        optimiser.zero_grad()
-        losses.append(learn(run.model, run.teacher, _batch(run.windows, step, options)))
-        finite = math.isfinite(losses[-1])
-        if finite:
-            optimiser.step()
-        now = time.monotonic()
-        if now - saved > max(_SAVE_SECONDS, took / _SAVE_SHARE):
-            _save(run, state, optimiser, losses, used + now - began)
-            saved = time.monotonic()
-            took = saved - now
-        advance(_done(len(losses), used + now - began, options) - done)
-    seconds = used + time.monotonic() - began
-    _save(run, state, optimiser, losses, seconds)
-    return Descent(len(losses), seconds, tuple(losses), finite)
+    walk, groups = _recall(run, state), by_layers(run.parts, options.layers_at_a_time)
+    turns = len(groups) * (_ROUNDS if len(groups) > 1 else 1)
+    done = walk.done(options)
+    advance(done)
+    saved, took = time.monotonic(), 0.0  # the last checkpoint: when, and how long
+    while walk.finite() and done < 1.0:
+        turn = int(done * turns)
+        if turn != walk.turn:
+            walk.turn, walk.first, walk.optimiser = turn, len(walk.losses), None
+        group = groups[turn % len(groups)]
+        optimiser = _optimiser(group, options.rate)
+        if walk.optimiser is not None:
+            optimiser.load_state_dict(walk.optimiser)
+        walk.optimiser = optimiser.state_dict()
+        with learning(group):
+            while walk.finite() and done < 1.0 and int(done * turns) == turn:
+                share = _schedule(len(walk.losses) - walk.first, done * turns - turn)
+                walk.losses.append(learn(run.model, run.teacher, _batch(run.windows, len(walk.losses), options)))
+                if walk.finite():
+                    _step(optimiser, share, group)
+                optimiser.zero_grad()
+                walk.optimiser = optimiser.state_dict()
+                if time.monotonic() - saved > max(_SAVE_SECONDS, took / _SAVE_SHARE):
+                    saved = time.monotonic()
+                    _save(run, state, walk)
+                    saved, took = time.monotonic(), time.monotonic() - saved
+                before, done = done, walk.done(options)
+                advance(done - before)
+    _save(run, state, walk)
+    return Descent(len(walk.losses), walk.seconds(), tuple(walk.losses), walk.finite())
 
 
 def _optimiser(parts: list[Moving], rate: float) -> torch.optim.Optimizer:
-    """Adam, with a rate over every tensor's own root mean square."""
-    sizes = [float(each.parameter.detach().square().mean().sqrt()) for each in parts]
-    groups = [{"params": [each.parameter], "lr": rate * size} for each, size in zip(parts, sizes, strict=True)]
-    return torch.optim.Adam(groups, betas=BETAS)
+    """Adam, with a full rate over every tensor's own root mean square."""
+    rates = [rate * float(each.master.square().mean().sqrt()) for each in parts]
+    groups = [{"params": [each.master], "lr": full, "full": full} for each, full in zip(parts, rates, strict=True)]
+    return torch.optim.Adam(groups, betas=BETAS, fused=True)
+
+
+def _step(optimiser: torch.optim.Optimizer, share: float, parts: list[Moving]) -> None:
+    """Step at a share of the full rates."""
+    for group in optimiser.param_groups:
+        group["lr"] = share * group["full"]
+    optimiser.step()
+    for each in parts:
+        each.set(each.master)
 
 
 def _schedule(step: int, done: float) -> float:
     """The share of the full rate that a step takes, of which `done` is how much of all is over."""
     return min(1.0, (step + 1) / _WARM_STEPS) * max(_LEAST, 0.5 * (1.0 + math.cos(math.pi * min(1.0, done))))
-
-
-def _done(steps: int, seconds: float, options: Healing) -> float:
-    return steps / options.steps if options.steps is not None else seconds / (60.0 * options.minutes)
 
 
 def _batch(windows: torch.Tensor, step: int, options: Healing) -> torch.Tensor:
@@ -108,19 +145,17 @@ def _batch(windows: torch.Tensor, step: int, options: Healing) -> torch.Tensor:
     return windows[picked]
 
 
-def _recall(run: Run, state: State, optimiser: torch.optim.Optimizer) -> tuple[list[float], float]:
-    """Put parameters and optimiser where the last checkpoint has them; its KLs and seconds."""
+def _recall(run: Run, state: State) -> _Walk:
+    """Where the last checkpoint was, the parameters put there; or the start."""
     found = state.progress()
     if found is None:
-        return [], run.used
-    with torch.no_grad():
-        for each in run.parts:
-            each.parameter.copy_(found["parameters"][each.name])
-    optimiser.load_state_dict(found["optimiser"])
-    return list(found["losses"]), float(found["seconds"])
+        return _Walk([], run.used)
+    for each in run.parts:
+        each.set(found["parameters"][each.name])
+    return _Walk(found["losses"], found["seconds"], found["turn"], found["first"], found["optimiser"])
 
 
-def _save(run: Run, state: State, optimiser: torch.optim.Optimizer, losses: list[float], seconds: float) -> None:
-    parameters = {each.name: each.parameter.detach() for each in run.parts}
-    kept = {"parameters": parameters, "optimiser": optimiser.state_dict(), "losses": losses, "seconds": seconds}
-    state.save_progress(kept)
+def _save(run: Run, state: State, walk: _Walk) -> None:
+    kept = {"turn": walk.turn, "first": walk.first, "optimiser": walk.optimiser, "losses": walk.losses}
+    parameters = {each.name: each.master for each in run.parts}
+    state.save_progress({**kept, "parameters": parameters, "seconds": walk.seconds()})

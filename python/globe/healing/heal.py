@@ -14,7 +14,9 @@ from globe.artifact.factored import Factored, is_factored, open_factored
 from globe.artifact.output import changed_directory
 from globe.checkpoint.hub import local
 from globe.checkpoint.index import Checkpoint
+from globe.checkpoint.quantised import quantization_of
 from globe.checkpoint.tensorfile import TensorInfo, file_sha256
+from globe.compute.gemm import fast_bf16
 from globe.errors import GlobeError
 from globe.evaluation.models import load_model
 from globe.healing.descent import Descent, Run, descend
@@ -51,7 +53,7 @@ def heal(
 ) -> dict[str, Any]:
     """Let a factored directory learn from its original, by the KL of the logits, and replace what has moved.
 
-    The original and the factored model are in memory together, the latter in fp32. A run that is stopped goes on from
+    The original and the factored model are in memory together. A run that is stopped goes on from
     its last checkpoint, in OUT/.globe-heal. The directory stays as it is until the end, and then too if the model has
     not become better on windows that are held out of every text: less perplexity, in their geometric mean, with the
     weights as they would be stored.
@@ -77,7 +79,8 @@ def heal(
     -------
     dict
         `kept` ("healed" or "start"), `steps`, `tokens`, `seconds`, the first and the last tenth's `kl` in nats, and per
-        held-out text the perplexity `before`, `after` and of the `original` (None where it is not finite); `options`.
+        held-out text the perplexity `before`, `after` and of the `original` (None where it is not finite); `precision`,
+        which was computed in; `options`.
 
     Raises
     ------
@@ -101,9 +104,11 @@ def _heal(out: Path, against: Path, options: Healing, access: Access) -> dict[st
         require_movable(factored, options.parts)
         _require_source(factored, against)
         texts = given_texts(options)
-        state.open(_key(factored, options, texts), fresh=access.fresh)
-        teacher, tokenizer = load_model(against, access.device, trust_remote_code=access.trust_remote_code)
-        model, _ = load_model(out, access.device, torch.float32)
+        dtype = _dtype(options.precision, against, torch.device(access.device))
+        state.open(_key(factored, options, texts, dtype), fresh=access.fresh)
+        kept = dtype if dtype == torch.bfloat16 else None  # what is stored, or fp32 on a CPU
+        teacher, tokenizer = load_model(against, access.device, kept, trust_remote_code=access.trust_remote_code)
+        model, _ = load_model(out, access.device, dtype)
         model.globe.cache.resize(None)
         for parameter in [*teacher.parameters(), *model.parameters()]:
             parameter.requires_grad_(False)
@@ -113,14 +118,11 @@ def _heal(out: Path, against: Path, options: Healing, access: Access) -> dict[st
             before, original = perplexities(model, read.held), perplexities(teacher, read.held)
             advance(1)
         used = sum(record.seconds for record in stages.records if record.name == "read")
-        for each in parts:
-            each.parameter.requires_grad_(True)
         with stages.stage("heal", 1.0) as advance:
             descent = descend(Run(model, teacher, parts, read.windows, used), options, state, advance)
-        for each in parts:
-            each.parameter.requires_grad_(False)
         after = _judge(parts, stored, model, read)
         told = _told(options, descent, {"before": before, "after": after, "original": original})
+        told["precision"] = "bf16" if dtype == torch.bfloat16 else "fp32"
         if told["kept"] == "healed":
             with stages.stage("write", 1) as advance:
                 write_aside(factored, parts, told, state.folder)
@@ -140,10 +142,20 @@ def _require_source(factored: Factored, against: Path) -> None:
         )
 
 
-def _key(factored: Factored, options: Healing, texts: dict[str, str]) -> dict[str, Any]:
+def _dtype(precision: str, against: Path, device: torch.device) -> torch.dtype:
+    """What the models compute in: with `auto` bf16 where that is fast and the checkpoint is in it."""
+    if precision == "auto":
+        checkpoint = Checkpoint(against)
+        whole = checkpoint.leading.dtype == torch.bfloat16 and quantization_of(checkpoint.config) is None
+        precision = "bf16" if whole and fast_bf16(device) else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _key(factored: Factored, options: Healing, texts: dict[str, str], dtype: torch.dtype) -> dict[str, Any]:
     """What a healing that goes on must have in common with the one that was stopped."""
     files = {name: file_sha256(header.path) for name, header in factored.shards.items()}
-    return {"globe_version": __version__, "files": files, "options": options.as_dict(), "texts": texts_key(texts)}
+    told = {"files": files, "options": options.as_dict(), "texts": texts_key(texts), "dtype": str(dtype)}
+    return {"globe_version": __version__, **told}
 
 
 def _read(state: State, texts: dict[str, str], tokenizer: Any, teacher: Any, told: tuple[Healing, Stages]) -> Reading:

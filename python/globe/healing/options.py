@@ -10,6 +10,7 @@ from typing import Any
 from globe.errors import UsageError
 
 PARTS = ("lefts", "norms", "down")
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,12 @@ class Healing:
         Windows in a step and tokens in a window.
     seed : int
         Of the samples and the order of the windows.
+    precision : {"auto", "fp32", "bf16"}
+        What both models compute in. What moves is kept in fp32, and the KL is computed in it. auto: bf16 where the
+        checkpoint is in bf16 and the device has fast products of it.
+    layers_at_a_time : int, optional
+        Groups of so many layers take turns, so that gradients and Adam's moments are of one group only; by default all
+        layers move together.
     """
 
     text: tuple[Path, ...] = ()
@@ -48,16 +55,21 @@ class Healing:
     batch: int = 2
     window: int = 256
     seed: int = 0
+    precision: str = "auto"
+    layers_at_a_time: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("own_tokens", 0), ("text_tokens", 1), ("batch", 1), ("window", 2), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} is {getattr(self, name)}; expected at least {least}")
-        if self.steps is not None and self.steps < 1:
-            raise UsageError(f"steps is {self.steps}; expected at least 1")
+        for name in ("steps", "layers_at_a_time"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1")
         for name in ("minutes", "rate"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise UsageError(f"{name} is {getattr(self, name)}; expected a positive number")
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"precision is {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
         unknown = [part for part in self.parts if part not in PARTS]
         if unknown or not self.parts:
             raise UsageError(f"parts are {','.join(self.parts) or 'none'}; expected some of {', '.join(PARTS)}")
