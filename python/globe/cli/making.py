@@ -112,7 +112,7 @@ def calibrate(
 @click.option("--init-codes", type=choice("init_codes"), help="Codes at the start.  [default: nnls]")
 @click.option("--codes", type=choice("codes"), help="Codes in the loop.  [default: entmax]")
 @click.option("--support", type=int, help="Target median support.  [default: 12]")
-@click.option("--joint-steps", type=int, help="Most steps of the joint solver.  [default: 20]")
+@click.option("--joint-steps", type=int, help="Most steps of the joint solver.  [default: 12]")
 @click.option("--calibrate", metavar="auto|self|pydoc|none|FILE", help="Activation statistics.  [default: auto]")
 @click.option("--calibration-tokens", type=int, help="Most tokens of all texts.  [default: 64 d, from 32768]")
 @click.option("--correct", type=choice("correct"), help="Refit dense down to the original's output.  [default: none]")

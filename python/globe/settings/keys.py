@@ -201,7 +201,7 @@ class Settings:
     hybrid_share: float = 0.25
     procrustes_rounds: int = 1
     solver: Literal["joint", "alternate"] = "joint"
-    joint_steps: int = 20
+    joint_steps: int = 12
     mod: Literal["exact", "aligned", "fixed"] = "exact"
     outer_loops: int = 6
     init_codes: Literal["nnls", "simplex"] = "nnls"
