@@ -227,3 +227,22 @@ def test_methods_are_dealt(ranks: Launcher, source: Path, tmp_path: Path) -> Non
     assert [row["method"] for row in settled(ended[0].out)][::4] == ["ts-pca", "kmeans"]
     line = refusal(ranks.run(2, "compare", source, "--methods", ["ts-pca", "kmeans"], "-q"), 2)
     assert "ranks were given other methods" in line
+
+
+def test_windows_of_a_healing_are_dealt(ranks: Launcher, source: Path, tmp_path: Path) -> None:
+    finished(ranks.run(1, "compress", source, tmp_path / "one", *COMMON, *JOINT))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"{number} times {number} is {number * number}." for number in range(400)))
+    options = ("--text", text, "--own-tokens", "0", "--steps", "3", "--window", "32", "--rate", "1e-3")
+    options = (*options, "--precision", "fp32", "--device", "cpu", "--threads", "1", "--json", "-q")
+    told = {}
+    for count, out in ((1, tmp_path / "one"), (2, tmp_path / "two")):
+        ended = ranks.run(count, "heal", out, "--against", source, *options)
+        finished(ended)
+        told[count] = json.loads(ended[0].out)
+    assert told[1]["kept"] == told[2]["kept"] and told[1]["kl"][0] != told[1]["kl"][1]
+    assert told[2]["kl"] == pytest.approx(told[1]["kl"], rel=1e-3)
+    assert told[2]["after"] == pytest.approx(told[1]["after"], rel=1e-3)
+    three = ranks.run(3, "heal", tmp_path / "two", "--against", source, *options)
+    assert "batch is 2 at 3 ranks" in refusal(three, 2)

@@ -13,7 +13,7 @@ import click
 
 from globe.machine.launch import launched_rank, launched_ranks
 
-RANKED = ("compress", "calibrate", "compare")  # by many ranks together
+RANKED = ("compress", "calibrate", "compare", "heal")  # by many ranks together
 _PATIENCE = 5.0  # seconds that a rank waits for another's last words, or for their being told
 _TOLD = "globe/told"
 

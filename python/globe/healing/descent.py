@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from globe.compute import ranks
 from globe.healing.loss import learn
 from globe.healing.options import Healing
 from globe.healing.parts import Moving, by_layers, learning
@@ -68,8 +69,10 @@ class _Walk:
         return self.used + time.monotonic() - self.began
 
     def done(self, options: Healing) -> float:
-        """How much of all is over."""
-        return len(self.losses) / options.steps if options.steps else self.seconds() / (60.0 * options.minutes)
+        """How much of all is over, by rank 0's clock."""
+        if options.steps:
+            return len(self.losses) / options.steps
+        return ranks.agreed(self.seconds() / (60.0 * options.minutes))
 
     def finite(self) -> bool:
         """Whether the last KL is."""
@@ -99,7 +102,8 @@ def descend(run: Run, options: Healing, state: State, advance: Advance) -> Desce
         with learning(group):
             while walk.finite() and done < 1.0 and int(done * turns) == turn:
                 share = _schedule(len(walk.losses) - walk.first, done * turns - turn)
-                walk.losses.append(learn(run.model, run.teacher, _batch(run.windows, len(walk.losses), options)))
+                mine = learn(run.model, run.teacher, _batch(run.windows, len(walk.losses), options))
+                walk.losses.append(ranks.added(mine) / ranks.size())
                 if walk.finite():
                     _step(optimiser, share, group)
                 optimiser.zero_grad()
@@ -122,7 +126,11 @@ def _optimiser(parts: list[Moving], rate: float) -> torch.optim.Optimizer:
 
 
 def _step(optimiser: torch.optim.Optimizer, share: float, parts: list[Moving]) -> None:
-    """Step at a share of the full rates."""
+    """Step at a share of the full rates, by the mean of the ranks' gradients."""
+    if ranks.size() > 1:
+        for each in parts:
+            found = each.master.grad if each.master.grad is not None else torch.zeros_like(each.master)
+            each.master.grad = ranks.summed(found).div_(ranks.size())
     for group in optimiser.param_groups:
         group["lr"] = share * group["full"]
     optimiser.step()
@@ -136,13 +144,13 @@ def _schedule(step: int, done: float) -> float:
 
 
 def _batch(windows: torch.Tensor, step: int, options: Healing) -> torch.Tensor:
-    """The windows of a step: all windows come by, in another order each time."""
+    """This rank's windows of a step: all windows come by, in another order each time."""
     picked: list[int] = []
     for number in range(step * options.batch, (step + 1) * options.batch):
         turn, place = divmod(number, len(windows))
         generator = torch.Generator().manual_seed(1_000_003 * options.seed + turn)
         picked.append(int(torch.randperm(len(windows), generator=generator)[place]))
-    return windows[picked]
+    return windows[ranks.share(picked)]
 
 
 def _recall(run: Run, state: State) -> _Walk:
@@ -156,6 +164,8 @@ def _recall(run: Run, state: State) -> _Walk:
 
 
 def _save(run: Run, state: State, walk: _Walk) -> None:
+    if ranks.rank() != 0:
+        return
     kept = {"turn": walk.turn, "first": walk.first, "optimiser": walk.optimiser, "losses": walk.losses}
     parameters = {each.name: each.master for each in run.parts}
     state.save_progress({**kept, "parameters": parameters, "seconds": walk.seconds()})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from globe.checkpoint.hub import local
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.quantised import quantization_of
 from globe.checkpoint.tensorfile import TensorInfo, file_sha256
+from globe.compute import ranks
 from globe.compute.gemm import fast_bf16
-from globe.errors import GlobeError
+from globe.errors import GlobeError, UsageError
 from globe.evaluation.models import load_model
 from globe.healing.descent import Descent, Run, descend
 from globe.healing.loss import geometric_mean, perplexities
@@ -41,6 +44,7 @@ class Access:
     progress: Display | None = None
 
 
+@ranks.joined()
 def heal(
     out: Path | str,
     against: Path | str,
@@ -56,7 +60,7 @@ def heal(
     The original and the factored model are in memory together. A run that is stopped goes on from
     its last checkpoint, in OUT/.globe-heal. The directory stays as it is until the end, and then too if the model has
     not become better on windows that are held out of every text: less perplexity, in their geometric mean, with the
-    weights as they would be stored.
+    weights as they would be stored. Under torchrun every rank has both models, and takes its share of each batch.
 
     Parameters
     ----------
@@ -87,25 +91,20 @@ def heal(
     GlobeError
         If `out` is not a whole factored directory, or was made of another checkpoint.
     UsageError
-        If `out` holds a stopped healing of other options, or left factors are to move that are packed.
+        If `out` holds a stopped healing of other options, left factors are to move that are packed, or ranks cannot
+        share a batch.
     """
     return _heal(Path(out), local(against), options or Healing(), Access(device, trust_remote_code, fresh, progress))
 
 
 def _heal(out: Path, against: Path, options: Healing, access: Access) -> dict[str, Any]:
-    if out.is_dir() and not is_factored(out):
-        raise GlobeError(f"{out}: not factored; expected a directory written by globe compress")
-    stages, state = Stages(access.progress), State(out)
-    with changed_directory(out, against):
-        if finish(out, state.folder):
-            state.remove()
-            stages.display.log(f"{out}: what a healing that was stopped at its end had made is in place now")
-        factored = open_factored(out)
-        require_movable(factored, options.parts)
-        _require_source(factored, against)
-        texts = given_texts(options)
-        dtype = _dtype(options.precision, against, torch.device(access.device))
-        state.open(_key(factored, options, texts, dtype), fresh=access.fresh)
+    if options.batch % ranks.size():
+        raise UsageError(f"batch is {options.batch} at {ranks.size()} ranks; expected as many windows for each of them")
+    stages, state = Stages(access.progress if ranks.rank() == 0 else None), State(out)
+    dtype = ranks.lead(partial(_dtype, options.precision, against, torch.device(access.device)))
+    with ExitStack() as claimed:
+        ranks.lead(lambda: _claim(claimed, (out, against), (options, dtype), access, state))
+        factored, texts = open_factored(out), given_texts(options)
         kept = dtype if dtype == torch.bfloat16 else None  # what is stored, or fp32 on a CPU
         teacher, tokenizer = load_model(against, access.device, kept, trust_remote_code=access.trust_remote_code)
         model, _ = load_model(out, access.device, dtype)
@@ -113,24 +112,50 @@ def _heal(out: Path, against: Path, options: Healing, access: Access) -> dict[st
         for parameter in [*teacher.parameters(), *model.parameters()]:
             parameter.requires_grad_(False)
         parts, stored = moving(model, factored, options.parts)
-        read = _read(state, texts, tokenizer, teacher, (options, stages))
+        read = ranks.lead(lambda: _read(state, texts, tokenizer, teacher, (options, stages)))
         with stages.stage("judge", 1) as advance:
-            before, original = perplexities(model, read.held), perplexities(teacher, read.held)
+            before, original = ranks.lead(lambda: [perplexities(each, read.held) for each in (model, teacher)])
             advance(1)
-        used = sum(record.seconds for record in stages.records if record.name == "read")
+        used = ranks.agreed(float(sum(record.seconds for record in stages.records if record.name == "read")))
         with stages.stage("heal", 1.0) as advance:
             descent = descend(Run(model, teacher, parts, read.windows, used), options, state, advance)
-        after = _judge(parts, stored, model, read)
+        after = ranks.lead(lambda: _judge(parts, stored, model, read))
         told = _told(options, descent, {"before": before, "after": after, "original": original})
         told["precision"] = "bf16" if dtype == torch.bfloat16 else "fp32"
         if told["kept"] == "healed":
             with stages.stage("write", 1) as advance:
-                write_aside(factored, parts, told, state.folder)
-                put_in_place(out, state.folder)
+                ranks.lead(lambda: _publish(factored, parts, told, state.folder))
                 advance(1)
-        state.remove()
+        ranks.lead(state.remove)
     moved = sum(each.parameter.numel() for each in parts)
     return {"output": str(out), **told, "parameters": moved, "stages": stages.as_list()}
+
+
+def _claim(
+    claimed: ExitStack,
+    where: tuple[Path, Path],
+    asked: tuple[Healing, torch.dtype],
+    access: Access,
+    state: State,
+) -> None:
+    """Lock the directory, put in place what a healing left that was stopped at its end, and open the folder of this."""
+    (out, against), (options, dtype) = where, asked
+    if out.is_dir() and not is_factored(out):
+        raise GlobeError(f"{out}: not factored; expected a directory written by globe compress")
+    claimed.enter_context(changed_directory(out, against))
+    if finish(out, state.folder):
+        state.remove()
+        if access.progress is not None:
+            access.progress.log(f"{out}: what a healing that was stopped at its end had made is in place now")
+    factored = open_factored(out)
+    require_movable(factored, options.parts)
+    _require_source(factored, against)
+    state.open(_key(factored, options, given_texts(options), dtype), fresh=access.fresh)
+
+
+def _publish(factored: Factored, parts: list[Moving], told: dict[str, Any], folder: Path) -> None:
+    write_aside(factored, parts, told, folder)
+    put_in_place(factored.directory, folder)
 
 
 def _require_source(factored: Factored, against: Path) -> None:
