@@ -40,7 +40,7 @@ def storable(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def fast_bf16(device: torch.device) -> bool:
     """Whether a device multiplies bf16 faster than fp32: a CPU with bf16 dot products, a GPU with cores for them."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return per_core(device) and _bf16_dots()
 
 
