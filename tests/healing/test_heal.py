@@ -259,7 +259,7 @@ def test_layers_take_turns(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPa
         moved.append((group[0].name.split(".")[2], round(share, 2)))
 
     monkeypatch.setattr(descent, "_step", watched)
-    found = heal(out, source, quick(source, steps=24, layers_at_a_time=1))
+    found = heal(out, source, quick(source, steps=24, layers_at_a_time=1, own_tokens=0))
     assert [layer for layer, _ in moved] == 2 * (6 * ["0"] + 6 * ["1"])
     assert moved[0][1] == moved[6][1] == 0.1  # every turn begins anew
     assert found["kept"] == "healed" and found["kl"][1] < found["kl"][0]
