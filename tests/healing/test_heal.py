@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import globe  # noqa: E402
+import globe.healing.heal as healing  # noqa: E402
 from checkpoints import make_tiny  # noqa: E402
 from families import WEIGHTS_ONLY  # noqa: E402
 from globe import Healing, Settings, compress, heal  # noqa: E402
@@ -258,7 +259,7 @@ def test_layers_take_turns(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPa
         moved.append((group[0].name.split(".")[2], round(share, 2)))
 
     monkeypatch.setattr(descent, "_step", watched)
-    found = heal(out, source, quick(source, steps=24, layers_at_a_time=1))
+    found = heal(out, source, quick(source, steps=24, layers_at_a_time=1, own_tokens=0))
     assert [layer for layer, _ in moved] == 2 * (6 * ["0"] + 6 * ["1"])
     assert moved[0][1] == moved[6][1] == 0.1  # every turn begins anew
     assert found["kept"] == "healed" and found["kl"][1] < found["kl"][0]
@@ -281,6 +282,24 @@ def test_masters_keep_what_bf16_does_not(tmp_path: Path) -> None:
             (down.parameter * 0.5).sum().backward()
     assert torch.equal(down.master.grad, torch.ones_like(down.master))
     assert down.parameter.grad is None and not down.parameter.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("stored", "fast", "told", "wanted"),
+    [
+        ("bfloat16", True, "auto", torch.bfloat16),
+        ("bfloat16", False, "auto", torch.float32),
+        ("float32", True, "auto", torch.float32),
+        ("bfloat16", True, "fp32", torch.float32),
+        ("float32", False, "bf16", torch.bfloat16),
+    ],
+)
+def test_bf16_where_it_is_fast_and_stored(
+    stored: str, fast: bool, told: str, wanted: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_tiny("olmoe", tmp_path / "source", dtype=stored)
+    monkeypatch.setattr(healing, "fast_bf16", lambda device: fast)
+    assert healing._dtype(told, source, torch.device("cpu")) == wanted
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
