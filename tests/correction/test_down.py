@@ -15,9 +15,12 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file  # noqa: E402
 
 from checkpoints import make_tiny  # noqa: E402
-from globe import Settings, calibrate, compress, export  # noqa: E402
+from globe import Settings, calibrate, compress, export, inspect  # noqa: E402
+from globe.artifact import write as writing  # noqa: E402
+from globe.artifact.factored import left_name  # noqa: E402
 from globe.checkpoint.index import Checkpoint  # noqa: E402
 from globe.correction import down as correction  # noqa: E402
+from globe.correction import refit  # noqa: E402
 from globe.errors import GlobeError, UsageError  # noqa: E402
 from globe.pipeline import compress as pipeline  # noqa: E402
 from globe.statistics.calibration import load_calibration, save_calibration  # noqa: E402
@@ -25,6 +28,8 @@ from globe.statistics.texts import evaluation_text  # noqa: E402
 
 LAYOUTS = ("mixtral", "qwen2_moe", "deepseek_v3", "qwen3_5_moe", "granitemoe")
 SMALL: dict[str, Any] = {"rank": 0.25, "bank_size": 2, "joint_steps": 2, "device": "cpu", "families": ("gate", "up")}
+FAMILIES: dict[str, Any] = {"families": ("gate", "up", "down")}
+FACTORED: dict[str, Any] = {**FAMILIES, "rank": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +133,7 @@ def test_groups_of_experts_come_after_each_other(
     model, statistics = calibrated("mixtral")
     settings = Settings(**SMALL, calibrate=str(statistics), correct="down")
     together = compress(model, tmp_path / "together", settings).metrics["corrections"]
-    monkeypatch.setattr(correction, "WIDEST", 1)
+    monkeypatch.setattr(refit, "WIDEST", 1)
     alone = compress(model, tmp_path / "alone", settings).metrics["corrections"]
     assert len(alone[0]["ridges"]) == Checkpoint(model).config["num_local_experts"]
     assert alone[-1]["after"] < alone[-1]["before"]
@@ -156,11 +161,91 @@ def test_a_run_stopped_behind_it_goes_on_to_the_same_bytes(
     assert again.metrics["files"] == whole.metrics["files"]
 
 
+@pytest.mark.parametrize(
+    ("layout", "changed"),
+    [
+        ("mixtral", {}),
+        ("qwen3_5_moe", {}),
+        ("mixtral", {"share_families": True, "scope": "layer"}),
+        ("mixtral", {"families": ("down",)}),
+    ],
+)
+def test_left_factors_of_down_are_refitted(
+    layout: str, changed: dict[str, Any], calibrated: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """The last layer comes nearer, other tensors stay, and what is told of the factors is measured on them."""
+    model, statistics = calibrated(layout)
+    settings = {**SMALL, **FACTORED, "calibrate": str(statistics), **changed}
+    compress(model, tmp_path / "plain", Settings(**settings))
+    found = compress(model, tmp_path / "out", Settings(**settings, correct="down"))
+    wanted, distances = _last_states(model), {}
+    for name in ("plain", "out"):
+        export(tmp_path / name, tmp_path / f"{name}-dense")
+        distances[name] = float((_last_states(tmp_path / f"{name}-dense") - wanted).norm())
+    assert distances["out"] < 0.985 * distances["plain"], distances
+
+    source = Checkpoint(model)
+    told, family = found.metrics["corrections"], source.family("down")
+    assert all(line["after"] <= line["before"] for line in told)
+    assert all(len(line["ridges"]) == len(family) // family.layers for line in told)
+    tensors = {expert.tensor for expert in family.experts}
+    assert set(json.loads((tmp_path / "out" / "globe.json").read_text())["changed"]) == tensors
+    before, after = (_tensors(tmp_path / name) for name in ("plain", "out"))
+    assert before.keys() == after.keys()
+    lefts = {left_name(tensor, "down") for tensor in tensors}
+    assert {name for name in before if not torch.equal(before[name], after[name])} <= lefts
+    assert any(not torch.equal(before[name], after[name]) for name in lefts)
+
+    stored, dense = _tensors(model), _tensors(tmp_path / "out-dense")
+    lost = sum(float((dense[name].double() - stored[name].double()).square().sum()) for name in tensors)
+    whole = sum(float(stored[name].double().square().sum()) for name in tensors)
+    told = found.metrics["families"]["down"]["relative_error"]
+    assert told == pytest.approx(lost / whole, rel=0.02)  # an export is rounded to the source's dtype
+
+
+def test_left_factors_of_down_go_on_to_the_same_bytes(
+    calibrated: Callable[[str], tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped behind the corrections, and again between the shards."""
+    model, statistics = calibrated("mixtral")
+    settings = Settings(**{**SMALL, **FACTORED}, calibrate=str(statistics), correct="down")
+    whole = compress(model, tmp_path / "whole", settings)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for place, name in ((pipeline, "write_weights"), (writing, "_write_bank")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, stop)
+            with pytest.raises(KeyboardInterrupt):
+                compress(model, tmp_path / "out", settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(correction, "Layerwise", stop)  # nothing is run again
+        again = compress(model, tmp_path / "out", settings)
+    for key in ("corrections", "files"):
+        assert again.metrics[key] == whole.metrics[key]
+    errors = [found.metrics["families"]["down"]["expert_errors"] for found in (whole, again)]
+    assert errors[0] == errors[1]
+
+
+def test_sizes_for_a_ratio_are_probed_without_corrections(
+    calibrated: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    model, statistics = calibrated("mixtral")
+    measured: dict[str, Any] = {"calibrate": str(statistics), "correct": "down"}
+    settings = Settings(ratio=0.8, joint_steps=1, device="cpu", **FAMILIES, **measured)
+    stages = inspect(model, settings, estimated=True)["estimate"]["stages"]
+    assert {"plan", "correct"} <= {stage["name"] for stage in stages}
+    found = compress(model, tmp_path / "out", settings).metrics
+    assert found["plan"]["units"].keys() == {"gate", "up", "down"} and found["corrections"]
+
+
 def test_what_cannot_be_corrected_is_refused_beforehand(
     calibrated: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match="correct is down with families that hold it"):
-        Settings(families=("gate", "down"), correct="down")
+    with pytest.raises(UsageError, match="correct is down with left factors of down in 4 bits"):
+        Settings(families=("gate", "down"), left_bits=4, correct="down")
+    Settings(families=("gate", "down"), atom_bits=4, correct="down")
     with pytest.raises(UsageError, match="correct is down with calibrate none"):
         Settings(calibrate="none", correct="down")
     model, statistics = calibrated("mixtral")

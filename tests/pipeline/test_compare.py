@@ -58,6 +58,12 @@ def test_errors_are_those_that_compress_would_deliver(model: Path, tmp_path: Pat
             assert seeds["atom_norm_max_deviation"] < 1e-5 and seeds["coherence"] >= 0 and seeds["seconds"] > 0
 
 
+def test_settings_for_a_fit_that_is_corrected_are_compared_without(model: Path) -> None:
+    settings = Settings(families=("gate",), rank=16, bank_size=3, correct="down")
+    found = compare(model, ["left-gram"], settings, outer_loops=[0])
+    assert [row["method"] for row in found["rows"]] == ["left-gram"] and "error" not in found["rows"][0]
+
+
 def test_a_method_that_cannot_run_has_its_reason_in_the_table(tmp_path: Path) -> None:
     weights = planted(1, experts=8, p=24, d=32, rank=8, atoms=6)
     weights[3:] = 0

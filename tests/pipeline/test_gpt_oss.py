@@ -105,12 +105,14 @@ def test_factored_exported_and_run(places: Path, tmp_path: Path, families: tuple
         assert torch.allclose(logits(tmp_path / place), wanted, atol=3e-2 * float(wanted.abs().max()))
 
 
-def test_down_is_corrected_where_it_lies_transposed(places: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("families", [("gate", "up"), FAMILIES], ids="+".join)
+def test_down_is_corrected_where_it_lies_transposed(places: Path, tmp_path: Path, families: tuple[str, ...]) -> None:
     calibrate_tiny(places / "plain", tmp_path / "plain.safetensors", tokens=512)
     calibrate_tiny(places / "source", tmp_path / "source.safetensors", tokens=512)
     for place in ("source", "plain"):
+        statistics = str(tmp_path / f"{place}.safetensors")
         settings = Settings(
-            **SMALL, solver="alternate", outer_loops=0, correct="down", calibrate=str(tmp_path / f"{place}.safetensors")
+            **SMALL, solver="alternate", outer_loops=0, families=families, correct="down", calibrate=statistics
         )
         compress(places / place, tmp_path / place, settings)
         export(tmp_path / place, tmp_path / f"{place}-dense")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from globe.artifact.changed import Changed
 from globe.artifact.factored import (
     BANK_FILE,
     INDEX_FILE,
@@ -29,7 +30,6 @@ from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.powers import saturated, shared, times_power
 from globe.checkpoint.tensorfile import DTYPE_NAMES, TensorInfo, TensorWriter, copy_chunks, file_sha256, write_text
 from globe.compute import ranks
-from globe.errors import GlobeError
 from globe.fit.rounding import Rounded, above_least
 from globe.fit.stored_lefts import Fit, Solved, solve_lefts
 from globe.runs.job import Job
@@ -62,7 +62,8 @@ def write_weights(
 
     Each source shard becomes one factored shard, with the left factors in place of the expert tensors (of those that
     are stored as codes in place of the codes, without their scales) and all other tensors byte for byte, but for those
-    `changed`, each with the store's result that has it under its own name. What is measured of a shard goes to the
+    `changed`, each with the store's result that has it under its own name: the left factors, where its experts are
+    factored. What is measured of a shard goes to the
     job's store with the shard's SHA-256; a shard that is there and has it is not written again.
     """
     places: dict[str, list[tuple[str, int]]] = {}
@@ -79,6 +80,7 @@ def write_weights(
     weight_map: dict[str, str] = {}
     replaced = [matrix for matrix in checkpoint.encoded if matrix.name in places or matrix.name in changed]
     total = sum(len(fit.family) for fit in fits.values())
+    corrected = Changed(job.store, changed)
     with job.stages.stage("write", total, _written_before(job.store)) as advance:
         for count, shard in ranks.own(list(enumerate(checkpoint.shards))):
             file, result = shard_name(shard.path.name), f"shard-{count}"
@@ -96,11 +98,12 @@ def write_weights(
             if meta is not None:
                 job.log(f"{file}: not as it was written; written again")
             before, clipped = dict(written.ridged), dict(written.saturated)
-            solutions = _recorded(there, solve_lefts(fits, there, job.settings, job.blocks), written, advance)
+            solved = solve_lefts(fits, there, job.settings, job.blocks, corrected.left)
+            solutions = _recorded(there, solved, written, advance)
             with TensorWriter(target / file, entries, shard.metadata) as writer:
                 for tensor, info in tensors.items():
-                    if tensor in changed:
-                        writer.write(tensor, _changed(job.store, changed[tensor], tensor))
+                    if tensor in changed and tensor not in places:
+                        writer.write(tensor, corrected.tensor(tensor))
                         continue
                     if isinstance(info, TensorInfo) and tensor not in places:
                         writer.write_chunks(tensor, copy_chunks(info))
@@ -153,13 +156,6 @@ def _of_all_ranks(written: Written, weight_map: dict[str, str]) -> tuple[Written
     ridged, beyond = total(written.ridged), total(written.saturated)
     found = Written(errors, energies, ridged, weighted, beyond, dict(sorted(files.items())))
     return found, dict(sorted(places.items(), key=lambda place: place[1]))
-
-
-def _changed(store: Store, result: str, tensor: str) -> torch.Tensor:
-    saved = store.load(result)
-    if saved is None:
-        raise GlobeError(f"tensor {tensor}: its correction was damaged during the run; run it again")
-    return saved.tensors[tensor]
 
 
 def _written_before(store: Store) -> dict[str, Any] | None:

@@ -175,7 +175,8 @@ def _seeds(task: Task) -> Work:
 def _ratio_work(planned: Plan, settings: Settings, sparse: bool) -> Work:
     """Of probing sizes on a few experts of every unit."""
     total = Work()
-    changed = replace(settings, method="grouped-subspace", solver="alternate", calibrate="none", codes="nnls")
+    weights = replace(settings, calibrate="none", correct="none")
+    changed = replace(weights, method="grouped-subspace", solver="alternate", codes="nnls")
     for name, unit in planned.units.items():
         shape = next(planned.shapes[pool] for pool in planned.shapes if pool.startswith(name))
         sample = replace(unit, experts=unit.experts[: min(SAMPLE, len(unit))])

@@ -18,7 +18,7 @@ from globe.compute.blocks import Blocks
 from globe.compute.devices import device_room, pick_device, thread_count
 from globe.compute.forms import per_core
 from globe.compute.gemm import solver_dtype
-from globe.correction.work import correction_bytes
+from globe.correction.work import corrected_bytes, correction_bytes, down_rank
 from globe.errors import UsageError
 from globe.runs.job import Job
 from globe.seeds.proxies import Scan
@@ -98,11 +98,12 @@ def peaks(planned: Plan, settings: Settings, blocks: Blocks) -> dict[str, int]:
     """Bytes of resident memory that every stage is to stay below in these blocks, of all pools."""
     found = stage_peaks(planned.families, planned.shapes, settings, _cores(settings, planned.device), blocks)
     highest = {stage: max(each[stage] for each in found.values()) for stage in next(iter(found.values()))}
-    correcting = correction_bytes(planned.checkpoint, settings)
+    rank = down_rank(planned.families, planned.shapes)
+    correcting = correction_bytes(planned.checkpoint, settings, rank)
     if not correcting:
         return highest
-    writing = highest.pop("write")
-    return {**highest, "correct": writing + correcting, "write": writing}
+    writing, held = highest.pop("write"), corrected_bytes(planned.checkpoint, rank) // planned.checkpoint.leading.layers
+    return {**highest, "correct": writing + correcting, "write": writing + held}
 
 
 def require_correction_memory(planned: Plan, settings: Settings) -> None:

@@ -64,6 +64,7 @@ class WeightProber:
             "outer_loops": LOOPS,
             "solver": "alternate",
             "calibrate": "none",
+            "correct": "none",
         }
         settings = replace(self.settings, **changed)
         everything = np.arange(sample.p)

@@ -115,7 +115,7 @@ def calibrate(
 @click.option("--joint-steps", type=int, help="Most steps of the joint solver.  [default: 12]")
 @click.option("--calibrate", metavar="auto|self|pydoc|none|FILE", help="Activation statistics.  [default: auto]")
 @click.option("--calibration-tokens", type=int, help="Most tokens of all texts.  [default: 64 d, from 32768]")
-@click.option("--correct", type=choice("correct"), help="Refit dense down to the original's output.  [default: none]")
+@click.option("--correct", type=choice("correct"), help="Refit down to the original's output.  [default: none]")
 @click.option("--device", type=choice("device"), help="[default: auto]")
 @click.option("--precision", type=choice("precision"), help="fp32 refuses bf16 products.  [default: auto]")
 @click.option("--max-memory", help="Ceiling of resident memory, e.g. 6GiB.  [default: half of the machine's]")
@@ -221,7 +221,7 @@ def batch(
 @click.option("--families", default="gate", show_default=True, help="Any of gate, up and down.")
 @click.option("--joint-steps", type=int, default=8, show_default=True, help="Most steps of the fit.")
 @click.option("--calibration-tokens", type=int, default=8192, show_default=True, help="Tokens of all texts.")
-@click.option("--correct", type=choice("correct"), default="none", show_default=True, help="Refit dense down.")
+@click.option("--correct", type=choice("correct"), default="none", show_default=True, help="Refit down.")
 @click.option("--heal-minutes", type=float, default=0.0, show_default=True, help="Let it learn from the original.")
 @click.option("--max-tokens", type=int, default=1024, show_default=True, help="Tokens of each text of the evaluation.")
 @common

@@ -12,20 +12,18 @@ from globe.checkpoint.expert_module import expert_module
 from globe.checkpoint.family import Expert
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.tensorfile import TORCH_DTYPES
-from globe.correction.composed import compose_layer
-from globe.correction.regression import Normal, regress
+from globe.correction.composed import Factors, compose_layer
+from globe.correction.refit import Batch, batch_of, groups, held_error, refit_dense, refit_lefts, weighed_inputs
 from globe.errors import GlobeError
 from globe.fit.stored_lefts import Fit
 from globe.runs.job import Job
 from globe.statistics.calibration import Calibration
-from globe.statistics.experts import Experts, Seen
+from globe.statistics.experts import Experts
 from globe.statistics.handed import Arguments
 from globe.statistics.layerwise import Layerwise
 from globe.statistics.stand_in import in_place_of, layer_experts
 
 CORRECTED = "corrected-"  # and the layer: the name of a result in a job's store
-WIDEST = 2048  # inputs of one regression: experts are refitted together while theirs are no more
-_HELD = 4  # every so many windows one is held out
 _LINEAR = {torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.1}  # of the experts' part: rounding of the stream
 
 
@@ -40,16 +38,6 @@ class Corrected:
     before: float
     after: float
     ridges: list[float | None]
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """What the compressed experts saw of some windows, and r (n, d) with what it is weighed by (n, 1)."""
-
-    seen: Seen
-    residuals: torch.Tensor
-    weights: torch.Tensor
-    held: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -95,19 +83,20 @@ def correct(
     stream, h the experts' hidden values on it, w the routing weights and y the original layer's output on the original
     stream, the changes Δ_e minimise Σ_t ‖y_t − ŷ_t − Σ_e w_te Δ_e h_te‖² / ‖y_t‖² + λ Σ_e ‖Δ_e‖² over three quarters
     of the windows; the last quarter chooses λ, or that nothing changes. Experts are refitted together as far as their
-    widths sum to `WIDEST`, group after group where they are wider. The compressed stream goes on with the refitted
-    `down` in the dtype that it is stored in.
+    widths sum to `WIDEST`, group after group where they are wider. Where `down` is factored, Δ_eᵀ = D_e B̃_e, D_e being
+    what its left factor changes by, one expert after another. The compressed stream goes on with the refitted `down`,
+    or left factors, as they are stored.
 
     Parameters
     ----------
     checkpoint : Checkpoint
     fits : dict
-        Pools of gate and up.
+        The pools; left factors of down are not packed.
     text : list of torch.Tensor of int64, shape (n, window)
         Token ids, in windows of one length each.
     job : Job
-        Its store gets `corrected-LAYER` with the layer's tensors under their own names; a run that is called again
-        after all are there does nothing.
+        Its store gets `corrected-LAYER` with the layer's tensors under their own names, or the left factors in place of
+        these; a run that is called again after all are there does nothing.
     trust_remote_code : bool
         As for `globe.calibrate`.
 
@@ -149,14 +138,12 @@ def _stream(
         if number < last:
             streamed.expect(number + 1)
         with streamed.layer(number) as layer:
+            step = _Step(streamed, number, layer, downs.get(number, []))
             if number in downs:
-                dtype = TORCH_DTYPES[downs[number][0].info.dtype]
-                experts, result = _Step(streamed, number, layer, dtype).refit(states, made)
-                told = {**asdict(result), "elapsed": job.stages.so_far()}
-                job.store.save(_key(number), _stored(experts.down, downs[number]), told)
+                tensors, result = step.refit(states, made)
+                job.store.save(_key(number), tensors, {**asdict(result), "elapsed": job.stages.so_far()})
                 yield result
             else:
-                step = _Step(streamed, number, layer, streamed.dtype)
                 for state, span in _spans(streamed, states):
                     for one in (state.original, state.compressed):
                         one.hidden[span] = step.through(one, span)
@@ -205,42 +192,51 @@ def _spans(streamed: Layerwise, states: list[_State]) -> Iterator[tuple[_State, 
 
 @dataclass(frozen=True)
 class _Step:
-    """A layer with experts that both streams go through."""
+    """A layer that both streams go through, and its experts' `down`."""
 
     streamed: Layerwise
     number: int
     layer: Any
-    dtype: torch.dtype
+    downs: list[Expert]
 
-    def refit(self, states: list[_State], made: tuple[dict[str, Fit], Job]) -> tuple[Experts, Corrected]:
-        """Let both streams through, in place, the compressed one with `down` refitted; its experts."""
+    def refit(
+        self, states: list[_State], made: tuple[dict[str, Fit], Job]
+    ) -> tuple[dict[str, torch.Tensor], Corrected]:
+        """Let both streams through, in place, the compressed one with `down` refitted; what is stored of that."""
         fits, job = made
         module, spans = self.streamed.experts(self.number), list(_spans(self.streamed, states))
         with in_place_of(module, layer_experts(self.streamed, module), self.streamed) as calls:
             for state, span in spans:
                 state.original.hidden[span] = self.through(state.original, span)
                 calls.clear()
-        compose_layer(expert_module(module), fits, self.number, job)
+        factors = compose_layer(expert_module(module), fits, self.number, job)
         experts, (some, first) = layer_experts(self.streamed, module), spans[0]
         before, batches = some.compressed.hidden[first].clone(), []
         with in_place_of(module, experts, self.streamed) as calls:
             for state, span in spans:
                 state.compressed.hidden[span] = self.through(state.compressed, span)
-                batches.append(_batch(calls.pop(), (state.original.hidden[span], state.compressed.hidden[span]), span))
+                batches.append(
+                    batch_of(calls.pop(), (state.original.hidden[span], state.compressed.hidden[span]), span)
+                )
             gain = self._gain(experts, (before, some), batches[0])
-        lost = _held_error(batches)
-        ridges = [_refit(experts, group, batches, (gain, self.dtype)) for group in _groups(experts.down)]
+        lost = held_error(batches)
+        if factors:
+            ridges = refit_lefts(experts, factors, batches, (gain, job.settings))
+        else:
+            dtype = TORCH_DTYPES[self.downs[0].info.dtype]
+            ridges = [refit_dense(experts, group, batches, (gain, dtype)) for group in groups(experts.down)]
         for (state, span), batch in zip(spans, batches, strict=True):
             wanted = state.original.hidden[span]
             lacking = (batch.residuals / batch.weights).cpu().view(wanted.shape)
             state.compressed.hidden[span] = (wanted.float() - lacking).to(wanted.dtype)
-        return experts, Corrected(self.number, lost, _held_error(batches), ridges)
+        tensors = _lefts(factors, self.downs) if factors else _dense(experts.down, self.downs)
+        return tensors, Corrected(self.number, lost, held_error(batches), ridges)
 
     def through(self, stream: _Stream, span: slice) -> torch.Tensor:
         """What the layer makes of some windows."""
         return self.streamed.run(self.number, self.layer, stream.hidden, stream.arguments, span)
 
-    def _gain(self, experts: Experts, begin: tuple[torch.Tensor, _State], batch: _Batch) -> float:
+    def _gain(self, experts: Experts, begin: tuple[torch.Tensor, _State], batch: Batch) -> float:
         """What the layer multiplies its experts' output by, from the first windows before and behind it.
 
         Raises
@@ -256,8 +252,8 @@ class _Step:
         experts.down.copy_(down)
         share = (state.compressed.hidden[span].float() - without.float()).flatten(0, -2).to(down.device) * batch.weights
         made = torch.zeros_like(share)
-        for group in _groups(down):
-            rows, inputs = _inputs(batch, group, down.shape[2])
+        for group in groups(down):
+            rows, inputs = weighed_inputs(batch, group, down.shape[2])
             made[rows] += inputs @ down[group].float().mT.flatten(0, 1)
         energy = float(made.square().sum())
         gain = float((share * made).sum()) / energy if energy > 0 else 1.0
@@ -270,78 +266,18 @@ class _Step:
         return gain
 
 
-def _batch(seen: Seen, outputs: tuple[torch.Tensor, torch.Tensor], span: slice) -> _Batch:
-    """What is kept of a call: its hidden values, which the next call overwrites, and what the output lacks."""
-    device = seen.inputs.device
-    original, compressed = (each.to(device).float().flatten(0, -2) for each in outputs)
-    sizes = original.square().mean(1, keepdim=True).sqrt()
-    weights = torch.where(sizes > 0, 1 / sizes, torch.ones_like(sizes))
-    kept = Seen(seen.inputs[:0], seen.routing, seen.factors[2:].clone())
-    window = len(original) // (span.stop - span.start)
-    held = torch.arange(span.start, span.stop, device=device).repeat_interleave(window) % _HELD == _HELD - 1
-    return _Batch(kept, weights * (original - compressed), weights, held)
-
-
-def _groups(down: torch.Tensor) -> Iterator[slice]:
-    """Consecutive experts of (E, d, p) that are refitted together."""
-    size = max(1, WIDEST // down.shape[2])
-    for first in range(0, len(down), size):
-        yield slice(first, min(first + size, len(down)))
-
-
-def _refit(experts: Experts, group: slice, batches: list[_Batch], form: tuple[float, torch.dtype]) -> float | None:
-    """Change `down` of a group of experts, in place, and the residuals with it; the ridge that was taken.
-
-    `form` is what the layer multiplies its experts' output by, and the dtype that `down` is stored in.
-    """
-    (gain, dtype), down = form, experts.down[group]
-    count, d, p = down.shape
-    fitted, held = (Normal.none(count * p, d) for _ in range(2))
-    for batch in batches:
-        rows, inputs = _inputs(batch, group, p)
-        for normal, chosen in ((fitted, ~batch.held[rows]), (held, batch.held[rows])):
-            normal.add(inputs[chosen] * gain, batch.residuals[rows[chosen]])
-    found = regress(fitted, held)
-    if found.ridge is None:
-        return None
-    before = down.float().clone()
-    change = found.change.float().view(count, p, d).mT.to(down.device)
-    down.copy_((before + change).to(dtype))
-    taken = (down.float() - before).mT.reshape(count * p, d) * gain
-    for batch in batches:
-        rows, inputs = _inputs(batch, group, p)
-        batch.residuals[rows] -= inputs @ taken
-    return found.ridge
-
-
-def _inputs(batch: _Batch, group: slice, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (n,) that are sent to a group's experts, and their w_te h_te (n, experts · p), weighed as residuals.
-
-    Zero for the experts of the group that a token is not sent to.
-    """
-    routing, (hidden,) = batch.seen.routing, batch.seen.factors
-    spans = routing.spans[group]
-    sent = torch.zeros(len(batch.residuals), dtype=torch.bool, device=hidden.device)
-    for span in spans:
-        sent[routing.rows[span]] = True
-    rows = sent.nonzero()[:, 0]
-    places = sent.cumsum(0) - 1
-    inputs = hidden.new_zeros(len(rows), len(spans), width)
-    for number, span in enumerate(spans):
-        mine = routing.rows[span]
-        inputs[places[mine], number] = hidden[span] * (routing.weights[span, None] * batch.weights[mine])
-    return rows, inputs.flatten(1)
-
-
-def _held_error(batches: list[_Batch]) -> float:
-    """Σ ‖r‖² over the tokens held out."""
-    return sum(float(batch.residuals[batch.held].double().square().sum()) for batch in batches)
-
-
-def _stored(down: torch.Tensor, experts: list[Expert]) -> dict[str, torch.Tensor]:
+def _dense(down: torch.Tensor, experts: list[Expert]) -> dict[str, torch.Tensor]:
     """A layer's `down` (E, d, p) as the tensors that hold it, in their dtypes."""
     dtype = TORCH_DTYPES[experts[0].info.dtype]
     if experts[0].index is not None:
         down = down.mT if experts[0].written_transposed else down
         return {experts[0].tensor: down.to("cpu", dtype).contiguous()}
     return {each.tensor: down[each.expert].to("cpu", TORCH_DTYPES[each.info.dtype]).contiguous() for each in experts}
+
+
+def _lefts(factors: dict[int, Factors], experts: list[Expert]) -> dict[str, torch.Tensor]:
+    """A layer's left factors of `down` under the names of the tensors that held it, stacked where it is."""
+    if experts[0].index is not None:
+        stack = [factors[each.expert].left for each in sorted(experts, key=lambda each: each.index or 0)]
+        return {experts[0].tensor: torch.stack(stack).cpu()}
+    return {each.tensor: factors[each.expert].left.cpu() for each in experts}

@@ -9,9 +9,9 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from globe.checkpoint.family import Family
+from globe.checkpoint.family import Expert, Family
 from globe.checkpoint.formats.packed import Packing
-from globe.checkpoint.powers import saturated_each, shared, times_powers
+from globe.checkpoint.powers import saturated_each, shared, times_power, times_powers
 from globe.compute.blocks import Blocks
 from globe.compute.forms import wide_dtype
 from globe.compute.gemm import matmul, mixtures
@@ -80,10 +80,20 @@ class Solved:
         return self.left.matrix() if isinstance(self.left, Rounded) else self.left.float()
 
 
+Given = Callable[[Expert], torch.Tensor | None]  # an expert's left factor (p, r; bf16), where it is not to be solved
+
+
 def solve_lefts(
-    fits: dict[str, Fit], order: list[tuple[str, int]], settings: Settings, blocks: Blocks
+    fits: dict[str, Fit],
+    order: list[tuple[str, int]],
+    settings: Settings,
+    blocks: Blocks,
+    given: Given | None = None,
 ) -> Iterator[Solved]:
-    """The experts' left factors in order; some are computed while the caller writes the last ones."""
+    """The experts' left factors in order; some are computed while the caller writes the last ones.
+
+    In place of those that are `given` these come back, bit for bit, and what is measured is measured with them.
+    """
     device = next(iter(fits.values())).state.bank.device
     hands = [_Hand(fits, order[first : first + blocks.experts]) for first in range(0, len(order), blocks.experts)]
     lane = Lane(device)
@@ -97,10 +107,11 @@ def solve_lefts(
         def solving(hand: _Hand) -> Callable[[], list[Solved]]:
             def solve() -> list[Solved]:
                 weights, mixed = [lane.take(sent) for sent in next(readings)], hand.mixed()
+                lefts = hand.given(given)
 
                 def work(part: slice) -> list[_Found]:
                     return [
-                        _solve_run(run, weights[run.pool][run.places], mixed[run.pool][run.places], settings)
+                        _solve_run(run, weights[run.pool][run.places], mixed[run.pool][run.places], lefts, settings)
                         for run in hand.runs(part)
                     ]
 
@@ -145,6 +156,13 @@ class _Hand:
     def mixed(self) -> list[torch.Tensor]:
         """B̃_i (n, r, d) of every pool's experts, each bank read once."""
         return [mixtures(fit.state.codes[numbers], fit.state.bank) for fit, numbers in self._pools]
+
+    def given(self, given: Given | None) -> list[list[torch.Tensor | None]]:
+        """The left factors of every pool's experts that are not to be solved."""
+        return [
+            [None if given is None else given(fit.family.experts[number]) for number in numbers]
+            for fit, numbers in self._pools
+        ]
 
     def runs(self, part: slice) -> list[_Run]:
         """A part of the experts in hand, by runs."""
@@ -262,25 +280,38 @@ class _Found:
         return solved
 
 
-def _solve_run(run: _Run, weights: torch.Tensor, mixed: torch.Tensor, settings: Settings) -> _Found:
-    """Fit the left factors of experts W_i (n, p, d) to B̃_i (n, r, d), and store them in W_i's own scale."""
+def _solve_run(
+    run: _Run, weights: torch.Tensor, mixed: torch.Tensor, given: list[list[torch.Tensor | None]], settings: Settings
+) -> _Found:
+    """Fit the left factors of experts W_i (n, p, d) to B̃_i (n, r, d), and store them in W_i's own scale.
+
+    Those that are `given`, as stored, are taken for fitted.
+    """
     metric, weights, mixed = run.fit.metric, weights.float(), run.fit.rows(mixed)
+    family = run.fit.family
+    exponents = [expert.exponent - run.fit.power for expert in family.experts[run.numbers]]
+
+    def fitted(wanted: torch.Tensor, seen: torch.Tensor) -> LeftFit:
+        found = fit_lefts(wanted, seen, settings)
+        for place, left in enumerate(given[run.pool][run.places]):
+            if left is not None:
+                found.lefts[place] = times_power(left.to(seen.device).float(), -exponents[place])
+        return found
+
     energy = row_energies(weights)
     if metric is None:
-        fit = fit_lefts(weights, mixed, settings)
+        fit = fitted(weights, mixed)
         stored = _as_stored(fit, run.fit.lefts)
         error = squared_errors(weights, energy, mixed, fit, stored.matrices()).sum(1)
         weighted = error, energy.sum(1)
     else:
         wanted, seen = metric.seen(run.numbers, weights.float()), metric.seen(run.numbers, mixed)
-        fit = fit_lefts(wanted, seen, settings)
+        fit = fitted(wanted, seen)
         stored = _as_stored(fit, run.fit.lefts)
         values = stored.matrices()
         error = _squares(weights.float() - matmul(values, mixed))
         lost = metric.weigh_rows(run.numbers, wanted - matmul(values, seen))
         weighted = _squares(lost), _squares(metric.weigh_rows(run.numbers, wanted))
-    family = run.fit.family
-    exponents = [expert.exponent - run.fit.power for expert in family.experts[run.numbers]]
     stored = stored.times_powers(exponents)
     columns = error, energy.sum(1), *weighted, fit.ridged, stored.beyond
     return _Found(run, stored, torch.stack([column.to(energy.dtype) for column in columns], 1))

@@ -79,7 +79,7 @@ def compare(
     GlobeError
         If the checkpoint cannot be used.
     """
-    changed: dict[str, Any] = {"solver": "alternate", "calibrate": "none", "time_limit": None}  # seeds and loops
+    changed: dict[str, Any] = {"solver": "alternate", "calibrate": "none", "correct": "none", "time_limit": None}
     base = replace(settings or Settings(), **changed)
     if base.ratio is not None:
         raise UsageError("methods are compared at one rank and bank size, not at a ratio; use rank and bank_size")

@@ -20,6 +20,7 @@ from globe.compute import ranks
 from globe.compute.blocks import BLOCKS
 from globe.compute.devices import check_device, keep_memory, set_threads
 from globe.compute.gemm import precision_report, solver_dtype
+from globe.correction.work import corrected_bytes, down_rank
 from globe.errors import GlobeError, UsageError
 from globe.runs.stages import Stages
 from globe.runs.store import differences
@@ -151,7 +152,9 @@ def _needed_bytes(planned: Plan, settings: Settings, scratch: int = 0) -> int:
     banks = [shapes[name].bank * shapes[name].rank * family.d for name, family in families.items()]
     packed = sum(size for name, size in zip(families, banks, strict=True) if shapes[name].storage.atoms is not None)
     saved = 5 if fits_jointly(settings) else 3
-    corrected = planned.checkpoint.family("down").stored_bytes if settings.correct == "down" else 0
+    corrected = 0
+    if settings.correct == "down":
+        corrected = corrected_bytes(planned.checkpoint, down_rank(families, shapes))
     return 2 * sum(banks) + packed + max(output + corrected, saved * 4 * max(banks) + scratch)
 
 

@@ -144,9 +144,9 @@ class Settings:
     calibration_tokens : int, optional
         Most tokens of these texts; if not given, 64 for each of the model's d inputs, from 32,768 to 131,072.
     correct : {"none", "down"}
-        down: what the compressed layers get wrong is taken up by `down`, which stays dense and is refitted in closed
-        form, layer after layer, on the calibration text, as far as a quarter of it that is held out agrees. Its stored
-        size does not change.
+        down: what the compressed layers get wrong is taken up by `down`, left dense, or by its left factors where it is
+        factored: refitted in closed form, layer after layer, on the calibration text, as far as a quarter of it that is
+        held out agrees. Stored sizes do not change.
     metric : {"fisher", "residual"}
         What an error of an expert's product is weighed by: the loss of the next token, as far as the calibration knows
         its Fisher information; or its size beside the residual stream.
@@ -283,10 +283,14 @@ class Settings:
             _require(0 < self.ratio < 1, "ratio", self.ratio, "a value between 0 and 1")
             if given:
                 raise UsageError(f"ratio and {given[0]} are both given; ratio plans rank and bank size: leave one out")
-        if self.correct == "down" and ("down" in self.families or self.calibrate == "none"):
-            why = "families that hold it" if "down" in self.families else "calibrate none, which gives it no text"
+        if self.correct == "down" and self.calibrate == "none":
             raise UsageError(
-                f"correct is down with {why}; expected down left dense, and a calibration, or correct none"
+                "correct is down with calibrate none, which gives it no text; expected a calibration, or correct none"
+            )
+        if self.correct == "down" and "down" in self.families and self.stored_bits[0] < 16:
+            raise UsageError(
+                f"correct is down with left factors of down in {self.stored_bits[0]} bits; expected left_bits 16, "
+                "families without down, or correct none"
             )
         if self.l1 > 0 and self.codes != "nnls":
             raise UsageError(
