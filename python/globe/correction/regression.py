@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from globe.statistics.grams import mirrored, upper_gram
+
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the mean diagonal of Σ x xᵀ
 
 
@@ -15,15 +17,15 @@ class Normal:
 
     Parameters
     ----------
-    square : torch.Tensor, shape (F, F)
-        Σ x xᵀ.
+    upper : torch.Tensor, shape (F, F)
+        Σ x xᵀ on the diagonal and above; most of what lies below is zero.
     cross : torch.Tensor, shape (F, d)
         Σ x rᵀ.
     energy : float
         Σ ‖r‖².
     """
 
-    square: torch.Tensor
+    upper: torch.Tensor
     cross: torch.Tensor
     energy: float = 0.0
 
@@ -35,19 +37,19 @@ class Normal:
 
     def add(self, inputs: torch.Tensor, residuals: torch.Tensor) -> None:
         """Add n tokens: x (n, F) and r (n, d), fp32, anywhere."""
-        self.square += (inputs.mT @ inputs).cpu()
+        self.upper += upper_gram(inputs).cpu()
         self.cross += (inputs.mT @ residuals).cpu()
         self.energy += float(torch.linalg.vector_norm(residuals).double().square())
 
     def merge(self, other: Normal) -> None:
         """Add the sums over other tokens."""
-        self.square += other.square
+        self.upper += other.upper
         self.cross += other.cross
         self.energy += other.energy
 
     def error(self, change: torch.Tensor) -> float:
         """Σ ‖r − change ᵀx‖² for a change (F, d)."""
-        return self.energy + float(((self.square @ change - 2 * self.cross) * change).sum())
+        return self.energy + float(((mirrored(self.upper) @ change - 2 * self.cross) * change).sum())
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,11 @@ def regress(fitted: Normal, held: Normal) -> Regressed:
     With no token fitted, or none held out, nothing changes: what is not judged is not taken.
     """
     best = Regressed(torch.zeros_like(fitted.cross), None, held.energy, held.energy)
-    mean = float(fitted.square.diagonal().mean())
+    mean = float(fitted.upper.diagonal().mean())
     if not mean > 0 or not held.energy > 0:
         return best
     for ridge in RIDGES:
-        square = fitted.square.clone()
+        square = mirrored(fitted.upper)
         square.diagonal().add_(ridge * mean)
         factor, failed = torch.linalg.cholesky_ex(square)
         if int(failed):
