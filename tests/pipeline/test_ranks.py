@@ -180,7 +180,7 @@ def test_refusals(ranks: Launcher, source: Path, tmp_path: Path) -> None:
     line = refusal(ranks.run(3, "compress", source, out, *COMMON, *JOINT), 2)
     assert "3 ranks for 2 layers" in line
     assert "bank_size is -1" in refusal(ranks.run(2, "compress", source, out, *COMMON, *JOINT, "--bank-size", "-1"), 2)
-    assert "one process" in refusal(ranks.run(2, "heal", source, out), 2)
+    assert "one process" in refusal(ranks.run(2, "export", source, out), 2)
     assert not out.exists()
     denied = {"place": "tempfile:TemporaryFile", "denied": True}
     line = refusal(ranks.run(2, "compress", source, out, *COMMON, *JOINT, rank1=denied), 1)

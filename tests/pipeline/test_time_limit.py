@@ -40,6 +40,7 @@ from trips import digests  # noqa: E402
 PASS, PRODUCT = 10.0, 1.0
 FAST = Rates(1e18, 1e18, 1e18, 1e18, 0.0, reading=1e18, writing=1e18)  # what is estimated takes no time
 SMALL: dict[str, Any] = {
+    "joint_steps": 20,
     "rank": 0.5,
     "bank_size": 8,
     "support": 2,

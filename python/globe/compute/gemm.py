@@ -57,7 +57,7 @@ def precision_report(wanted: str, device: torch.device) -> dict[str, str]:
 def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left @ right on their device and in their dtype, the inner dimension in chunks on MPS."""
     inner = left.shape[-1]
-    chunk = _MPS_INNER if left.device.type == "mps" else inner
+    chunk = _MPS_INNER if left.device.type == "mps" else max(inner, 1)
     total: torch.Tensor = left[..., :chunk] @ right[..., :chunk, :]
     for first in range(chunk, inner, chunk):
         total += left[..., first : first + chunk] @ right[..., first : first + chunk, :]

@@ -16,6 +16,7 @@ from globe.sizes.ratios import Shape
 from globe.sizes.work import Task, Work, lefts_work
 from globe.statistics.calibration import load_calibration
 from globe.statistics.experts import FACTORS
+from globe.statistics.grams import UPPER
 from globe.statistics.layerwise import TOKENS_AT_ONCE
 from globe.statistics.memory import ACTIVATIONS, COPIES, copies, embedding_bytes, layer_bytes
 from globe.statistics.mixture import MEASURED, tokens_for
@@ -109,7 +110,7 @@ def _regressions(checkpoint: Checkpoint, tokens: int, rank: int | None) -> Work:
     p, d = checkpoint.leading.p, checkpoint.leading.d
     (wide, outputs), count, share = _group(checkpoint, rank)
     given, batches = share * tokens, math.ceil(tokens / TOKENS_AT_ONCE)
-    flops, moved = 2 * given * wide * (wide + outputs + d), batches * 20 * wide * (wide + outputs)
+    flops, moved = 2 * given * wide * (UPPER * wide + outputs + d), batches * 20 * wide * (wide + outputs)
     sums = Work(flops=flops, moved=4 * given * 8 * wide + moved)
     if rank is not None:
         rows = Work(wide=2 * rank * rank * d + rank**3, flops=2 * given * d * rank + 2 * p * rank * (rank + d))

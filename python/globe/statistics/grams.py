@@ -6,7 +6,8 @@ import torch
 
 from globe.compute.gemm import matmul
 
-_PANELS = 4  # of columns of a symmetric product: 5/8 of it are computed
+_PANELS = 4  # of columns of a symmetric product
+UPPER = (1 + 1 / _PANELS) / 2  # the share of it that is computed
 
 
 def upper_gram(x: torch.Tensor) -> torch.Tensor:
