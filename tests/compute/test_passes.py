@@ -287,3 +287,10 @@ def test_blocks_of_every_size_give_the_same(family: Family) -> None:
                 for size in (1, 4, 100)
             ]
         np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-4)
+
+
+def test_threads_follow_gradients_where_the_caller_does() -> None:
+    with engine(torch.device("cpu")) as workers:
+        for followed in (True, False):
+            with torch.set_grad_enabled(followed):
+                assert [found for _, found in workers.map(lambda part: torch.is_grad_enabled(), 4)] == [followed] * 4

@@ -51,9 +51,14 @@ class PerCore(Engine):
         self._pool = pool
 
     def map(self, work: Callable[[slice], Value], count: int) -> Iterator[tuple[slice, Value]]:
-        """As :meth:`Engine.map`, as they are ready."""
-        parts = [slice(k, k + 1) for k in range(count)]
-        yield from zip(parts, self._pool.map(work, parts), strict=True)
+        """As :meth:`Engine.map`, as they are ready; gradients are followed if they are at the caller's."""
+        parts, followed = [slice(k, k + 1) for k in range(count)], torch.is_grad_enabled()
+
+        def here(part: slice) -> Value:
+            with torch.set_grad_enabled(followed):
+                return work(part)
+
+        yield from zip(parts, self._pool.map(here, parts), strict=True)
 
     def meanwhile(self, jobs: Iterable[Callable[[], Value]]) -> Iterator[Value]:
         """As :meth:`Engine.meanwhile`."""
