@@ -31,7 +31,8 @@ from globe.compute.blocks import BLOCKS
 from globe.compute.devices import keep_memory, set_threads
 from globe.compute.passes import engine
 from globe.fit import problem as problem_module
-from globe.fit.gauss_newton import Operator, Point, Vector
+from globe.fit.gauss_newton import Operator
+from globe.fit.point import Point, Vector
 from globe.fit.problem import Problem
 from globe.runs.job import Job
 from globe.runs.stages import Stages

@@ -36,7 +36,8 @@ from globe.compute.blocks import Blocks
 from globe.compute.passes import engine
 from globe.fit.dictionary import Equations, Solving, mod_exact, unit_atoms
 from globe.fit.dictionary_metric import mod_metric
-from globe.fit.gauss_newton import Operator, Point, Vector
+from globe.fit.gauss_newton import Operator
+from globe.fit.point import Point, Vector
 from globe.fit.problem import Problem
 from globe.fit.stored_lefts import Fit, solve_lefts
 from globe.fit.sums import State

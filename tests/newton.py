@@ -11,8 +11,9 @@ from families import Array, silent
 from globe.checkpoint.family import Family
 from globe.compute.blocks import Blocks
 from globe.compute.passes import engine
-from globe.fit.gauss_newton import Operator, Point, Vector
+from globe.fit.gauss_newton import Operator
 from globe.fit.objective import Value
+from globe.fit.point import Point, Vector
 from globe.fit.problem import Problem
 from globe.statistics.metric import Metric
 

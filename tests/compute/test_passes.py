@@ -19,7 +19,8 @@ from globe.compute.blocks import Blocks
 from globe.compute.passes import Batched, PerCore, engine, within
 from globe.fit.dictionary import Equations, Solving, mod_exact
 from globe.fit.dictionary_metric import mod_metric
-from globe.fit.gauss_newton import Operator, Point, Vector
+from globe.fit.gauss_newton import Operator
+from globe.fit.point import Point, Vector
 from globe.fit.preconditioner import Preconditioner
 from globe.fit.stored_lefts import Fit, Solved, rounded, solve_lefts
 from globe.fit.sums import State
@@ -178,7 +179,7 @@ def curvature(family: Family, metric: Metric | None, rank: int = RANK) -> list[A
     given = Vector(torch.ones_like(point.bank), np.ones_like(point.codes))
     with engine(CPU) as workers:
         found = Operator(problem, point, value.scale, workers)(given)
-        preconditioned = Preconditioner(value, point.codes, point.chain, metric is not None, workers)
+        preconditioned = Preconditioner(value, point, metric is not None, workers)
         inverse = preconditioned.bank(given.bank).double().numpy(), preconditioned.codes(given.codes)
     return [found.bank.double().numpy(), found.codes, *inverse]
 

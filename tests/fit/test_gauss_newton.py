@@ -15,8 +15,9 @@ from forms import form
 from globe.checkpoint.family import Family
 from globe.fit import gauss_newton
 from globe.fit import problem as problem_module
-from globe.fit.gauss_newton import Newton, Point, Vector, newton_step
+from globe.fit.gauss_newton import Newton, newton_step
 from globe.fit.objective import Value
+from globe.fit.point import Point, Vector
 from globe.fit.preconditioner import Preconditioner
 from globe.statistics.metric import Metric
 from newton import (

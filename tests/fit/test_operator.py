@@ -15,7 +15,8 @@ from globe.checkpoint.family import Family
 from globe.compute.blocks import Blocks
 from globe.compute.passes import engine
 from globe.fit import problem as problem_module
-from globe.fit.gauss_newton import Operator, Point, Vector, newton_step
+from globe.fit.gauss_newton import Operator, newton_step
+from globe.fit.point import Point, Vector
 from newton import (
     apply,
     by_variables,

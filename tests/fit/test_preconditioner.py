@@ -12,8 +12,9 @@ from forms import Serial
 from globe.checkpoint.family import Family
 from globe.compute.passes import engine
 from globe.fit import preconditioner as preconditioner_module
-from globe.fit.gauss_newton import Operator, Vector
+from globe.fit.gauss_newton import Operator
 from globe.fit.objective import Value
+from globe.fit.point import Point, Vector
 from globe.fit.preconditioner import Preconditioner
 from newton import (
     close,
@@ -34,7 +35,7 @@ def test_the_preconditioner_is_the_inverse_of_its_blocks(signed: bool, kind: str
     metric, point = random_metric(kind), sparse_point(rank, signed)
     value = problem_at(family, metric, point)[1]
     matrix, blocks = dense_preconditioner(value, point.codes, point.chain, metric is not None)
-    found = Preconditioner(value, point.codes, point.chain, metric is not None, Serial())
+    found = Preconditioner(value, point, metric is not None, Serial())
     given = vector_of(drawn(3, rank), rank)
     bank = found.bank(given.bank)
     close(matrix @ bank.double().numpy().ravel(), given.bank.double().numpy().ravel(), 1e-2)
@@ -49,7 +50,7 @@ def test_the_preconditioner_is_the_inverse_of_its_blocks(signed: bool, kind: str
 def test_the_preconditioner_is_symmetric_and_positive_definite(kind: str, rank: int, family: Family) -> None:
     metric, point = random_metric(kind), sparse_point(rank, False)
     value = problem_at(family, metric, point)[1]
-    found = Preconditioner(value, point.codes, point.chain, metric is not None, Serial())
+    found = Preconditioner(value, point, metric is not None, Serial())
     size = point.bank.numel()
     columns = []
     for unit in np.eye(len(drawn(0, rank))):
@@ -95,7 +96,7 @@ def test_it_is_exact_where_experts_are_alike(kind: str, family: Family, monkeypa
         value.curvature,
         value.gram,
     )
-    precondition = Preconditioner(alike, point.codes, point.chain, metric is not None, Serial())
+    precondition = Preconditioner(alike, point, metric is not None, Serial())
     direction = vector_of(drawn(8, WHOLE), WHOLE)
     direction.codes[:] = 0
     with engine(CPU) as workers:
@@ -112,7 +113,7 @@ def test_the_preconditioner_passes_over_what_has_no_curvature() -> None:
     gram = torch.eye(2, dtype=torch.float64)
     codes = np.array([[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]])
     value = Value(0.0, nothing, np.zeros((2, 3)), np.zeros(2), 0, 1.0, lefts, np.ones(2), semidefinite, inner, gram)
-    found = Preconditioner(value, codes, np.ones((2, 3)), True, Serial())
+    found = Preconditioner(value, Point(nothing, codes, True), True, Serial())
     given = Vector(torch.ones(3, 2, 4), np.ones((2, 3)))
     moved = Vector(found.bank(given.bank), found.codes(given.codes))
     assert bool(moved.bank.isfinite().all()) and np.isfinite(moved.codes).all()

@@ -29,8 +29,8 @@ from globe.compute.blocks import Blocks
 from globe.compute.devices import set_threads
 from globe.fit import problem as problem_module
 from globe.fit import sketch
-from globe.fit.gauss_newton import Point
 from globe.fit.objective import Value
+from globe.fit.point import Point
 from globe.fit.problem import Problem
 from globe.statistics.metric import Metric
 

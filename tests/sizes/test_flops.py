@@ -17,7 +17,8 @@ from forms import form
 from globe.checkpoint.family import Family
 from globe.compute.passes import engine
 from globe.fit import problem as problem_module
-from globe.fit.gauss_newton import Operator, Point, Vector
+from globe.fit.gauss_newton import Operator
+from globe.fit.point import Point, Vector
 from globe.fit.preconditioner import Preconditioner
 from globe.fit.problem import Problem
 from globe.sizes.flops import (
@@ -108,7 +109,7 @@ def test_the_preconditioner(kind: str, rank: int, family: Family) -> None:
     problem, point = looked(family, kind, rank)
     with form("batched"), engine(CPU) as workers:
         value = problem.look(point.bank, point.codes, 0, silent)
-        precondition = Preconditioner(value, point.codes, point.chain, kind != "none", workers)
+        precondition = Preconditioner(value, point, kind != "none", workers)
         with counted() as found:
             precondition.bank(torch.ones_like(point.bank))
     assert found == [preconditioner_flops(D, rank, ATOMS, kind != "none")]

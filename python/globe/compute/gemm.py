@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from globe import kernels
 from globe.compute.forms import per_core, wide_dtype
+from globe.compute.passes import Batched, Engine
 
 # Apple's matmul returned wrong numbers from an inner dimension of 32,767 on (pytorch#195163).
 _MPS_INNER = 16_384
@@ -160,8 +161,7 @@ def scatter_add(codes: NDArray[np.float64], summands: torch.Tensor, total: torch
         rows = used[first : first + len(room)]
         part = room[: len(rows)].numpy()
         kernels.compose(transposed[rows], to_numpy(summands), out=part)
-        for row, sums in zip(rows, room, strict=False):
-            total[row] += sums
+        total.index_add_(0, torch.from_numpy(rows), room[: len(rows)])
 
 
 def bank_gram(bank: torch.Tensor) -> NDArray[np.float64]:
@@ -209,16 +209,23 @@ def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
     return array
 
 
-def correlations(targets: torch.Tensor, bank: torch.Tensor) -> NDArray[np.float64]:
+def correlations(targets: torch.Tensor, bank: torch.Tensor, workers: Engine | None = None) -> NDArray[np.float64]:
     """⟨T_i, B_j⟩ for a batch of targets, shape (n, m), fp32 inside runs of columns and fp64 across them.
 
-    On a device this is the one time that the host reads what was made of a batch.
+    With an engine a core takes a run at a time: these products are too small to be shared. On a device this is the one
+    time that the host reads what was made of a batch.
     """
     flat, atoms = targets.flatten(1), bank.flatten(1)
     if per_core(bank.device):
+        pairs = list(zip(flat.split(_FP32_RUN, 1), atoms.split(_FP32_RUN, 1), strict=True))
         total = torch.zeros(len(flat), len(atoms), dtype=torch.float64)
-        for left, right in zip(flat.split(_FP32_RUN, 1), atoms.split(_FP32_RUN, 1), strict=True):
-            total += matmul(left, right.T).double()
+
+        def multiply(part: slice) -> list[torch.Tensor]:
+            return [matmul(left, right.T) for left, right in pairs[part]]
+
+        for _, some in (workers or Batched()).map(multiply, len(pairs)):
+            for product in some:
+                total += product
         found: NDArray[np.float64] = total.numpy()
         return found
     runs = flat.shape[1] // _FP32_RUN

@@ -12,61 +12,12 @@ from globe.compute import ranks
 from globe.compute.gemm import correlations, matmul, mixtures, scatter_add
 from globe.compute.passes import Engine, engine, within
 from globe.fit.objective import Value
+from globe.fit.point import Point, Vector
 from globe.fit.preconditioner import Preconditioner
 from globe.fit.problem import Problem
 
 Array = NDArray[np.float64]
 _RESIDUAL = 0.1
-
-
-@dataclass(frozen=True)
-class Vector:
-    """A direction or a slope: a part for the bank (m, r, d; fp32) and one for the codes' variables (N, m; fp64).
-
-    With several ranks that for the bank has this rank's atoms.
-    """
-
-    bank: torch.Tensor
-    codes: Array
-
-    def dot(self, other: Vector) -> float:
-        """The inner product: of an atom in fp32, summed in fp64."""
-        products = [torch.dot(a.flatten(), b.flatten()) for a, b in zip(self.bank, other.bank, strict=True)]
-        of_bank = float(torch.stack(products).cpu().double().sum()) if products else 0.0
-        of_codes = float((self.codes * other.codes).sum()) if ranks.rank() == 0 or ranks.size() == 1 else 0.0
-        return ranks.added(of_bank + of_codes)
-
-    def scale_(self, factor: float) -> Vector:
-        """This vector times `factor`, the bank in place."""
-        return Vector(self.bank.mul_(factor), self.codes * factor)
-
-    def add_(self, other: Vector, factor: float) -> Vector:
-        """This vector plus `factor` times the other, the bank in place."""
-        return Vector(self.bank.add_(other.bank, alpha=factor), self.codes + factor * other.codes)
-
-
-@dataclass(frozen=True)
-class Point:
-    """A bank and codes. The codes' variables are the codes where `signed`, else their roots on the support."""
-
-    bank: torch.Tensor
-    codes: Array
-    signed: bool
-
-    @property
-    def variables(self) -> Array:
-        """What the codes are functions of."""
-        return self.codes if self.signed else np.sqrt(self.codes)
-
-    @property
-    def chain(self) -> Array:
-        """Derivatives of the codes by their variables; zero off the support of non-negative codes, which stays."""
-        return np.ones_like(self.codes) if self.signed else 2 * np.sqrt(self.codes)
-
-    def moved(self, direction: Array, size: float) -> Array:
-        """The codes `size` times a direction of their variables away."""
-        variables = self.variables + size * direction
-        return variables if self.signed else variables**2
 
 
 class Operator:
@@ -100,7 +51,7 @@ class Operator:
         lefts, hidden = problem.lefts.take(problem.spans), problem.hidden.take(problem.spans)
         for span, left, columns in zip(problem.spans, lefts, hidden, strict=True):
             mixed = mixtures(changes[span], self._bank, self._mixed)
-            mixed += mixtures(point.codes[span], bank, self._change)
+            mixtures(point.codes[span], bank, self._change)
 
             def work(
                 part: slice,
@@ -109,10 +60,11 @@ class Operator:
                 left: torch.Tensor = left,
                 columns: torch.Tensor = columns,
             ) -> None:
-                mixed[part] = matmul(left[part], self._project(within(span, part), mixed[part], columns[part]))
+                moved = mixed[part].add_(self._change[part])
+                mixed[part] = matmul(left[part], self._project(within(span, part), moved, columns[part]))
 
             self._workers.run(work, span.stop - span.start)
-            slopes[span] = correlations(mixed, self._bank)
+            slopes[span] = correlations(mixed, self._bank, self._workers)
             scatter_add(point.codes[span], mixed, total, self._room)
         del bank
         total = ranks.scattered(total)
@@ -168,7 +120,7 @@ def newton_step(problem: Problem, point: Point, value: Value, previous: Vector |
     chain = point.chain
     with engine(problem.device) as workers:
         operator = Operator(problem, point, value.scale, workers)
-        precondition = Preconditioner(value, point.codes, chain, problem.metric is not None, workers)
+        precondition = Preconditioner(value, point, problem.metric is not None, workers)
         residual = Vector(value.bank.neg_(), -value.codes * chain)
         step = Vector(torch.zeros_like(residual.bank), np.zeros_like(point.codes))
         if previous is not None:  # a code that has come to zero since has no variable

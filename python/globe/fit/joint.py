@@ -18,9 +18,10 @@ from globe.compute.codes import supports
 from globe.compute.gemm import matmul
 from globe.fit.codes import entmax_alpha, one_atom_each, prune, spread
 from globe.fit.dictionary import unit_atoms
-from globe.fit.gauss_newton import Newton, Point, Vector, newton_step
+from globe.fit.gauss_newton import Newton, newton_step
 from globe.fit.objective import Value
 from globe.fit.pace import Pace
+from globe.fit.point import Point, Vector
 from globe.fit.problem import Problem
 from globe.fit.sums import State
 from globe.fit.support import Quadratic, above_target, newton_codes, shrink_support

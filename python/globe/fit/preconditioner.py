@@ -11,6 +11,7 @@ from globe.compute.gemm import matmul
 from globe.compute.passes import Engine
 from globe.compute.spd import spd_factor_inverse
 from globe.fit.objective import Value
+from globe.fit.point import Point
 
 Array = NDArray[np.float64]
 _LEFT_DAMPING = 1e-4  # of the mean diagonal of an atom's left block
@@ -28,8 +29,8 @@ class Preconditioner:
     Parameters
     ----------
     value : Value
-    codes, chain : array, shape (N, m)
-        α, and its derivatives by the variables.
+    point : Point
+        The value's.
     weigh_columns : bool
         Whether K is not the identity.
     workers : Engine
@@ -37,9 +38,8 @@ class Preconditioner:
     With several ranks each has some of the atoms, and what is multiplied are those.
     """
 
-    def __init__(self, value: Value, codes: Array, chain: Array, weigh_columns: bool, workers: Engine) -> None:
-        device = value.bank.device
-        lefts = value.lefts
+    def __init__(self, value: Value, point: Point, weigh_columns: bool, workers: Engine) -> None:
+        lefts, device = value.lefts, value.bank.device
         mean = lefts.diagonal(dim1=1, dim2=2).mean(1)
         damped = torch.where(mean > 0, _LEFT_DAMPING * mean, torch.ones_like(mean))
         lefts.diagonal(dim1=1, dim2=2).add_(damped[:, None])
@@ -49,15 +49,15 @@ class Preconditioner:
 
         workers.run(invert, len(lefts))
         self._inner, self._workers = lefts, workers
-        self._count = codes.shape[1]
-        coupling = _inverse_coupling(value.weights, codes)[ranks.atoms(self._count)]
+        self._count = point.codes.shape[1]
+        coupling = _inverse_coupling(value.weights, point.codes)[ranks.atoms(self._count)]
         self._coupling = torch.from_numpy(coupling.astype(np.float32)).to(device)
         self._columns: torch.Tensor | None = None
         if weigh_columns:
             values, vectors = torch.linalg.eigh(value.columns)
             inverse = (vectors / (values.clamp(min=0) + _COLUMN_DAMPING)) @ vectors.T
             self._columns = inverse.float().to(device)
-        self._codes = _code_blocks(value.curvature, chain)
+        self._codes = _code_blocks(value.curvature, point.chain)
 
     def bank(self, slope: torch.Tensor) -> torch.Tensor:
         """The inverse times the bank's part (m, r, d)."""
