@@ -42,8 +42,11 @@ class Killer(HelperProcess):
         return int(self._process.stdout.readline())
 
 
-def set_trap(place: str, call: int = 1, entered: bool = False, denied: bool = False) -> None:
-    """Let the process end at a call of a function, as `Killer.run` says; or the call fail, the file system's way."""
+def set_trap(place: str, call: int = 1, entered: bool = False, denied: bool = False, slow: float = 0.0) -> None:
+    """Let the process end at a call of a function, as `Killer.run` says; or the call fail, the file system's way.
+
+    Where it is `slow`, it only begins so many seconds later.
+    """
     module, name = place.split(":")
     *outer, name = name.split(".")
     holder = sys.modules[module]
@@ -55,6 +58,9 @@ def set_trap(place: str, call: int = 1, entered: bool = False, denied: bool = Fa
         last = next(calls) == call
         if last and denied:
             raise PermissionError(errno.EACCES, "Permission denied")
+        if last and slow:
+            time.sleep(slow)
+            return original(*arguments, **options)
         if last and entered:
             os.kill(os.getpid(), signal.SIGKILL)
         value = original(*arguments, **options)

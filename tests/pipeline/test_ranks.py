@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -117,14 +118,15 @@ def test_loops_in_the_metric(ranks: Launcher, source: Path, tmp_path: Path) -> N
     as_one_process((2, options), ranks, source, tmp_path)
 
 
-def test_bit_equal_after_a_rank_has_ended(ranks: Launcher, source: Path, tmp_path: Path) -> None:
+def test_bit_equal_after_a_rank_has_ended_and_with_a_slow_one(ranks: Launcher, source: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     finished(ranks.run(2, "compress", source, first, *COMMON, *JOINT))
     trap = {"place": "globe.compute.ranks:summed", "call": 40, "entered": True}
     ended = ranks.run(2, "compress", source, second, *COMMON, *JOINT, rank1=trap)
     assert ended[1].status == -9 and ended[0].status == 1
     assert "another rank has ended" in ended[0].err
-    finished(ranks.run(2, "compress", source, second, *COMMON, *JOINT))
+    slow = {"place": "globe.compute.ranks:summed", "call": 3, "slow": 2.0}
+    finished(ranks.run(2, "compress", source, second, *COMMON, *JOINT, rank0=slow))
     assert digests(first) == digests(second)
 
 
@@ -149,6 +151,75 @@ def test_killed_anywhere(ranks: Launcher, source: Path, tmp_path: Path) -> None:
         shutil.rmtree(out)
     assert killed > 3
     finished(ranks.run(2, "compress", source, out, *COMMON, *JOINT))
+    assert digests(out) == digests(whole)
+
+
+TRAPPED = """
+import os
+import globe.pipeline.compress
+from globe.cli import main
+from killed import set_trap
+if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    set_trap("globe.compute.ranks:summed", call=40, entered=True)
+main()
+"""
+
+
+@pytest.mark.slow
+def test_torchruns_own_restarts(ranks: Launcher, source: Path, tmp_path: Path) -> None:
+    """A rank is killed in the first life of the group; torchrun starts all again, which go on to the same bits."""
+    whole, out, script = tmp_path / "whole", tmp_path / "out", tmp_path / "trapped.py"
+    finished(ranks.run(2, "compress", source, whole, *COMMON, *JOINT))
+    script.write_text(TRAPPED)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [*torchrun, "--max-restarts", "1", script, "compress", source, out, *COMMON, *JOINT],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Signal 9" in done.stderr or "exitcode: -9" in done.stderr
+    assert digests(out) == digests(whole)
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[list[tuple[str, str, str]]]:
+    """Two network namespaces that see each other alone: their names, interfaces and addresses."""
+    made = [
+        (f"globe{os.getpid()}{side}", f"gv{os.getpid()}{side}", f"10.77.0.{place}")
+        for place, side in ((1, "a"), (2, "b"))
+    ]
+    if shutil.which("ip") is None or subprocess.run(["ip", "netns", "add", made[0][0]], capture_output=True).returncode:
+        pytest.skip("network namespaces cannot be made here")
+    try:
+        subprocess.run(["ip", "netns", "add", made[1][0]], check=True)
+        ends = [(interface, "netns", name) for name, interface, _ in made]
+        subprocess.run(["ip", "link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1]], check=True)
+        for name, interface, address in made:
+            for command in (f"addr add {address}/24 dev {interface}", f"link set {interface} up", "link set lo up"):
+                subprocess.run(["ip", "-n", name, *command.split()], check=True)
+        yield made
+    finally:
+        for name, _, _ in made:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@pytest.mark.slow
+def test_between_two_hosts(hosts: list[tuple[str, str, str]], ranks: Launcher, source: Path, tmp_path: Path) -> None:
+    """A rank in each of two network namespaces, as two machines would be: the bits of two ranks of one machine."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    finished(ranks.run(2, "compress", source, whole, *COMMON, *JOINT))
+    started = []
+    meeting = ("--nnodes", "2", "--nproc-per-node", "1", "--master-addr", hosts[0][2], "--master-port", "29517")
+    for place, (name, interface, _) in enumerate(hosts):
+        torchrun = (sys.executable, "-m", "torch.distributed.run", *meeting, "--node-rank", str(place), "-m", "globe")
+        command = ("ip", "netns", "exec", name, *torchrun, "compress", source, out, *COMMON, *JOINT)
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": interface}
+        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment))
+    told = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], told
     assert digests(out) == digests(whole)
 
 

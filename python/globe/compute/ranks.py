@@ -7,6 +7,7 @@ its own, and sums are as they are, so no stage asks how many ranks there are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,10 +20,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from globe.checkpoint.family import Family
 from globe.errors import GlobeError, UsageError
-from globe.machine.launch import launched_rank, launched_ranks, local_rank
+from globe.machine.launch import launched_rank, launched_ranks, launched_restarts, local_rank
 
 Value = TypeVar("Value")
 _SHOWN = 60.0  # seconds
@@ -52,7 +55,11 @@ def joined() -> Iterator[None]:
     if cuda:
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+        store, rank, count = next(rendezvous("env://", timeout=_PATIENCE))
+        # torchrun's own restarts (`--max-restarts`) meet in the same store, where the addresses of before still stand.
+        store = PrefixStore(f"restart {launched_restarts()}", store)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         told = str(error).strip().partition("\n")[0]
         raise GlobeError(f"rank {launched_rank()} cannot reach the others ({told}); start all with torchrun") from None
@@ -158,29 +165,29 @@ def added(value: float) -> float:
 
 def atoms(count: int) -> slice:
     """Which of so many atoms are this rank's, where what is done for each is dealt."""
-    return _atoms(count, rank() if size() > 1 else 0)
+    return _shares(count)[rank() if size() > 1 else 0]
 
 
-def _atoms(count: int, number: int) -> slice:
-    return slice(count * number // size(), count * (number + 1) // size())
+def _shares(count: int) -> list[slice]:
+    """So many atoms, or columns, dealt to the ranks."""
+    return [slice(count * number // size(), count * (number + 1) // size()) for number in range(size())]
+
+
+def _length(share: slice) -> int:
+    return int(share.stop - share.start)
 
 
 def scattered(total: torch.Tensor) -> torch.Tensor:
     """Σ over the ranks of this rank's atoms of (m, …), in the order of the ranks; `total` itself where there is one."""
     if size() == 1:
         return total
-    count, here = len(total), atoms(len(total))
-    sent, per_atom = total.contiguous().cpu() if total.device.type == "mps" else total.contiguous(), total[0].numel()
-    lengths = [(part.stop - part.start) * per_atom for part in (_atoms(count, number) for number in range(size()))]
-    mine = (here.stop - here.start) * per_atom
-    found = torch.empty(size() * mine, dtype=sent.dtype, device=sent.device)
-    dist.all_to_all_single(found, sent.view(-1), [mine] * size(), lengths)
-    _count(sent.nbytes)
-    parts = found.view(size(), here.stop - here.start, *total.shape[1:])
-    result = parts[0].clone()
-    for part in parts[1:]:
+    parts, mine = [total[share].numel() for share in _shares(len(total))], total[atoms(len(total))]
+    found = _exchanged(total.reshape(-1), parts, [mine.numel()] * size()).view(size(), *mine.shape)
+    _count(total.nbytes)
+    result = found[0].clone()
+    for part in found[1:]:
         result += part
-    return result.to(total.device)
+    return result
 
 
 def assembled(own: torch.Tensor, count: int) -> torch.Tensor:
@@ -190,12 +197,45 @@ def assembled(own: torch.Tensor, count: int) -> torch.Tensor:
     place = own.device if own.device.type != "mps" else torch.device("cpu")
     whole = torch.empty(count, *own.shape[1:], dtype=own.dtype, device=place)
     whole[atoms(count)] = own.to(place)
-    for number in range(size()):
-        part = whole[_atoms(count, number)]
+    for number, share in enumerate(_shares(count)):
+        part = whole[share]
         if part.numel():
-            dist.broadcast(part, number)
+            dist.broadcast(part.view(torch.uint8), number)
     _count(whole.nbytes)
     return whole.to(own.device)
+
+
+def by_columns(own: torch.Tensor, count: int) -> torch.Tensor:
+    """This rank's share of the columns of all atoms (m, c), made of every rank's own; all where there is one rank."""
+    flat = own.flatten(1)
+    if size() == 1:
+        return flat
+    shares = _shares(flat.shape[1])
+    mine = _length(shares[rank()])
+    sent = torch.cat([flat[:, share].reshape(-1) for share in shares])
+    lengths = [_length(share) * mine for share in _shares(count)]
+    found = _exchanged(sent, [len(flat) * _length(share) for share in shares], lengths)
+    _count(found.nbytes)
+    return found.view(count, mine)
+
+
+def by_atoms(columns: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """The inverse of :func:`by_columns`: this rank's atoms, in the shape of those that it gave."""
+    if size() == 1:
+        return columns.view_as(own)
+    widths = [_length(share) for share in _shares(math.prod(own.shape[1:]))]
+    parts, lengths = [columns[share].numel() for share in _shares(len(columns))], [len(own) * wide for wide in widths]
+    found = _exchanged(columns.reshape(-1), parts, lengths).split(lengths)
+    _count(columns.nbytes)
+    return torch.cat([part.view(len(own), wide) for part, wide in zip(found, widths, strict=True)], 1).view_as(own)
+
+
+def _exchanged(sent: torch.Tensor, parts: list[int], lengths: list[int]) -> torch.Tensor:
+    """What all ranks have sent to this one, one after the other: so many numbers of each, and `parts` to each."""
+    there = sent.cpu() if sent.device.type == "mps" else sent
+    found = torch.empty(sum(lengths), dtype=there.dtype, device=there.device)
+    dist.all_to_all_single(found, there, lengths, parts)
+    return found.to(sent.device)
 
 
 def agreed(value: Value) -> Value:

@@ -47,7 +47,7 @@ class Operator:
         problem, point, chain = self._problem, self._point, self._point.chain
         changes = chain * vector.codes
         total, slopes = torch.zeros_like(point.bank), np.zeros_like(changes)
-        bank = ranks.assembled(vector.bank, len(point.bank)).to(problem.kept)
+        bank = ranks.assembled(vector.bank.to(problem.kept), len(point.bank))
         lefts, hidden = problem.lefts.take(problem.spans), problem.hidden.take(problem.spans)
         for span, left, columns in zip(problem.spans, lefts, hidden, strict=True):
             mixed = mixtures(changes[span], self._bank, self._mixed)

@@ -49,8 +49,7 @@ class Preconditioner:
 
         workers.run(invert, len(lefts))
         self._inner, self._workers = lefts, workers
-        self._count = point.codes.shape[1]
-        coupling = _inverse_coupling(value.weights, point.codes)[ranks.atoms(self._count)]
+        coupling = _inverse_coupling(value.weights, point.codes)
         self._coupling = torch.from_numpy(coupling.astype(np.float32)).to(device)
         self._columns: torch.Tensor | None = None
         if weigh_columns:
@@ -71,9 +70,10 @@ class Preconditioner:
             found[part] = moved if self._columns is None else matmul(moved, self._columns)
 
         self._workers.run(whiten, len(found))
-        whole = ranks.assembled(found, self._count)
-        for mine, columns in zip(found.flatten(1).split(1 << 20, 1), whole.flatten(1).split(1 << 20, 1), strict=True):
-            mine.copy_(self._coupling @ columns)
+        columns = ranks.by_columns(found, len(self._coupling))
+        for part in columns.split(1 << 20, 1):
+            part.copy_(self._coupling @ part)
+        found = ranks.by_atoms(columns, found)
         self._workers.run(colour, len(found))
         return found
 

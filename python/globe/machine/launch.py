@@ -18,6 +18,11 @@ def launched_rank() -> int:
     return int(os.environ["RANK"]) if launched_ranks() > 1 else 0
 
 
+def launched_restarts() -> int:
+    """How often torchrun has started them again (`--max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def local_rank() -> int:
     """Its number among those on this machine, by which it takes a GPU."""
     return int(os.environ.get("LOCAL_RANK", "0")) if launched_ranks() > 1 else 0
