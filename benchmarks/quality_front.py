@@ -55,7 +55,8 @@ def _draw(rows: Sequence[Row], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    matplotlib.rcParams["svg.fonttype"] = "none"
+    from matplotlib import pyplot, ticker
 
     series: dict[str, list[Row]] = {}
     for row in sorted(rows, key=share):
@@ -76,7 +77,11 @@ def _draw(rows: Sequence[Row], file: Path) -> None:
         axis.set(
             xscale="log", yscale="log", title=text, xlabel="bytes over bf16", ylabel="perplexity over the original's"
         )
-        axis.grid(True, which="both", alpha=0.25)
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_locator(ticker.MaxNLocator(5))
+            scale.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            scale.set_minor_locator(ticker.NullLocator())
+        axis.grid(True, alpha=0.25)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
     figure.tight_layout()
