@@ -21,7 +21,8 @@ from globe.checkpoint.family import Family
 from globe.checkpoint.index import Checkpoint
 from globe.compute.codes import supports
 from globe.fit.codes import coding_step
-from globe.fit.joint import Steps, _centre, fit_joint
+from globe.fit.joint import _centre, fit_joint
+from globe.fit.joint_steps import Steps
 from globe.fit.sums import State
 from globe.runs import store as store_module
 from globe.runs.store import FOLDER, MemoryStore, RunStore, Store
@@ -330,7 +331,7 @@ def test_a_killed_run_ends_with_the_same_files(tmp_path: Path) -> None:
     whole = digests(compress(source, tmp_path / "whole", Settings(**settings)).directory)
     with Killer() as killer:
         for call in (1, 2):
-            assert killer.run(source, tmp_path / "out", settings, place="globe.fit.joint:_save", call=call) == -9
+            assert killer.run(source, tmp_path / "out", settings, place="globe.fit.joint:save_joint", call=call) == -9
         assert killer.run(source, tmp_path / "out", settings, place="globe.fit.stages:_save_fit", call=1) == -9
         assert killer.run(source, tmp_path / "out", settings) == 0
     assert digests(tmp_path / "out") == whole

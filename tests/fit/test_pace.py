@@ -15,7 +15,8 @@ from families import make_family, make_job, planted, random_state, silent, whole
 from globe.checkpoint.family import Family
 from globe.compute.codes import supports
 from globe.fit import joint
-from globe.fit.joint import Steps, fit_joint
+from globe.fit.joint import fit_joint
+from globe.fit.joint_steps import Steps
 from globe.fit.pace import Fitting, Pace
 from globe.fit.problem import Problem
 from globe.fit.sums import State

@@ -209,9 +209,9 @@ def test_a_fit_that_was_stopped_has_all_of_the_new_limit(
 
     from globe.fit import joint
 
-    saved = joint._save
+    saved = joint.save_joint
     with monkeypatch.context() as patch:
-        patch.setattr(joint, "_save", lambda *given: (saved(*given), stop()))
+        patch.setattr(joint, "save_joint", lambda *given: (saved(*given), stop()))
         with pytest.raises(KeyboardInterrupt):
             run(source, tmp_path / "out", time_limit=300)
     began = clock()

@@ -131,3 +131,10 @@ def _refit(gram: Array, correlations: Array, chosen: NDArray[np.bool_]) -> Array
         fitted = kernels.nnls(gram[np.ix_(support, support)], correlations[None, number, support])
         codes[number, support] = fitted.codes[0]
     return never_empty(codes, correlations)
+
+
+def unit_codes(codes: Array) -> Array:
+    """Codes of absolute sum one: f does not depend on the size of α_i."""
+    size: Array = np.abs(codes).sum(1, keepdims=True)
+    found: Array = codes / np.where(size > 0, size, 1.0)
+    return found

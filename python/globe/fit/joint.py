@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +15,10 @@ from numpy.typing import NDArray
 from globe.compute import ranks
 from globe.compute.codes import supports
 from globe.compute.gemm import matmul
-from globe.fit.codes import entmax_alpha, one_atom_each, prune, spread
+from globe.fit.codes import entmax_alpha, one_atom_each, prune, spread, unit_codes
 from globe.fit.dictionary import unit_atoms
 from globe.fit.gauss_newton import Newton, newton_step
+from globe.fit.joint_steps import Steps, noted, recall_joint, save_joint
 from globe.fit.objective import Value
 from globe.fit.pace import Pace
 from globe.fit.point import Point, Vector
@@ -27,7 +27,6 @@ from globe.fit.sums import State
 from globe.fit.support import Quadratic, above_target, newton_codes, shrink_support
 from globe.runs.job import Job
 from globe.runs.stages import Advance
-from globe.runs.store import Store
 from globe.settings import Settings, seconds_text
 from globe.sizes.flops import error_flops, iteration_flops, pass_flops, weighing_flops
 
@@ -40,54 +39,6 @@ _NOTHING = 1e-9  # of the energy: the fp32 residual is rounding
 _GAIN = 5  # tolerances: a step that lowers f by less ends the fit
 _TRIALS = 10
 _FASTER = 2  # a product in bf16 than in fp32, at least, where there are bf16 dot products
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A step's line in metrics.json: f before it, the codes, CG iterations so far, wall seconds since the fit began."""
-
-    step: int
-    evaluations: int
-    iterations: int
-    error: float
-    support_median: float
-    temperature: float
-    ridged: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Steps:
-    """How far the joint fit has come, and what the steps before found."""
-
-    temperature: float
-    step: int = 0
-    evaluations: int = 0
-    iterations: int = 0
-    seconds: float = 0.0
-    stopped: str | None = None
-    history: list[Segment] = field(default_factory=list)
-
-    @property
-    def initial_support(self) -> float:
-        """The median support before the first step."""
-        return self.history[0].support_median
-
-    @property
-    def lost(self) -> bool:
-        """Whether codes that started with one atom, and were spread, have not come back to the error of the start."""
-        first, last = self.history[0], self.history[-1]
-        return first.support_median == 1 and last.error > first.error
-
-    def report(self) -> dict[str, Any]:
-        """What metrics.json says."""
-        return {
-            "steps": self.step,
-            "evaluations": self.evaluations,
-            "iterations": self.iterations,
-            "stopped": self.stopped,
-            "history": [asdict(segment) for segment in self.history],
-        }
 
 
 def fit_joint(problem: Problem, start: State, job: Job, advance: Advance) -> tuple[State, Steps]:
@@ -114,7 +65,7 @@ def fit_joint(problem: Problem, start: State, job: Job, advance: Advance) -> tup
     advance : callable
     """
     started, settings, name = time.perf_counter(), job.settings, problem.family.name
-    state, previous, now = _recall(job, start, problem)
+    state, previous, now = recall_joint(job, start, problem)
     bank, codes = state.bank, state.codes
     del start, state
     started -= now.seconds
@@ -136,7 +87,7 @@ def fit_joint(problem: Problem, start: State, job: Job, advance: Advance) -> tup
             now = replace(now, evaluations=2)
     while now.stopped is None:
         median = float(np.median(supports(codes)))
-        now = _noted(replace(now, seconds=time.perf_counter() - started), value, median)
+        now = noted(replace(now, seconds=time.perf_counter() - started), value, median)
         job.log(f"{name}: step {now.step}: error {value.error:.5f}, median support {median:g}")
         changed, temperature = ranks.agreed(_supported(value, codes, now, settings))
         again = bare or changed is not None
@@ -183,7 +134,7 @@ def fit_joint(problem: Problem, start: State, job: Job, advance: Advance) -> tup
         previous = Vector(matmul(line.centre, step.bank), step.codes)
         del line, newton, step, found  # a bank each
         now = replace(now, step=now.step + 1)
-        _save(job, name, (State(bank, codes, now.temperature), previous), now)
+        save_joint(job, name, (State(bank, codes, now.temperature), previous), now)
     state = _finished(State(bank, codes, now.temperature), settings)
     return state, replace(now, seconds=time.perf_counter() - started)
 
@@ -219,7 +170,7 @@ class _Line:
         bank = torch.empty_like(self.begin.bank)
         for moved, atom, change in zip(bank, self.begin.bank, self.newton.step.bank, strict=True):
             moved.copy_(matmul(self.centre, atom.add(change, alpha=size)))
-        codes = _sized(self.begin.moved(self.newton.step.codes, size))
+        codes = unit_codes(self.begin.moved(self.newton.step.codes, size))
         return bank, codes, self.look(bank, codes)
 
     def _reach(self) -> float:
@@ -253,13 +204,6 @@ class _Shares:
         return (self.error if bare else 1.0) + (0.0 if made else self.weighing)
 
 
-def _sized(codes: Array) -> Array:
-    """Codes of absolute sum one: f does not depend on the size of α_i."""
-    size: Array = np.abs(codes).sum(1, keepdims=True)
-    found: Array = codes / np.where(size > 0, size, 1.0)
-    return found
-
-
 def _centre(gram: torch.Tensor) -> torch.Tensor:
     """Q (r, r), fp32, such that the mean of (Q B̃')(Q B̃')ᵀ is the identity: B_j → Q B_j, A_i → A_i Q⁻¹."""
     values, vectors = torch.linalg.eigh(gram)
@@ -273,25 +217,17 @@ def _supported(value: Value, codes: Array, now: Steps, settings: Settings) -> tu
     if above_target(codes, settings):
         model = Quadratic(value.curvature, codes, value.codes)
         kept, temperature = shrink_support(model, newton_codes(model), settings.support, entmax_alpha(settings))
-        return _sized(kept), temperature
+        return unit_codes(kept), temperature
     if _spreads(codes, now, settings):
         others = min(settings.support, codes.shape[1]) - 1
         # together about as much as their own
-        return _sized(spread(codes, others, 2 / others, settings.seed)), now.temperature
+        return unit_codes(spread(codes, others, 2 / others, settings.seed)), now.temperature
     return None, now.temperature
 
 
 def _spreads(codes: Array, now: Steps, settings: Settings) -> bool:
     """Whether codes are of one atom each, and others come in by chance."""
     return now.step == 0 and settings.codes != "signed" and settings.support > 1 and one_atom_each(codes)
-
-
-def _noted(now: Steps, value: Value, median: float) -> Steps:
-    """The history with a line on where the fit is."""
-    line = Segment(
-        now.step, now.evaluations, now.iterations, value.error, median, now.temperature, value.ridged, now.seconds
-    )
-    return replace(now, history=[*now.history, line])
 
 
 def _ended(now: Steps, met: bool, settings: Settings) -> str | None:
@@ -312,48 +248,4 @@ def _finished(state: State, settings: Settings) -> State:
     bank, codes = unit_atoms(state.bank, state.codes)
     if settings.codes != "signed":
         codes = prune(codes, settings.epsilon)
-    return State(bank, _sized(codes), state.temperature)
-
-
-def _save(job: Job, name: str, reached: tuple[State, Vector], now: Steps) -> None:
-    mine, (state, previous) = f"{name}.joint-{now.step}", reached
-    step = ranks.assembled(previous.bank, len(state.bank))
-    tensors = {"bank": state.bank, "codes": torch.from_numpy(state.codes)}
-    tensors |= {"step": step, "step.codes": torch.from_numpy(previous.codes)}
-    job.store.save(mine, tensors, {**asdict(now), "elapsed": job.stages.so_far()})
-    drop_joint(job.store, name, but=mine)  # after: a process that ends in between loses no step
-
-
-def _recall(job: Job, start: State, problem: Problem) -> tuple[State, Vector | None, Steps]:
-    found = (job.store.load(key) for key in _keys(job.store, problem.family.name))
-    saved = next((each for each in found if each is not None), None)
-    if saved is None:
-        return replace(start, codes=_sized(start.codes)), None, Steps(start.temperature)
-    meta = {key: value for key, value in saved.meta.items() if key != "elapsed"}
-    now = Steps(**{**meta, "history": [Segment(**line) for line in meta["history"]]})
-    state, step = (saved.tensors[kind].to(problem.device) for kind in ("bank", "step"))
-    step = step[ranks.atoms(len(step))]
-    return State(state, saved.array("codes"), now.temperature), Vector(step, saved.array("step.codes")), now
-
-
-def joint_before(store: Store, name: str) -> dict[str, Any] | None:
-    """The record of the part of a joint fit that an earlier process did."""
-    for key in _keys(store, name):
-        meta = store.check(key)
-        if meta is not None:
-            return dict(meta["elapsed"])
-    return None
-
-
-def drop_joint(store: Store, name: str, but: str = "") -> None:
-    """Drop the states of a pool's joint fit, but for one."""
-    for key in _keys(store, name):
-        if key != but:
-            store.drop(key)
-
-
-def _keys(store: Store, name: str) -> list[str]:
-    """The states of a pool's joint fit, the newest first."""
-    prefix = f"{name}.joint-"
-    steps = [int(key.removeprefix(prefix)) for key in store.names() if key.startswith(prefix)]
-    return [f"{prefix}{step}" for step in sorted(steps, reverse=True)]
+    return State(bank, unit_codes(codes), state.temperature)

@@ -10,7 +10,8 @@ import torch
 from globe.errors import GlobeError
 from globe.fit.codes import one_atom_each
 from globe.fit.describe import proxy_error, training_report
-from globe.fit.joint import drop_joint, fit_joint, joint_before
+from globe.fit.joint import fit_joint
+from globe.fit.joint_steps import drop_joint, joint_before
 from globe.fit.problem import Problem
 from globe.fit.progress import States
 from globe.fit.rounded_bank import passes, round_bank
