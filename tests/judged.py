@@ -64,11 +64,11 @@ def judge(model_type: str, folder: Path) -> Judged:
         assert float(off.float().mean()) <= 0.01
         works.append("runs factored")
     except (GlobeError, AttributeError) as error:
-        return Judged(model_type, layout, tuple(works), _line(error).replace(f"{source}: ", ""))
+        return Judged(model_type, layout, tuple(works), _line(error, source))
     try:
         calibrate(source, folder / "statistics.safetensors", text=_TEXT, tokens=256, window=64)
     except GlobeError as error:
-        return Judged(model_type, layout, tuple(works), _line(error).replace(f"{source}: ", ""))
+        return Judged(model_type, layout, tuple(works), _line(error, source))
     return Judged(model_type, layout, (*works, "calibrates"), "")
 
 
@@ -101,5 +101,6 @@ def _tensors(directory: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0].removeprefix("GlobeError: ")[:200]
+def _line(error: Exception, source: Path | None = None) -> str:
+    told = f"{type(error).__name__}: {error}".partition("\n")[0].removeprefix("GlobeError: ")
+    return told.replace(f"{source}: ", "")[:200]

@@ -247,8 +247,11 @@ class TensorWriter:
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write the next tensor."""
-        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        self.write_chunks(name, [data.numpy().data])
+        self.write_parts(name, [tensor])
+
+    def write_parts(self, name: str, parts: Iterable[torch.Tensor]) -> None:
+        """Write the next tensor from parts of it along its first axis."""
+        self.write_chunks(name, (_raw(part) for part in parts))
 
     def write_chunks(self, name: str, chunks: Iterable[bytes | bytearray | memoryview]) -> None:
         """Write the next tensor from pieces of its bytes."""
@@ -278,6 +281,11 @@ class TensorWriter:
             with suppress(OSError):  # closing writes what is buffered, and a full disk is full still
                 self._file.close()
             self._temporary.unlink(missing_ok=True)
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    data: memoryview = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    return data
 
 
 def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
