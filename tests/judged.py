@@ -77,7 +77,8 @@ def _logits(kind: Any, directory: Path, ids: torch.Tensor) -> torch.Tensor:
     assert not info["missing_keys"] and not info["unexpected_keys"], info
     torch.manual_seed(0)  # a model of diffusion draws what it begins with
     with torch.no_grad():
-        logits: torch.Tensor = model.eval()(input_ids=ids, use_cache=False).logits
+        speaks = getattr(model, "thinker", model)  # of qwen3_omni_moe, which has no forward of its own
+        logits: torch.Tensor = speaks.eval()(input_ids=ids, use_cache=False).logits
     assert logits.isfinite().all()
     return logits
 
