@@ -54,7 +54,7 @@ def judge(model_type: str, folder: Path) -> Judged:
         compress(source, out, Settings(rank=0.5, bank_ratio=0.5, outer_loops=0, device="cpu", **WEIGHTS_ONLY))
         works.append("reads")
         export(out, dense)
-        _require_untouched(source, dense)
+        require_untouched(source, dense)
         wanted = _logits(type(model), dense, ids)
         works.append("exports")
         found = _logits(type(model), out, ids)
@@ -83,7 +83,7 @@ def _logits(kind: Any, directory: Path, ids: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _require_untouched(source: Path, dense: Path) -> None:
+def require_untouched(source: Path, dense: Path) -> None:
     """All tensors but the experts' gate and up are the source's, to the bit."""
     families = Checkpoint(source).chosen(("gate", "up")).values()
     touched = {expert.tensor for family in families for expert in family.experts}
