@@ -41,19 +41,23 @@ def local(model: Path | str) -> Path:
     named = _named(model)
     if named is None:
         return Path(model)
-    repository, revision = named
     hub = _import_hub(model)
     try:
-        found = hub.snapshot_download(
-            repository,
-            revision=revision,
-            endpoint=_endpoint(),
-            library_name="globe-moe",
-            allow_patterns=list(_NEEDED),
-            ignore_patterns=list(_BESIDE),
-        )
+        return _snapshot(hub, *named)
     except Exception as error:  # the hub's, the HTTP client's and hf_xet's
         raise _refused(model, error) from error
+
+
+def _snapshot(hub: Any, repository: str, revision: str | None, **options: Any) -> Path:
+    found = hub.snapshot_download(
+        repository,
+        revision=revision,
+        endpoint=_endpoint(),
+        library_name="globe-moe",
+        allow_patterns=list(_NEEDED),
+        ignore_patterns=list(_BESIDE),
+        **options,
+    )
     return Path(found)
 
 
@@ -103,7 +107,7 @@ def _fetch_headers(hub: Any, repository: str, revision: str | None, folder: Path
 def _kept(hub: Any, repository: str, revision: str | None) -> Path | None:
     """A snapshot in the cache that has weights."""
     try:
-        found = Path(hub.snapshot_download(repository, revision=revision, local_files_only=True))
+        found = _snapshot(hub, repository, revision, local_files_only=True)
     except Exception:  # there is none
         return None
     return found if any(found.glob("*.safetensors")) else None
