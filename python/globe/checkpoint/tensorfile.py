@@ -111,10 +111,13 @@ def read_header(path: Path) -> FileHeader:
             raise GlobeError(f"{path}: tensor {name} starts at byte {info.start}, expected {end}; fetch the file again")
         end += info.nbytes
         if info.dtype not in DTYPE_BITS:
-            raise GlobeError(f"{path}: tensor {name} has dtype {info.dtype}; expected one of {', '.join(DTYPE_BITS)}")
+            raise GlobeError(
+                f"{path}: tensor {name} has dtype {info.dtype}; expected one of {', '.join(DTYPE_BITS)}: fetch it again"
+            )
         if 8 * info.nbytes != math.prod(info.shape) * DTYPE_BITS[info.dtype]:
             raise GlobeError(
-                f"{path}: tensor {name} has {info.nbytes} bytes, not what {info.dtype} {list(info.shape)} takes"
+                f"{path}: tensor {name} has {info.nbytes} bytes, not what {info.dtype} {list(info.shape)} takes; fetch "
+                "the file again"
             )
     if end != size:
         raise GlobeError(f"{path}: {size} bytes found, the header promises {end}; it is truncated, fetch it again")
@@ -157,7 +160,7 @@ def _read_into(info: TensorInfo, offset: int, view: memoryview) -> None:
         while done < len(view):
             got = file.readinto(view[done:])
             if not got:
-                raise GlobeError(f"{info.file}: ended early while reading; the file changed during the run")
+                raise GlobeError(f"{info.file}: ended early while reading; the file changed during the run: start over")
             done += got
     with _counting:
         _bytes_read += done
