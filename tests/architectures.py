@@ -66,12 +66,20 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "diffusion_gemma": {"text_config": _GEMMA},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note": {
-        "text_config": {"per_layer_config": {}, "head_dim": 16},
+        "text_config": {
+            "per_layer_config": {},
+            "head_dim": 16,
+            "layer_types": ["indexed_attention"] * LAYERS,
+            "mlp_layer_types": _SPARSE,
+            "shared_experts_intermediate_size": 24,
+        },
         "vision_config": {
             "adapter_in_dim": HIDDEN,
             "adapter_out_dim": HIDDEN,
-            "per_layer_config": {1: {"num_local_experts": 4, "num_experts_per_tok": 2}},
+            "mlp_layer_types": _SPARSE,
+            "per_layer_config": {n: {"num_local_experts": 4, "num_experts_per_tok": 2} for n in (1, 2)},
         },
+        "audio_config": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN},
     },
     "ernie4_5_vl_moe": {
         "text_config": {
@@ -92,6 +100,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "llama4": {"text_config": {"num_experts_per_tok": 1}},
     "mistral_large4": {"text_config": {"kv_source_layers": [0, 1, 2]}},
     "mistral4": {"rope_parameters": _ROTARY},
+    "qwen3_omni_moe": {"enable_audio_output": False},
     "qwen4_exp": {
         "text_config": {
             "indexer_budget": 8,

@@ -54,7 +54,7 @@ def judge(model_type: str, folder: Path) -> Judged:
         compress(source, out, Settings(rank=0.5, bank_ratio=0.5, outer_loops=0, device="cpu", **WEIGHTS_ONLY))
         works.append("reads")
         export(out, dense)
-        _require_untouched(source, dense)
+        require_untouched(source, dense)
         wanted = _logits(type(model), dense, ids)
         works.append("exports")
         found = _logits(type(model), out, ids)
@@ -64,11 +64,11 @@ def judge(model_type: str, folder: Path) -> Judged:
         assert float(off.float().mean()) <= 0.01
         works.append("runs factored")
     except (GlobeError, AttributeError) as error:
-        return Judged(model_type, layout, tuple(works), _line(error).replace(f"{source}: ", ""))
+        return Judged(model_type, layout, tuple(works), _line(error, source))
     try:
         calibrate(source, folder / "statistics.safetensors", text=_TEXT, tokens=256, window=64)
     except GlobeError as error:
-        return Judged(model_type, layout, tuple(works), _line(error).replace(f"{source}: ", ""))
+        return Judged(model_type, layout, tuple(works), _line(error, source))
     return Judged(model_type, layout, (*works, "calibrates"), "")
 
 
@@ -77,12 +77,13 @@ def _logits(kind: Any, directory: Path, ids: torch.Tensor) -> torch.Tensor:
     assert not info["missing_keys"] and not info["unexpected_keys"], info
     torch.manual_seed(0)  # a model of diffusion draws what it begins with
     with torch.no_grad():
-        logits: torch.Tensor = model.eval()(input_ids=ids, use_cache=False).logits
+        speaks = getattr(model, "thinker", model)  # of qwen3_omni_moe, which has no forward of its own
+        logits: torch.Tensor = speaks.eval()(input_ids=ids, use_cache=False).logits
     assert logits.isfinite().all()
     return logits
 
 
-def _require_untouched(source: Path, dense: Path) -> None:
+def require_untouched(source: Path, dense: Path) -> None:
     """All tensors but the experts' gate and up are the source's, to the bit."""
     families = Checkpoint(source).chosen(("gate", "up")).values()
     touched = {expert.tensor for family in families for expert in family.experts}
@@ -101,5 +102,6 @@ def _tensors(directory: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0].removeprefix("GlobeError: ")[:200]
+def _line(error: Exception, source: Path | None = None) -> str:
+    told = f"{type(error).__name__}: {error}".partition("\n")[0].removeprefix("GlobeError: ")
+    return told.replace(f"{source}: ", "")[:200]

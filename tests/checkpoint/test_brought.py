@@ -150,3 +150,40 @@ def test_a_quantization_config_of_the_language_model(tmp_path: Path) -> None:
 def test_every_layout_has_families_that_end_in_down() -> None:
     for layout in read_layouts():
         assert layout.families in (("gate", "up", "down"), ("up", "down")), layout.name
+
+
+def _odd_shape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.2.mlp.experts.1.up_proj.weight"] = torch.zeros(32, 60)
+
+
+def _one_axis(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.2.mlp.experts.1.up_proj.weight"] = torch.zeros(32)
+
+
+WRONG: dict[str, tuple[str, ...]] = {
+    "a shape": ("experts.1.up_proj.weight has shape [32, 60]", "[32, 64]", "fetch the checkpoint again"),
+    "an axis": ("experts.1.up_proj.weight has shape [32]", "expected 2 axes", "fetch the checkpoint again"),
+    "a count": ("states 7 as experts per layer", "have 8", "fetch both again, or mend config.json"),
+    "layers": ("num_hidden_layers is '3'", "expected an integer", "fetch it again"),
+    "an index": ("names tensor model.none in model-00001-of-00002.safetensors", "does not hold it", "fetch both again"),
+    "a file name": ("is mapped to 3", "expected a file name", "fetch it again"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_is_named_with_what_was_expected_and_the_remedy(what: str, tmp_path: Path) -> None:
+    source = make_tiny("qwen3_moe", tmp_path / "source", shards=2 if what in ("an index", "a file name") else 1)
+    if what in ("a shape", "an axis"):
+        tensors = load_file(source / "model.safetensors")
+        (_odd_shape if what == "a shape" else _one_axis)(tensors)
+        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    elif what in ("a count", "layers"):
+        changes = {"num_experts": 7, "num_local_experts": 7} if what == "a count" else {"num_hidden_layers": "3"}
+        edit_json(source / "config.json", lambda config: config.update(changes))
+    else:
+        place = "model-00001-of-00002.safetensors" if what == "an index" else 3
+        edit_json(
+            source / "model.safetensors.index.json", lambda index: index["weight_map"].update({"model.none": place})
+        )
+    line = refusal(1, "inspect", source)
+    assert all(part in line for part in WRONG[what]), line

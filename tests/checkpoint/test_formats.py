@@ -16,6 +16,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 import codes  # noqa: E402
 from codes import Tensors  # noqa: E402
+from globe.artifact.as_source import requantised  # noqa: E402
 from globe.checkpoint.family import Expert  # noqa: E402
 from globe.checkpoint.formats.encoded import Encoded, stored_as  # noqa: E402
 from globe.checkpoint.formats.tensors import open_encoded, plain_name  # noqa: E402
@@ -329,3 +330,13 @@ def test_experts_may_have_a_group_of_their_own(tmp_path: Path) -> None:
     }
     quantization = {"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": groups}
     assert stored_as(opened(tmp_path, tensors, quantization)) == "int4, groups of 32"
+
+
+def test_scales_that_fp16_would_round_to_zero_stay_above_it(tmp_path: Path) -> None:
+    tiny = torch.full((P, D), 2.0**-20)
+    stored, scales = codes.fp8(weights(), (16, 32))
+    tensors = {NAME: stored, f"{NAME}_scale_inv": scales.half()}
+    matrix = opened(tmp_path, tensors, fp8_config([16, 32]))
+    made, theirs = requantised(matrix, tiny)
+    again = opened(tmp_path, {NAME: made, f"{NAME}_scale_inv": theirs}, fp8_config([16, 32])).read()
+    assert theirs.dtype == torch.float16 and torch.equal(again.float(), tiny)

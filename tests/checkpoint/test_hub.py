@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +35,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (found / "onnx").mkdir()
     (found / "onnx" / "model.json").write_text("{}")
     (found / "pytorch_model.bin").write_bytes(b"not needed")
+    beside = ("chat_template.jinja", "additional_chat_templates/tool.jinja", "tokenizer.model", "modeling_own.py",
+              "preprocessor_config.json", "generation_config.json")  # fmt: skip
+    for name in beside:
+        (found / name).parent.mkdir(exist_ok=True)
+        (found / name).write_text("{}")
     return found
 
 
@@ -49,7 +57,7 @@ def test_only_what_is_needed_is_fetched_and_once(hub: Served, source: Path) -> N
     names = {path.name for path in found.rglob("*")}
     left = {"consolidated.safetensors", "onnx", "model.json", "pytorch_model.bin"}
     assert names == {path.name for path in source.rglob("*")} - left
-    for name in names:
+    for name in (path.relative_to(found) for path in found.rglob("*") if path.is_file()):
         assert (found / name).read_bytes() == (source / name).read_bytes()
     sent = dict(hub.sent)
     assert local("org/tiny@v1") == found and hub.sent == sent
@@ -106,8 +114,37 @@ def test_offline_takes_what_the_cache_has(hub: Served, monkeypatch: pytest.Monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     hub.requests.clear()
     assert local("org/tiny") == found and not hub.requests
-    with pytest.raises(GlobeError, match="could not be fetched"):
-        local("org/other")
+    assert inspect("org/tiny")["families"] == inspect(found)["families"] and not hub.requests
+    for take in (local, inspect):
+        with pytest.raises(GlobeError, match=r"^org/other: .*could not be fetched"):
+            take("org/other")
+
+
+@pytest.mark.parametrize("weights", ["in the cache", "not there"])
+def test_inspect_of_a_hub_that_is_not_to_be_reached(weights: str, hub: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = inspect("org/tiny")
+    if weights == "in the cache":
+        local("org/tiny")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    if weights == "in the cache":
+        assert inspect("org/tiny") == told
+        return
+    with pytest.raises(GlobeError, match=r"^org/tiny: .*; check the name and the connection"):
+        inspect("org/tiny")
+
+
+def test_quiet_commands_show_nothing_of_what_they_fetch(hub: Served, tmp_path: Path) -> None:
+    places = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+    for command in (("inspect", "org/tiny"), ("eval", "org/tiny", "--max-tokens", "64")):
+        for flags, silent in ((("-q",), True), ((), False)):
+            done = subprocess.run(
+                [sys.executable, "-m", "globe", *command, *flags],
+                capture_output=True,
+                text=True,
+                env={**os.environ, **places},
+                timeout=300,
+            )
+            assert done.returncode == 0 and (done.stderr == "") == silent, done.stderr
 
 
 def test_huggingface_hub_absent(monkeypatch: pytest.MonkeyPatch) -> None:

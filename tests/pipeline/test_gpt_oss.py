@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from checkpoints import byte_tokenizer, calibrate_tiny  # noqa: E402
 from families import WEIGHTS_ONLY  # noqa: E402
 from globe import Settings, compress, export  # noqa: E402
 from globe.checkpoint.index import Checkpoint  # noqa: E402
+from globe.checkpoint.tensorfile import TensorWriter  # noqa: E402
 from globe.evaluation.models import load_model  # noqa: E402
 from refusals import edit_json  # noqa: E402
 
@@ -103,6 +105,25 @@ def test_factored_exported_and_run(places: Path, tmp_path: Path, families: tuple
     factored = ["plain", "source"] if families == FAMILIES else ["plain"]  # what stays in codes does not run
     for place in factored:
         assert torch.allclose(logits(tmp_path / place), wanted, atol=3e-2 * float(wanted.abs().max()))
+
+
+def test_an_export_makes_an_expert_of_a_stack_at_a_time(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress(places / "source", tmp_path / "out", Settings(**SMALL, outer_loops=0, **WEIGHTS_ONLY))
+    written, write = {}, TensorWriter.write_parts
+
+    def counted(writer: TensorWriter, name: str, parts: Iterable[torch.Tensor]) -> None:
+        held = list(parts)
+        written[name] = [part.nbytes for part in held]
+        write(writer, name, held)
+
+    monkeypatch.setattr(TensorWriter, "write_parts", counted)
+    export(tmp_path / "out", tmp_path / "dense")
+    stacks = [name for name in written if name.endswith("experts.gate_up_proj")]
+    assert len(stacks) == 3 and all(written[name] == [2 * 64 * 64] * 4 for name in stacks)
+    decoded = [name for name in written if name.endswith("experts.down_proj")]
+    assert len(decoded) == 3 and all(written[name] == [2 * 64 * 32] * 4 for name in decoded)
 
 
 @pytest.mark.parametrize("families", [("gate", "up"), FAMILIES], ids="+".join)

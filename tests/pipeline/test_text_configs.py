@@ -155,3 +155,32 @@ def test_with_nothing_left_in_codes_the_factored_directory_runs(places: tuple[st
     export(tmp_path / "out", tmp_path / "dense")
     wanted = logits(tmp_path / "dense")
     assert (logits(tmp_path / "out") - wanted).abs().max() < 3e-2 * wanted.abs().max()
+
+
+def test_a_configuration_inside_one_inside_another(tmp_path: Path) -> None:
+    """qwen3_omni_moe: thinker_config has text_config, and that the quantization_config."""
+    tiny_model("qwen3_omni_moe").save_pretrained(tmp_path / "plain")
+    byte_tokenizer().save_pretrained(tmp_path / "plain")
+    shutil.copytree(tmp_path / "plain", tmp_path / "source")
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    stored = dict(plain)
+    for name in [name for name in plain if ".experts." in name]:
+        stored[name], stored[f"{name}_scale_inv"], plain[name] = quantised(plain[name])
+    for place, tensors in (("source", stored), ("plain", plain)):
+        save_file(tensors, tmp_path / place / "model.safetensors", metadata={"format": "pt"})
+    edit_json(
+        tmp_path / "source/config.json",
+        lambda config: config["thinker_config"]["text_config"].update(quantization_config=FP8),
+    )
+    assert run_cli("inspect", tmp_path / "source")["families"]["down"]["dtype"] == "e4m3, blocks of 8 × 8"
+    for place in ("source", "plain"):
+        compress(tmp_path / place, tmp_path / f"{place}-out", replace(SETTINGS, families=FAMILIES))
+        export(tmp_path / f"{place}-out", tmp_path / f"{place}-dense")
+    mine, theirs = (weights_of(tmp_path / f"{place}-dense") for place in ("source", "plain"))
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert config_of(tmp_path / "source-dense") == config_of(tmp_path / "plain-dense")
+    wanted = logits(tmp_path / "source-dense")
+    assert (logits(tmp_path / "source-out") - wanted).abs().max() < 3e-2 * wanted.abs().max()
+    export(tmp_path / "source-out", tmp_path / "again", as_source=True)
+    assert config_of(tmp_path / "again") == config_of(tmp_path / "source")
+    assert weights_of(tmp_path / "again").keys() == stored.keys()

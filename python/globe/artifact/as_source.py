@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from globe.checkpoint.formats.encoded import Encoded
 from globe.checkpoint.formats.tensors import described
-from globe.checkpoint.tensorfile import TORCH_DTYPES
+from globe.checkpoint.tensorfile import TORCH_DTYPES, TensorWriter
 from globe.errors import UsageError
 
 _LARGEST = 448.0  # of F8_E4M3
@@ -44,19 +45,41 @@ def as_stored(name: str, entry: dict[str, Any]) -> dict[str, tuple[str, tuple[in
     return {part.tensor: (part.info.dtype, part.info.shape) for part in described(name, entry).parts.values()}
 
 
-def requantised(matrix: Encoded, values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Codes and scales of values by the names of the tensors; a block's largest value takes the largest code.
+def write_requantised(writer: TensorWriter, matrix: Encoded, experts: Iterable[torch.Tensor]) -> None:
+    """Write codes and scales of the experts (p, d) of a tensor, one after the other, by the names that the source has.
+
+    Parameters
+    ----------
+    writer : TensorWriter
+        Where both are next.
+    matrix : Encoded
+        How the source had them.
+    experts : iterable of torch.Tensor
+        One, or all of a stack.
+    """
+    codes, scale = matrix.parts["codes"], matrix.parts["scale"]
+    scales: list[torch.Tensor] = []
+
+    def each() -> Iterator[torch.Tensor]:
+        for values in experts:
+            made, theirs = requantised(matrix, values)
+            scales.append(theirs)
+            yield made
+
+    writer.write_parts(codes.tensor, each())
+    writer.write(scale.tensor, torch.stack(scales).reshape(scale.info.shape))
+
+
+def requantised(matrix: Encoded, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (p, d) and scales, a row of them for each row of blocks; a block's largest value takes the largest code.
 
     Parameters
     ----------
     matrix : Encoded
-        How the source had them.
-    values : torch.Tensor, shape (p, d) or (E, p, d)
+        How the source had it, or the stack that it is of.
+    values : torch.Tensor, shape (p, d)
     """
-    if values.ndim == 3:
-        each = [requantised(matrix, one) for one in values]
-        return {name: torch.stack([one[name] for one in each]).reshape(_shape(matrix, name)) for name in each[0]}
-    codes, scale = matrix.parts["codes"], matrix.parts["scale"]
+    scale = matrix.parts["scale"]
     rows, columns = (block or size for block, size in zip(matrix.scheme.block, values.shape, strict=True))
     (p, d), (down, across) = values.shape, matrix.grid
     padded = torch.zeros(down * rows, across * columns)
@@ -68,12 +91,8 @@ def requantised(matrix: Encoded, values: torch.Tensor) -> dict[str, torch.Tensor
         exponents = wanted.log2().ceil().clamp(-126, 119)
         scales, stored = exponents.exp2(), (exponents + 127).to(torch.uint8)
     else:
-        stored = wanted.to(TORCH_DTYPES[scale.info.dtype])
+        kind = TORCH_DTYPES[scale.info.dtype]
+        stored = wanted.to(kind).clamp(min=torch.finfo(kind).tiny * torch.finfo(kind).eps)  # what it has above zero
         scales = stored.float()
     made = (blocks / scales[:, None, :, None]).clamp(-_LARGEST, _LARGEST).view_as(padded)[:p, :d]
-    shape = scale.info.shape if len(matrix.shape) == 2 else (down, across)
-    return {codes.tensor: made.to(torch.float8_e4m3fn), scale.tensor: stored.reshape(shape)}
-
-
-def _shape(matrix: Encoded, tensor: str) -> tuple[int, ...]:
-    return next(part.info.shape for part in matrix.parts.values() if part.tensor == tensor)
+    return made.to(torch.float8_e4m3fn), stored

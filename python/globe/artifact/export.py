@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from globe.artifact.as_source import as_stored, requantised, require_fp8
+from globe.artifact.as_source import as_stored, require_fp8, write_requantised
 from globe.artifact.autoload import source_config
 from globe.artifact.factored import Bank, Factored, open_factored, rest_name, shard_name
 from globe.artifact.output import output_directory
 from globe.artifact.owned import Claim, recorded
 from globe.checkpoint.companions import companions, copy_companions
+from globe.checkpoint.formats.encoded import Encoded
 from globe.checkpoint.formats.tensors import described, recalled
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.json_file import read_json
@@ -22,7 +24,15 @@ from globe.checkpoint.layouts import FAMILIES
 from globe.checkpoint.powers import saturated
 from globe.checkpoint.quantised import KEY, with_quantization
 from globe.checkpoint.shards import INDEX_NAME
-from globe.checkpoint.tensorfile import TORCH_DTYPES, TensorWriter, copy_chunks, read_tensor, tensor_bytes, write_text
+from globe.checkpoint.tensorfile import (
+    TORCH_DTYPES,
+    TensorInfo,
+    TensorWriter,
+    copy_chunks,
+    read_tensor,
+    tensor_bytes,
+    write_text,
+)
 from globe.errors import GlobeError, UsageError
 from globe.runs.stages import Advance, Display, Stages
 
@@ -155,45 +165,73 @@ def _export_shard(work: _Work, shard: dict[str, Any], advance: Advance) -> int:
                 for tensor in as_stored(name, entry):
                     writer.write_chunks(tensor, copy_chunks(factored.tensors[tensor]))
             elif "encoded" in entry:
-                matrix = recalled(name, entry, factored.tensors)
-                writer.write(name, matrix.read().mT if matrix.turned else matrix.read())
+                writer.write_parts(name, _decoded(recalled(name, entry, factored.tensors)))
             elif name in stored and not (work.as_source and "origin" in entry):
                 writer.write_chunks(name, copy_chunks(stored[name]))
             else:
-                there = name in stored  # refitted, in place of codes
-                values, count = (
-                    (read_tensor(stored[name]), 0) if there else reconstruct(factored, work.banks, name, entry)
-                )
-                made = {name: values}
+                made = _Made(factored, work.banks, name, entry)
+                refitted = name in stored  # in place of codes
+                experts = _as_they_are(stored[name]) if refitted else made.experts()
                 if work.as_source and "origin" in entry:
-                    made = requantised(described(name, entry), values)
-                for tensor, value in made.items():
-                    writer.write(tensor, value)
-                beyond += count
+                    write_requantised(writer, described(name, entry), experts)
+                else:
+                    writer.write_parts(name, experts)
+                beyond += made.beyond
             advance(1)
     return beyond
+
+
+def _decoded(matrix: Encoded) -> Iterator[torch.Tensor]:
+    """A matrix of codes, or the matrices of a stack one after the other, as they are written."""
+    for place in range(matrix.shape[0]) if len(matrix.shape) == 3 else (None,):
+        values = matrix.read(None, place)
+        yield values.mT if matrix.turned else values
+
+
+def _as_they_are(info: TensorInfo) -> Iterator[torch.Tensor]:
+    for place in range(info.shape[0]) if len(info.shape) == 3 else (None,):
+        yield read_tensor(info, None, place)
 
 
 def reconstruct(
     factored: Factored, banks: dict[str, Bank], name: str, entry: dict[str, Any]
 ) -> tuple[torch.Tensor, int]:
     """One source tensor from its factors, in the source's dtype, and how many values stand at that dtype's largest."""
-    dtype = TORCH_DTYPES[entry["dtype"]]
-    parts, beyond = [], 0
-    for family in FAMILIES:
-        rest = factored.tensors.get(rest_name(name, family))
-        if factored.holds(family, name):
-            numbers = factored.manifest["families"][family]["tensors"][name]
-            bank = banks[factored.bank_of(family, name)]
-            lefts = factored.lefts(family, name)
-            products = torch.stack([_product(a, bank.mixture(i)) for a, i in zip(lefts, numbers, strict=True)])
-            part, count = saturated(products, dtype)
-            parts.append(part.mT if family == "down" else part)
-            beyond += count
-        elif rest is not None:
-            parts.append(read_tensor(rest))
-    both = torch.stack(parts, 2).flatten(1, 2) if entry.get("interleaved") else torch.cat(parts, 1)
-    return (both.mT if entry.get("transposed") else both).reshape(entry["shape"]), beyond
+    made = _Made(factored, banks, name, entry)
+    return torch.stack(list(made.experts())).reshape(entry["shape"]), made.beyond
+
+
+@dataclass
+class _Made:
+    """A source tensor made of its factors, and how many values of it stand at its dtype's largest so far."""
+
+    factored: Factored
+    banks: dict[str, Bank]
+    name: str
+    entry: dict[str, Any]
+    beyond: int = 0
+
+    def experts(self) -> Iterator[torch.Tensor]:
+        """Its matrix, or the matrices of a stack one after the other, in the source's dtype."""
+        factored, name, entry = self.factored, self.name, self.entry
+        held = {family: factored.lefts(family, name) for family in FAMILIES if factored.holds(family, name)}
+        for place in range(entry["shape"][0] if len(entry["shape"]) == 3 else 1):
+            parts = []
+            for family in FAMILIES:
+                rest = factored.tensors.get(rest_name(name, family))
+                if family in held:
+                    number = factored.manifest["families"][family]["tensors"][name][place]
+                    bank = self.banks[factored.bank_of(family, name)]
+                    parts.append(self._rounded(_product(held[family][place], bank.mixture(number)), family))
+                elif rest is not None:
+                    parts.append(read_tensor(rest, None, place))
+            both = torch.stack(parts, 1).flatten(0, 1) if entry.get("interleaved") else torch.cat(parts)
+            yield both.mT if entry.get("transposed") else both
+
+    def _rounded(self, product: torch.Tensor, family: str) -> torch.Tensor:
+        part, count = saturated(product, TORCH_DTYPES[self.entry["dtype"]])
+        self.beyond += count
+        return part.mT if family == "down" else part
 
 
 def _product(left: torch.Tensor, mixture: torch.Tensor) -> torch.Tensor:

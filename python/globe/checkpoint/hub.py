@@ -17,15 +17,16 @@ from globe.errors import GlobeError
 
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 _NEEDED = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "*.safetensors")
-_BESIDE = ("*/*", "consolidated*")  # folders, and the same weights in other names
+# Folders but for additional_chat_templates, and the same weights in other names.
+_BESIDE = ("[!a]*/*", "a[!d]*/*", "consolidated*")
 _INDEX = "model.safetensors.index.json"
 
 
 def local(model: Path | str) -> Path:
     """The directory of a model: its own, or for a name on the hub a snapshot in the hub's cache.
 
-    Of a repository the weights in safetensors, configurations, tokenizer and code files at its top are fetched, as far
-    as they are not in the cache. HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are the hub's own.
+    Of a repository the weights in safetensors, configurations, tokenizer, templates and code files at its top are
+    fetched, as far as they are not in the cache. HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are the hub's own.
 
     Parameters
     ----------
@@ -40,19 +41,23 @@ def local(model: Path | str) -> Path:
     named = _named(model)
     if named is None:
         return Path(model)
-    repository, revision = named
     hub = _import_hub(model)
     try:
-        found = hub.snapshot_download(
-            repository,
-            revision=revision,
-            endpoint=_endpoint(),
-            library_name="globe-moe",
-            allow_patterns=list(_NEEDED),
-            ignore_patterns=list(_BESIDE),
-        )
+        return _snapshot(hub, *named)
     except Exception as error:  # the hub's, the HTTP client's and hf_xet's
         raise _refused(model, error) from error
+
+
+def _snapshot(hub: Any, repository: str, revision: str | None, **options: Any) -> Path:
+    found = hub.snapshot_download(
+        repository,
+        revision=revision,
+        endpoint=_endpoint(),
+        library_name="globe-moe",
+        allow_patterns=list(_NEEDED),
+        ignore_patterns=list(_BESIDE),
+        **options,
+    )
     return Path(found)
 
 
@@ -60,7 +65,8 @@ def local(model: Path | str) -> Path:
 def headers(model: Path | str) -> Iterator[Path]:
     """The directory of a model to look at: its own, or for a name one with config.json and shards that are all holes.
 
-    Nothing of the weights is fetched: the hub is asked for the shards' headers by ranges of bytes.
+    Nothing of the weights is fetched: the hub is asked for the shards' headers by ranges of bytes. Where it is not to
+    be reached, or not to be asked (HF_HUB_OFFLINE), a snapshot in its cache is looked at.
 
     Parameters
     ----------
@@ -76,19 +82,35 @@ def headers(model: Path | str) -> Iterator[Path]:
     if named is None:
         yield Path(model)
         return
-    repository, revision = named
     hub = _import_hub(model)
     with TemporaryDirectory(prefix="globe-headers-") as folder:
         try:
-            api = hub.HfApi(endpoint=_endpoint(), library_name="globe-moe")
-            found = api.get_safetensors_metadata(repository, revision=revision)
-            for name in ("config.json", _INDEX) if found.sharded else ("config.json",):
-                shutil.copy(api.hf_hub_download(repository, name, revision=revision), Path(folder, name))
+            _fetch_headers(hub, *named, Path(folder))
+            found = Path(folder)
         except Exception as error:
-            raise _refused(model, error) from error
-        for name, metadata in found.files_metadata.items():
-            _write_hollow(Path(folder, name), metadata)
-        yield Path(folder)
+            kept = _kept(hub, *named) if _status(error) is None else None
+            if kept is None:
+                raise _refused(model, error) from error
+            found = kept
+        yield found
+
+
+def _fetch_headers(hub: Any, repository: str, revision: str | None, folder: Path) -> None:
+    api = hub.HfApi(endpoint=_endpoint(), library_name="globe-moe")
+    found = api.get_safetensors_metadata(repository, revision=revision)
+    for name in ("config.json", _INDEX) if found.sharded else ("config.json",):
+        shutil.copy(api.hf_hub_download(repository, name, revision=revision), folder / name)
+    for name, metadata in found.files_metadata.items():
+        _write_hollow(folder / name, metadata)
+
+
+def _kept(hub: Any, repository: str, revision: str | None) -> Path | None:
+    """A snapshot in the cache that has weights."""
+    try:
+        found = _snapshot(hub, repository, revision, local_files_only=True)
+    except Exception:  # there is none
+        return None
+    return found if any(found.glob("*.safetensors")) else None
 
 
 def _named(model: Path | str) -> tuple[str, str | None] | None:
@@ -126,9 +148,15 @@ def _import_hub(model: Path | str) -> Any:
     return huggingface_hub
 
 
+def _status(error: Exception) -> int | None:
+    """What the hub answered, where it did."""
+    found: int | None = getattr(getattr(error, "response", None), "status_code", None)
+    return found
+
+
 def _refused(model: Path | str, error: Exception) -> GlobeError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = _status(error)
     remedy = "check the name"
     if status in (401, 403):
         remedy = "check the name, and for a private or gated model run `hf auth login`"

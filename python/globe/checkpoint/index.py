@@ -82,7 +82,9 @@ class Checkpoint:
         """The number of layers that config.json states; later ones predict further tokens."""
         layers = self.text_config.get("num_hidden_layers")
         if layers is not None and not isinstance(layers, int):
-            raise GlobeError(f"{self.directory}: config.json: num_hidden_layers is {layers!r}; expected an integer")
+            raise GlobeError(
+                f"{self.directory}: config.json: num_hidden_layers is {layers!r}; expected an integer: fetch it again"
+            )
         return layers
 
     @property
@@ -117,7 +119,7 @@ class Checkpoint:
                     if known != tensor:
                         raise GlobeError(
                             f"{self.directory}: expert {expert.expert} of layer {expert.layer} is in {known} and in "
-                            f"{tensor}; expected one of them"
+                            f"{tensor}; expected one of them: remove the other, or fetch the checkpoint again"
                         )
                     found[family].append(expert)
         for experts in found.values():
@@ -175,7 +177,7 @@ class Checkpoint:
                     f"tensor {expert.tensor} has dtype {expert.info.dtype}; expected BF16, F16 or F32: dequantise first"
                 )
         if not experts:
-            raise GlobeError(f"{self.directory}: no routed experts of family {name} found")
+            raise GlobeError(f"{self.directory}: no routed experts of family {name} found; fetch the checkpoint again")
         return self._checked(name, experts)
 
     @cached_property
@@ -208,11 +210,13 @@ class Checkpoint:
             usual = next(expert for expert in experts if expert.matrix == expected)
             raise GlobeError(
                 f"tensor {odd.tensor} has shape {list(odd.info.shape)}, the other experts of family {name} have "
-                f"{list(usual.info.shape)}; one bank needs equal shapes"
+                f"{list(usual.info.shape)}; one bank needs equal shapes: fetch the checkpoint again"
             )
         if 0 in expected:
             shape = list(experts[0].info.shape)
-            raise GlobeError(f"tensor {experts[0].tensor} has shape {shape}; expected a matrix with weights")
+            raise GlobeError(
+                f"tensor {experts[0].tensor} has shape {shape}; expected a matrix with weights: fetch it again"
+            )
         p, d = expected
         per_layer = Counter(expert.layer for expert in experts)
         counts = {
@@ -226,7 +230,7 @@ class Checkpoint:
             if stated is not None and values != {stated}:
                 raise GlobeError(
                     f"{self.directory}: config.json states {stated} as {what}, the tensors of family {name} have "
-                    f"{', '.join(map(str, sorted(values)))}; the checkpoint is incomplete or not of this architecture"
+                    f"{', '.join(map(str, sorted(values)))}; fetch both again, or mend config.json"
                 )
         return Family(name, tuple(experts), p, d)
 
@@ -298,7 +302,10 @@ def _experts_of(
     axes = 2 if number is not None else 3
     outputs = info.shape[-1 if swapped else -2] if len(info.shape) == axes else 0
     if len(info.shape) != axes or (both and outputs % 2):
-        raise GlobeError(f"tensor {tensor} has shape {list(info.shape)}; expected {axes} axes")
+        even = ", outputs of gate and up" if both and len(info.shape) == axes else ""
+        raise GlobeError(
+            f"tensor {tensor} has shape {list(info.shape)}; expected {axes} axes{even}: fetch the checkpoint again"
+        )
     if number is not None:
         yield Expert(layer, number, tensor, info, None, 0, family)
         return

@@ -11,6 +11,7 @@ from typing import Any
 from globe.checkpoint.json_file import read_json
 from globe.errors import GlobeError
 
+_AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -38,6 +39,14 @@ def load_tokenizer(transformers: Any, directory: Path, trust_remote_code: bool =
     except Exception as error:  # tokenizers raises plain Exception
         refuse_own_code(directory, error)
         raise GlobeError(f"{directory}: its tokenizer cannot be loaded: {first_line(error)}") from error
+
+
+def text_class(transformers: Any, config: Any) -> Any:
+    """The class of transformers that loads a model that gives text: of several models only one for images has it."""
+    known = (getattr(transformers, name, None) for name in _AUTO)
+    return next(
+        (auto for auto in known if auto and type(config) in auto._model_mapping), transformers.AutoModelForCausalLM
+    )
 
 
 def refuse_own_code(directory: Path, error: BaseException) -> None:

@@ -32,13 +32,13 @@ def read_shards(directory: Path) -> tuple[dict[str, Any] | None, list[FileHeader
         mine = header.path.name
         kept = {name: info for name, info in header.tensors.items() if weight_map.get(name, mine) == mine}
         for name in sorted(kept.keys() & holds.keys()):
-            raise GlobeError(f"tensor {name} is in both {holds[name]} and {mine}")
+            raise GlobeError(f"tensor {name} is in both {holds[name]} and {mine}; expected one: fetch both again")
         holds |= dict.fromkeys(kept, mine)
         shards.append(replace(header, tensors=kept))
         noted += _left_out(header, kept, weight_map)
     for name, file in weight_map.items():
         if holds.get(name) != file:
-            raise GlobeError(f"{INDEX_NAME} names tensor {name} in {file}, which does not hold it")
+            raise GlobeError(f"{INDEX_NAME} names tensor {name} in {file}, which does not hold it; fetch both again")
     return index, shards, noted
 
 
@@ -61,18 +61,22 @@ def _named(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
     if not index_path.exists():
         if (directory / SINGLE).exists():
             return None, [SINGLE]
-        raise GlobeError(f"{directory}: neither {SINGLE} nor {INDEX_NAME} found")
+        raise GlobeError(f"{directory}: neither {SINGLE} nor {INDEX_NAME} found; fetch the weights")
     index = read_json(index_path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise GlobeError(f"{index_path}: weight_map is missing or empty; fetch the index again")
     for tensor, name in weight_map.items():
         if not isinstance(name, str):
-            raise GlobeError(f"{index_path}: tensor {tensor} is mapped to {name!r}; expected a file name")
+            raise GlobeError(
+                f"{index_path}: tensor {tensor} is mapped to {name!r}; expected a file name: fetch it again"
+            )
     names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name or "\0" in name:
-            raise GlobeError(f"{index_path}: shard {name!r} lies outside the directory; expected a file name")
+            raise GlobeError(
+                f"{index_path}: shard {name!r} lies outside the directory; expected a file name: fetch it again"
+            )
         if not (directory / name).exists():
             raise GlobeError(f"{directory}: shard {name} named by {INDEX_NAME} is missing; fetch it")
     if SINGLE not in names and (directory / SINGLE).exists():

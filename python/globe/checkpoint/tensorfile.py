@@ -111,10 +111,13 @@ def read_header(path: Path) -> FileHeader:
             raise GlobeError(f"{path}: tensor {name} starts at byte {info.start}, expected {end}; fetch the file again")
         end += info.nbytes
         if info.dtype not in DTYPE_BITS:
-            raise GlobeError(f"{path}: tensor {name} has dtype {info.dtype}; expected one of {', '.join(DTYPE_BITS)}")
+            raise GlobeError(
+                f"{path}: tensor {name} has dtype {info.dtype}; expected one of {', '.join(DTYPE_BITS)}: fetch it again"
+            )
         if 8 * info.nbytes != math.prod(info.shape) * DTYPE_BITS[info.dtype]:
             raise GlobeError(
-                f"{path}: tensor {name} has {info.nbytes} bytes, not what {info.dtype} {list(info.shape)} takes"
+                f"{path}: tensor {name} has {info.nbytes} bytes, not what {info.dtype} {list(info.shape)} takes; fetch "
+                "the file again"
             )
     if end != size:
         raise GlobeError(f"{path}: {size} bytes found, the header promises {end}; it is truncated, fetch it again")
@@ -157,7 +160,7 @@ def _read_into(info: TensorInfo, offset: int, view: memoryview) -> None:
         while done < len(view):
             got = file.readinto(view[done:])
             if not got:
-                raise GlobeError(f"{info.file}: ended early while reading; the file changed during the run")
+                raise GlobeError(f"{info.file}: ended early while reading; the file changed during the run: start over")
             done += got
     with _counting:
         _bytes_read += done
@@ -247,8 +250,11 @@ class TensorWriter:
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write the next tensor."""
-        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        self.write_chunks(name, [data.numpy().data])
+        self.write_parts(name, [tensor])
+
+    def write_parts(self, name: str, parts: Iterable[torch.Tensor]) -> None:
+        """Write the next tensor from parts of it along its first axis."""
+        self.write_chunks(name, (_raw(part) for part in parts))
 
     def write_chunks(self, name: str, chunks: Iterable[bytes | bytearray | memoryview]) -> None:
         """Write the next tensor from pieces of its bytes."""
@@ -278,6 +284,11 @@ class TensorWriter:
             with suppress(OSError):  # closing writes what is buffered, and a full disk is full still
                 self._file.close()
             self._temporary.unlink(missing_ok=True)
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    data: memoryview = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    return data
 
 
 def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:

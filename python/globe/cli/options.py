@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -58,7 +59,14 @@ def common(command: _Command) -> _Command:
     command = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")(
         command
     )
-    return click.option("-q", "--quiet", is_flag=True, help="No progress, no tables.")(command)
+    return click.option("-q", "--quiet", is_flag=True, callback=_hush, help="No progress, no tables.")(command)
+
+
+def _hush(context: click.Context, option: click.Parameter, quiet: bool) -> bool:
+    """Let what is fetched from the hub show no progress either; huggingface_hub reads this once, when it is needed."""
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    return quiet
 
 
 def sizing(command: _Command) -> _Command:

@@ -10,14 +10,20 @@ import torch
 from globe.checkpoint.foreign import missing_directory
 from globe.checkpoint.hub import local
 from globe.checkpoint.index import Checkpoint
-from globe.checkpoint.pretrained import first_line, import_transformers, load_tokenizer, quiet, refuse_own_code
+from globe.checkpoint.pretrained import (
+    first_line,
+    import_transformers,
+    load_tokenizer,
+    quiet,
+    refuse_own_code,
+    text_class,
+)
 from globe.checkpoint.quantised import KEY, quantised_dtypes, quantization_of, require_plain
 from globe.checkpoint.shards import INDEX_NAME
 from globe.compute.devices import find_device
 from globe.errors import GlobeError, UsageError
 
 FACTORED_MARK = "globe.json"
-_AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
 
 def load_model(
@@ -68,7 +74,7 @@ def load_model(
     with quiet(transformers):
         try:
             config = _config(transformers, directory, trust_remote_code, dtypes, place)
-            model, found = _auto(transformers, config).from_pretrained(
+            model, found = text_class(transformers, config).from_pretrained(
                 directory,
                 config=config,
                 local_files_only=True,
@@ -93,7 +99,7 @@ def load_model(
             raise GlobeError(
                 f"{directory}: tensor {name} has shape {list(stored)}, config.json asks for {list(expected)}"
             )
-        return model.to(place).eval(), tokenizer
+        return _speaking(model.to(place).eval()), tokenizer
 
 
 def generate_sentence(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 24) -> str:
@@ -145,12 +151,12 @@ def _config(
     return config
 
 
-def _auto(transformers: Any, config: Any) -> Any:
-    """The class of transformers that loads a model that gives text: of several models only one for images has it."""
-    known = (getattr(transformers, name, None) for name in _AUTO)
-    return next(
-        (auto for auto in known if auto and type(config) in auto._model_mapping), transformers.AutoModelForCausalLM
-    )
+def _speaking(model: Any) -> Any:
+    """The model of several that has text's forward pass: qwen3_omni_moe has none of its own."""
+    found = getattr(model, "thinker", model)
+    if found is not model and hasattr(model, "globe"):
+        found.globe, found.globe_stats = model.globe, model.globe_stats
+    return found
 
 
 def _check_factored(directory: Path) -> None:

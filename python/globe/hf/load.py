@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from globe.artifact.factored import open_factored
+from globe.checkpoint.pretrained import text_class
 from globe.errors import UsageError
 from globe.hf.cache import DEFAULT_BUDGET, read_budget
 from globe.hf.experts import FactoredExperts
@@ -48,7 +49,8 @@ def load(
         memory, and are read when the router asks for an expert; the system keeps what it has room for. The banks, the
         cache and all else are held. Not on a device, and neither with packed left factors nor with `device_map`.
     **options
-        Passed on to `AutoModelForCausalLM.from_pretrained`.
+        Passed on to `from_pretrained` of `AutoModelForCausalLM`, or of `AutoModelForImageTextToText` where the language
+        model is one of several.
 
     Returns
     -------
@@ -69,9 +71,11 @@ def load(
     if not (directory / "config.json").is_file() or (directory / "globe.json").is_file():
         open_factored(directory)
     options = {"trust_remote_code": False, **options}
+    config = options.get("config") or transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if offload is not None:
-        options["config"] = _offloaded(directory, offload)
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options)
+        config = _offloaded(config, directory, offload)
+        options["config"] = config
+    model = text_class(transformers, config).from_pretrained(directory, dtype=dtype, **options)
     if not hasattr(model, "globe_stats"):
         raise UsageError(f"{directory}: not factored; use transformers to load it")
     if "device_map" not in options:
@@ -99,9 +103,8 @@ def set_cache(model: Any, cache: int | str | None, bits: int = 16) -> None:
                 module.precompose(model.dtype)
 
 
-def _offloaded(directory: Path, offload: str) -> Any:
+def _offloaded(config: Any, directory: Path, offload: str) -> Any:
     """The configuration, with where left factors are to stay beside what it says of factors."""
-    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
     told = getattr(config, "quantization_config", None)
     if not isinstance(told, dict):
         raise UsageError(f"{directory}: not factored; use transformers to load it")

@@ -24,6 +24,7 @@ from globe.hf.offload import Files, map_matrices, stored_lefts, stored_matrices
 from globe.hf.save import save_offloaded, save_pretrained
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?!.*\bvision_moe\b)(?:.*\.)?experts$")
+_BESIDE = re.compile(r"(?:^|\.)talker\.")  # a model that speaks: its layers have the same numbers
 _OURS = re.compile(rf"(?:^|[._])(?:gate|up|down)_left(?:{PACKED}|{SCALE}|{SHAPE})?$")  # in files of any maker
 _GATE_UP, _UP, _DOWN = "experts.gate_up_proj", "experts.up_proj", "experts.down_proj"
 
@@ -124,6 +125,12 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
             for name, module in model.named_modules()
             if (match := _LAYER.search(name)) and match[1] in wanted and "down_proj" in module._parameters
         }
+        beside = next((name for name in matches if _BESIDE.search(name)), None)
+        if beside is not None:
+            raise GlobeError(
+                f"{type(model).__name__} has experts of its own in {beside}, which lie dense beside the factored ones "
+                "of its language model: run what globe export writes"
+            )
         for name, match in matches.items():
             places = {
                 family: Place(model.globe.banks[layers[match[1]][0]], *layers[match[1]][1:])
@@ -135,6 +142,9 @@ class GlobeQuantizer(HfQuantizer):  # type: ignore[misc]
             factored = FactoredExperts(model.get_submodule(name), places, model.globe, lefts, mapped)
             _require_stored(stored, int(match[1]), factored)
             model.set_submodule(name, factored)
+            block = model.get_submodule(name.rpartition(".")[0])
+            if not block._parameters:  # some (qwen3_omni_moe) would begin matrices of the experts anew
+                block._is_hf_initialized = True
         if files is not None:
             self._mapping = files, stored
             ignored = model._keys_to_ignore_on_load_unexpected

@@ -8,6 +8,8 @@ from typing import Any
 import globe.hf  # noqa: F401  (registers the quantizer)
 from globe.errors import GlobeError
 
+_GIVES_TEXT = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
+
 
 class GlobeModelConfig:
     """The architecture's own configuration, for programs that look at `quantization_config` before any model."""
@@ -41,8 +43,10 @@ class GlobeForCausalLM:
 
 
 def _own_class(config: Any) -> Any:
-    transformers = importlib.import_module("transformers")
-    names = importlib.import_module("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if config.model_type not in names:
-        raise GlobeError(f"this transformers has no causal language model of type {config.model_type!r}; update it")
-    return getattr(transformers, names[config.model_type])
+    """By transformers' own tables: where this file's class is loaded by name, it is in those of its auto classes."""
+    known = importlib.import_module("transformers.models.auto.modeling_auto")
+    tables = (getattr(known, f"MODEL_FOR_{kind}_MAPPING_NAMES", {}) for kind in _GIVES_TEXT)
+    name = next((table[config.model_type] for table in tables if config.model_type in table), None)
+    if name is None:
+        raise GlobeError(f"this transformers has no model that gives text of type {config.model_type!r}; update it")
+    return getattr(importlib.import_module("transformers"), name)

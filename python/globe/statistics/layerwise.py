@@ -15,7 +15,7 @@ import torch
 from globe.checkpoint.formats.encoded import Encoded
 from globe.checkpoint.index import Checkpoint
 from globe.checkpoint.layouts import PREFIXES
-from globe.checkpoint.pretrained import first_line, import_transformers, quiet, refuse_own_code
+from globe.checkpoint.pretrained import first_line, import_transformers, quiet, refuse_own_code, text_class
 from globe.checkpoint.read_ahead import read_soon
 from globe.checkpoint.tensorfile import TensorInfo, read_tensor
 from globe.compute.gemm import solver_dtype
@@ -105,11 +105,11 @@ class Layerwise:
             config = transformers.AutoConfig.from_pretrained(
                 checkpoint.directory, local_files_only=True, trust_remote_code=trust_remote_code
             )
-            auto = transformers.AutoModelForCausalLM
+            auto = text_class(transformers, config)
             if type(config) in transformers.AutoModelForImageTextToText._model_mapping:  # its language model runs
                 auto = transformers.AutoModelForImageTextToText
             made = auto.from_config(config, dtype=self.dtype, trust_remote_code=trust_remote_code)
-            self.model = made.eval()
+            self.model = getattr(made, "thinker", made).eval()  # of qwen3_omni_moe, which has no decoder of its own
             self.base = self.model.get_decoder()
             if not hasattr(self.base, "layers"):  # of several models some give their language model with its head
                 self.base = self.base.model
