@@ -69,10 +69,12 @@ def test_a_model_that_speaks_beside_the_one_that_thinks(tmp_path: Path) -> None:
 
 def test_a_model_inside_another_is_evaluated_and_healed(tmp_path: Path) -> None:
     out, _ = made(tiny_model("qwen3_omni_moe"), tmp_path)
-    options = ("--own-tokens", "0", "--text-tokens", "1024", "--window", "64", "--steps", "1", "-q")
+    text = tmp_path / "text.txt"
+    text.write_text("Experts that share atoms are told apart by their left factors. " * 64)
+    options = ("--text", text, "--own-tokens", "0", "--text-tokens", "1024", "--window", "64", "--steps", "1", "-q")
     for command in (
         ("eval", out, "--against", tmp_path / "source", "--max-tokens", "64", "-q"),
-        ("calibrate", tmp_path / "source", tmp_path / "statistics", "--tokens", "1024", "-q"),
+        ("calibrate", tmp_path / "source", tmp_path / "statistics", "--text", text, "--tokens", "1024", "-q"),
         ("heal", out, "--against", tmp_path / "source", *options),
     ):
         done = in_process(*command)
