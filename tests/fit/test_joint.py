@@ -28,7 +28,7 @@ from globe.runs.store import FOLDER, MemoryStore, RunStore, Store
 from globe.statistics.calibrate import FILE, STATISTICS
 from globe.statistics.calibration import load_calibration
 from globe.statistics.metric import Metric, build_metric
-from killed import Killer
+from killed import CALIBRATES, Killer
 from trips import digests
 
 EXPERTS, ATOMS, RANK, P, D = 12, 6, 3, 8, 12
@@ -328,7 +328,7 @@ def test_a_killed_run_ends_with_the_same_files(tmp_path: Path) -> None:
     source = make_tiny("olmoe", tmp_path / "source")
     settings = {**SMALL, "families": ["gate", "up"], "calibrate": "auto"}
     whole = digests(compress(source, tmp_path / "whole", Settings(**settings)).directory)
-    with Killer() as killer:
+    with Killer(*CALIBRATES) as killer:
         for call in (1, 2):
             assert killer.run(source, tmp_path / "out", settings, place="globe.fit.joint:_save", call=call) == -9
         assert killer.run(source, tmp_path / "out", settings, place="globe.fit.stages:_save_fit", call=1) == -9

@@ -59,7 +59,7 @@ def test_errors_are_those_that_compress_would_deliver(model: Path, tmp_path: Pat
 
 
 def test_settings_for_a_fit_that_is_corrected_are_compared_without(model: Path) -> None:
-    settings = Settings(families=("gate",), rank=16, bank_size=3, correct="down")
+    settings = Settings(families=("gate",), rank=16, bank_size=3, correct="down", calibration_tokens=1024)
     found = compare(model, ["left-gram"], settings, outer_loops=[0])
     assert [row["method"] for row in found["rows"]] == ["left-gram"] and "error" not in found["rows"][0]
 
@@ -75,7 +75,7 @@ def test_a_method_that_cannot_run_has_its_reason_in_the_table(tmp_path: Path) ->
 
 
 def test_auto_in_metrics(model: Path, tmp_path: Path) -> None:
-    settings = Settings(rank=16, bank_size=3, families=("gate",), method="auto", outer_loops=1)
+    settings = Settings(rank=16, bank_size=3, families=("gate",), method="auto", outer_loops=1, calibration_tokens=1024)
     told = compress(model, tmp_path / "out", settings).metrics["families"]["gate"]["seeds"]
     assert told["tries"][0]["method"] == "ts-pca" and told["why"].startswith("relative error")
     best = min(tried["relative_error"] for tried in told["tries"] if tried["error"] is None)
