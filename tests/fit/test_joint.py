@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -215,10 +216,18 @@ class Dying(MemoryStore):
             raise Killed
 
 
+@pytest.fixture(scope="module")
+def unstopped(family: Family) -> Callable[[str], Found]:
+    """Return a function that gives the fit with codes of a kind, each made once."""
+    return functools.cache(lambda codes: fit(family, metric_of("scaled"), codes=codes))
+
+
 @pytest.mark.parametrize("codes", ["entmax", "signed"])
 @pytest.mark.parametrize("saves", [1, 2, 3])
-def test_it_goes_on_where_it_was_stopped(saves: int, codes: str, family: Family) -> None:
-    whole = fit(family, metric_of("scaled"), codes=codes)
+def test_it_goes_on_where_it_was_stopped(
+    saves: int, codes: str, family: Family, unstopped: Callable[[str], Found]
+) -> None:
+    whole = unstopped(codes)
     store = Dying(left=saves)
     with pytest.raises(Killed):
         fit(family, metric_of("scaled"), store=store, codes=codes)

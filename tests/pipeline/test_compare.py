@@ -23,10 +23,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_table_of_the_command_line(model: Path, tmp_path: Path) -> None:
-    saved = tmp_path / "found.json"
+    saved, config = tmp_path / "found.json", model.parent / "settings.yaml"
+    config.write_text("calibration_tokens: 1024\n", encoding="utf-8")
     before = sorted(model.iterdir())
     options = ["--methods", "grouped-subspace,auto", "--families", "gate", "--rank", "16", "--bank-size", "3"]
-    ran = CliRunner().invoke(cli, ["compare", str(model), *options, "--outer-loops", "2,0", "--out", str(saved)])
+    ran = CliRunner().invoke(
+        cli, ["compare", str(model), *options, "--outer-loops", "2,0", "--config", str(config), "--out", str(saved)]
+    )
     assert ran.exit_code == 0, ran.output
     assert "grouped-subspace" in ran.stdout and "loop s" in ran.stdout
     found = json.loads(saved.read_text(encoding="utf-8"))
