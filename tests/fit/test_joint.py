@@ -286,16 +286,16 @@ def seen_error(family: Family, stored: Family, metric: Metric | None) -> float:
 
 
 @pytest.mark.parametrize("layout", ["olmoe", "granitemoe"])
-@pytest.mark.parametrize("calibrate", ["none", "auto"])
+@pytest.mark.parametrize("calibrate", ["none", "pydoc"])
 def test_the_files_hold_what_metrics_say(calibrate: str, layout: str, tmp_path: Path) -> None:
     source = make_tiny(layout, tmp_path / "source", dtype="float32")
     settings = Settings(**SMALL, calibrate=calibrate)
     result = compress(source, tmp_path / "out", settings, keep_run=True)
     export(tmp_path / "out", tmp_path / "dense")
-    assert (result.metrics["calibration"] is not None) == (calibrate == "auto")
+    assert (result.metrics["calibration"] is not None) == (calibrate == "pydoc")
     told = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))["families"]
     names = [stage["name"] for stage in result.metrics["stages"]]
-    assert names.count("calibrate") == (calibrate == "auto") and names.count("gate: joint") == 1
+    assert names.count("calibrate") == (calibrate == "pydoc") and names.count("gate: joint") == 1
     for name in SMALL["families"]:
         family, stored = (Checkpoint(tmp_path / place).family(name) for place in ("source", "dense"))
         assert told[name]["relative_error"] == pytest.approx(seen_error(family, stored, None), rel=1e-4)
@@ -312,7 +312,7 @@ def test_the_files_hold_what_metrics_say(calibrate: str, layout: str, tmp_path: 
         assert told[name]["support_median"] <= 2
 
 
-@pytest.mark.parametrize("calibrate", ["none", "auto"])
+@pytest.mark.parametrize("calibrate", ["none", "pydoc"])
 def test_the_error_of_the_seeds_is_that_of_the_loops_seeds(calibrate: str, tmp_path: Path) -> None:
     source, seeds = make_tiny("olmoe", tmp_path / "source"), []
     for solver in ("joint", "alternate"):
@@ -335,7 +335,7 @@ def test_a_fit_too_short_keeps_its_start(tmp_path: Path) -> None:
 
 def test_a_killed_run_ends_with_the_same_files(tmp_path: Path) -> None:
     source = make_tiny("olmoe", tmp_path / "source")
-    settings = {**SMALL, "families": ["gate", "up"], "calibrate": "auto"}
+    settings = {**SMALL, "families": ["gate", "up"], "calibrate": "pydoc"}
     whole = digests(compress(source, tmp_path / "whole", Settings(**settings)).directory)
     with Killer(*CALIBRATES) as killer:
         for call in (1, 2):

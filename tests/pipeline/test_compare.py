@@ -24,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_table_of_the_command_line(model: Path, tmp_path: Path) -> None:
     saved, config = tmp_path / "found.json", model.parent / "settings.yaml"
-    config.write_text("calibration_tokens: 1024\n", encoding="utf-8")
+    config.write_text("{calibrate: pydoc, calibration_tokens: 1024}\n", encoding="utf-8")
     before = sorted(model.iterdir())
     options = ["--methods", "grouped-subspace,auto", "--families", "gate", "--rank", "16", "--bank-size", "3"]
     ran = CliRunner().invoke(

@@ -202,7 +202,7 @@ def test_another_number_of_ranks(ranks: Launcher, source: Path, tmp_path: Path) 
 
 def test_methods_are_dealt(ranks: Launcher, source: Path, tmp_path: Path) -> None:
     config = tmp_path / "settings.yaml"
-    config.write_text("calibration_tokens: 1024\n", encoding="utf-8")
+    config.write_text("{calibrate: pydoc, calibration_tokens: 1024}\n", encoding="utf-8")
     options = (
         "--config",
         config,
