@@ -23,13 +23,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_table_of_the_command_line(model: Path, tmp_path: Path) -> None:
-    saved, config = tmp_path / "found.json", model.parent / "settings.yaml"
-    config.write_text("{calibrate: pydoc, calibration_tokens: 1024}\n", encoding="utf-8")
+    saved = tmp_path / "found.json"
     before = sorted(model.iterdir())
     options = ["--methods", "grouped-subspace,auto", "--families", "gate", "--rank", "16", "--bank-size", "3"]
-    ran = CliRunner().invoke(
-        cli, ["compare", str(model), *options, "--outer-loops", "2,0", "--config", str(config), "--out", str(saved)]
-    )
+    ran = CliRunner().invoke(cli, ["compare", str(model), *options, "--outer-loops", "2,0", "--out", str(saved)])
     assert ran.exit_code == 0, ran.output
     assert "grouped-subspace" in ran.stdout and "loop s" in ran.stdout
     found = json.loads(saved.read_text(encoding="utf-8"))
@@ -62,7 +59,7 @@ def test_errors_are_those_that_compress_would_deliver(model: Path, tmp_path: Pat
 
 
 def test_settings_for_a_fit_that_is_corrected_are_compared_without(model: Path) -> None:
-    settings = Settings(families=("gate",), rank=16, bank_size=3, correct="down", calibration_tokens=1024)
+    settings = Settings(families=("gate",), rank=16, bank_size=3, correct="down")
     found = compare(model, ["left-gram"], settings, outer_loops=[0])
     assert [row["method"] for row in found["rows"]] == ["left-gram"] and "error" not in found["rows"][0]
 
