@@ -11,9 +11,10 @@ from typing import Any
 class HelperProcess:
     """The process; use it with `with`, at whose end its input is closed and it is waited for."""
 
-    def __init__(self, file: str) -> None:
-        arguments = [sys.executable, file]
-        self._process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, file: str, *arguments: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, file, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def __enter__(self) -> Any:
         return self

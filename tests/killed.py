@@ -7,6 +7,7 @@ thread of the parent is missing in the child.
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import signal
@@ -17,12 +18,16 @@ from typing import Any
 
 from helper_process import HelperProcess
 
+# What a compression imports to calibrate a tiny OLMoE.
+CALIBRATES = ("globe.statistics.calibrate", "globe.evaluation.models", "transformers.models.olmoe.modeling_olmoe")
+
 
 class Killer(HelperProcess):
     """Start compressions and kill them; use it with `with`."""
 
-    def __init__(self) -> None:
-        super().__init__(__file__)
+    def __init__(self, *modules: str) -> None:
+        """Import modules that the compressions are going to need, once for all of them."""
+        super().__init__(__file__, *modules)
 
     def run(self, source: Path, out: Path, settings: dict[str, Any], **when: Any) -> int:
         """Compress and return the exit status, -9 if it was killed.
@@ -71,10 +76,12 @@ def set_trap(place: str, call: int = 1, entered: bool = False, denied: bool = Fa
     setattr(holder, name, trapped)
 
 
-def _serve() -> None:
+def _serve(modules: list[str]) -> None:
     from globe.pipeline.compress import compress
     from globe.settings import Settings
 
+    for module in modules:
+        importlib.import_module(module)
     for line in sys.stdin:
         order = json.loads(line)
         seconds = order.pop("seconds", None)
@@ -96,4 +103,4 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(sys.argv[1:])

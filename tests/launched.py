@@ -6,6 +6,7 @@ A rank that fails ends the others, as under torchrun, once they have had time to
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from helper_process import HelperProcess
-from killed import set_trap
+from killed import CALIBRATES, set_trap
 
 _PATIENCE = 60.0  # seconds that ranks have to end after one of them has
 _ADDRESS = "127.0.0.1"
@@ -62,8 +63,8 @@ class Launcher(HelperProcess):
 def _serve() -> None:
     import torch.distributed as dist
 
-    import globe.pipeline.compress
-    import globe.statistics.calibrate  # noqa: F401
+    for module in (*CALIBRATES, "globe.healing.heal", "globe.pipeline.compare", "globe.pipeline.compress"):
+        importlib.import_module(module)
 
     for line in sys.stdin:
         order = json.loads(line)

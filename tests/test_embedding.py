@@ -14,6 +14,7 @@ import pytest
 import globe
 import libglobe
 from checkpoints import make_tiny
+from families import WEIGHTS_ONLY
 from globe.artifact.factored import open_factored
 from globe.errors import GlobeError
 from globe.kernels import compose
@@ -38,7 +39,7 @@ def build_examples(cmake_dir, build, *options):
 def factored(tmp_path_factory):
     directory = tmp_path_factory.mktemp("factored")
     source = make_tiny("olmoe", directory / "source")
-    globe.compress(source, directory / "out", globe.Settings(outer_loops=1))
+    globe.compress(source, directory / "out", globe.Settings(outer_loops=1, **WEIGHTS_ONLY))
     return open_factored(directory / "out")
 
 

@@ -13,7 +13,7 @@ from globe.statistics.texts import evaluation_text
 STEPS, WINDOWS, WINDOW = 120, 16, 96
 
 
-def train_small(target: Path) -> Path:
+def train_small(target: Path, steps: int = STEPS) -> Path:
     """Write a bf16 OLMoE checkpoint whose experts differ, with a byte tokenizer."""
     tokenizer = byte_tokenizer()
     tokens = torch.tensor(tokenizer(evaluation_text("calibration")[: 1 << 18])["input_ids"])
@@ -21,7 +21,7 @@ def train_small(target: Path) -> Path:
         torch.manual_seed(0)
         model = LAYOUTS["olmoe"]()
         optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3)
-        for _ in range(STEPS):
+        for _ in range(steps):
             starts = torch.randint(len(tokens) - WINDOW, (WINDOWS,))
             batch = torch.stack([tokens[start : start + WINDOW] for start in starts])
             model(batch, labels=batch).loss.backward()

@@ -36,12 +36,20 @@ def own_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["calibrate", "eval"])
-def test_code_of_a_tokenizer_is_refused_whatever_stdin_holds(name: str, own_code: Path, tmp_path: Path) -> None:
+def test_code_of_a_tokenizer_is_refused_whatever_stdin_holds(
+    name: str, own_code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = [name, own_code, *([tmp_path / "c.safetensors"] if name == "calibrate" else []), "--json"]
     line = refusal(1, *arguments)
     assert "tokenizer_config.json" in line and "--trust-remote-code" in line
-    done = subprocess.run(command(*arguments, "-q"), input="y\n", capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (1, "") and line in done.stderr
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    assert refusal(1, *arguments) == line
+
+
+def test_a_process_runs_no_code_of_a_tokenizer_whatever_stdin_holds(own_code: Path) -> None:
+    arguments = ("eval", own_code, "--json", "-q")
+    done = subprocess.run(command(*arguments), input="y\n", capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "") and "--trust-remote-code" in done.stderr
     assert "own code ran" not in done.stderr
 
 
@@ -54,7 +62,8 @@ def test_every_command_prints_one_json_object(
     plan = tmp_path / "plan.yaml"
     settings = {"rank": 0.5, "bank_size": 3, "outer_loops": 0, "device": "cpu", "calibrate": "none"}
     plan.write_text(json.dumps({"jobs": [{"model": str(own_code), "out": "second", "settings": settings}]}))
-    short = ("--window", "64", "--max-tokens", "128")
+    (tmp_path / "text.txt").write_text("A router chooses a few experts for every token. " * 8, encoding="utf-8")
+    short = ("--window", "64", "--max-tokens", "128", "--text", tmp_path / "text.txt")
     for arguments in (
         ("inspect", own_code),
         ("calibrate", own_code, tmp_path / "c.safetensors", "--tokens", "128", "--window", "64", trust),
@@ -72,8 +81,10 @@ def test_every_command_prints_one_json_object(
 
 
 @pytest.mark.parametrize("stdin", ["<&-", "< /dev/zero"], ids=["closed", "open"])
-def test_a_process_prints_one_json_object(stdin: str, own_code: Path) -> None:
-    arguments = ("eval", own_code, "--window", "64", "--max-tokens", "128", "--trust-remote-code", "--json")
+def test_a_process_prints_one_json_object(stdin: str, own_code: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("A router chooses a few experts for every token. " * 8, encoding="utf-8")
+    short = ("--window", "64", "--max-tokens", "128", "--text", tmp_path / "text.txt")
+    arguments = ("eval", own_code, *short, "--trust-remote-code", "--json")
     line = f"{shlex.join(command(*arguments))} {stdin}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

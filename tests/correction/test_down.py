@@ -59,7 +59,7 @@ def _last_states(directory: Path) -> Any:
     """What the decoder makes of a text that nobody calibrated on, before its last norm."""
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    ids = torch.tensor(tokenizer(evaluation_text("evaluation"), verbose=False)["input_ids"][:2048]).view(32, 64)
+    ids = torch.tensor(tokenizer(evaluation_text("evaluation")[:2048], verbose=False)["input_ids"][:2048]).view(32, 64)
     seen = []
     model.base_model.layers[-1].register_forward_hook(
         lambda _, inputs, output: seen.append(output[0] if isinstance(output, tuple) else output)

@@ -19,6 +19,7 @@ from globe import UsageError
 from globe.cli import cli
 from globe.demo.run import COSTS, PROMPTS, Choices
 from globe.demo.show import cost_line, demo_table, sentences_table
+from globe.healing import texts
 
 FAST = ("--joint-steps", "1", "--max-tokens", "128", "--calibration-tokens", "2048")
 
@@ -53,7 +54,10 @@ def test_the_demo_compresses_and_judges(home: Path, found: dict[str, Any]) -> No
     assert 'id="judged"' in (home / "factored" / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_demo_heals(tmp_path: Path, home: Path) -> None:
+def test_the_demo_heals(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = texts.given_texts
+    few = lambda options: {name: text[:8192] for name, text in given(options).items()}  # noqa: E731
+    monkeypatch.setattr("globe.healing.heal.given_texts", few)
     (tmp_path / "model").symlink_to(home / "model")
     options = ("--heal-minutes", "0.02")
     ran = CliRunner().invoke(cli, ["demo", str(tmp_path), *FAST, *options, "--json"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from globe.runs.store import FOLDER, MemoryStore, RunStore, Store
 from globe.statistics.calibrate import FILE, STATISTICS
 from globe.statistics.calibration import load_calibration
 from globe.statistics.metric import Metric, build_metric
-from killed import Killer
+from killed import CALIBRATES, Killer
 from trips import digests
 
 EXPERTS, ATOMS, RANK, P, D = 12, 6, 3, 8, 12
@@ -216,10 +217,18 @@ class Dying(MemoryStore):
             raise Killed
 
 
+@pytest.fixture(scope="module")
+def unstopped(family: Family) -> Callable[[str], Found]:
+    """Return a function that gives the fit with codes of a kind, each made once."""
+    return functools.cache(lambda codes: fit(family, metric_of("scaled"), codes=codes))
+
+
 @pytest.mark.parametrize("codes", ["entmax", "signed"])
 @pytest.mark.parametrize("saves", [1, 2, 3])
-def test_it_goes_on_where_it_was_stopped(saves: int, codes: str, family: Family) -> None:
-    whole = fit(family, metric_of("scaled"), codes=codes)
+def test_it_goes_on_where_it_was_stopped(
+    saves: int, codes: str, family: Family, unstopped: Callable[[str], Found]
+) -> None:
+    whole = unstopped(codes)
     store = Dying(left=saves)
     with pytest.raises(Killed):
         fit(family, metric_of("scaled"), store=store, codes=codes)
@@ -278,16 +287,16 @@ def seen_error(family: Family, stored: Family, metric: Metric | None) -> float:
 
 
 @pytest.mark.parametrize("layout", ["olmoe", "granitemoe"])
-@pytest.mark.parametrize("calibrate", ["none", "auto"])
+@pytest.mark.parametrize("calibrate", ["none", "pydoc"])
 def test_the_files_hold_what_metrics_say(calibrate: str, layout: str, tmp_path: Path) -> None:
     source = make_tiny(layout, tmp_path / "source", dtype="float32")
     settings = Settings(**SMALL, calibrate=calibrate)
     result = compress(source, tmp_path / "out", settings, keep_run=True)
     export(tmp_path / "out", tmp_path / "dense")
-    assert (result.metrics["calibration"] is not None) == (calibrate == "auto")
+    assert (result.metrics["calibration"] is not None) == (calibrate == "pydoc")
     told = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))["families"]
     names = [stage["name"] for stage in result.metrics["stages"]]
-    assert names.count("calibrate") == (calibrate == "auto") and names.count("gate: joint") == 1
+    assert names.count("calibrate") == (calibrate == "pydoc") and names.count("gate: joint") == 1
     for name in SMALL["families"]:
         family, stored = (Checkpoint(tmp_path / place).family(name) for place in ("source", "dense"))
         assert told[name]["relative_error"] == pytest.approx(seen_error(family, stored, None), rel=1e-4)
@@ -304,7 +313,7 @@ def test_the_files_hold_what_metrics_say(calibrate: str, layout: str, tmp_path: 
         assert told[name]["support_median"] <= 2
 
 
-@pytest.mark.parametrize("calibrate", ["none", "auto"])
+@pytest.mark.parametrize("calibrate", ["none", "pydoc"])
 def test_the_error_of_the_seeds_is_that_of_the_loops_seeds(calibrate: str, tmp_path: Path) -> None:
     source, seeds = make_tiny("olmoe", tmp_path / "source"), []
     for solver in ("joint", "alternate"):
@@ -327,9 +336,9 @@ def test_a_fit_too_short_keeps_its_start(tmp_path: Path) -> None:
 
 def test_a_killed_run_ends_with_the_same_files(tmp_path: Path) -> None:
     source = make_tiny("olmoe", tmp_path / "source")
-    settings = {**SMALL, "families": ["gate", "up"], "calibrate": "auto"}
+    settings = {**SMALL, "families": ["gate", "up"], "calibrate": "pydoc"}
     whole = digests(compress(source, tmp_path / "whole", Settings(**settings)).directory)
-    with Killer() as killer:
+    with Killer(*CALIBRATES) as killer:
         for call in (1, 2):
             assert killer.run(source, tmp_path / "out", settings, place="globe.fit.joint:save_joint", call=call) == -9
         assert killer.run(source, tmp_path / "out", settings, place="globe.fit.stages:_save_fit", call=1) == -9

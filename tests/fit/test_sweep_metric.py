@@ -218,7 +218,7 @@ def test_a_planted_bank_is_found_again_from_nearby(kind: str, tmp_path: Path) ->
     planted_state = random_state(6, experts=EXPERTS, atoms=3, rank=4, d=WIDTH)
     mixtures = np.einsum("ij,jrd->ird", planted_state.codes, planted_state.bank.double())
     family = make_family(tmp_path, rng.standard_normal((EXPERTS, ROWS, 4)) @ mixtures)
-    settings = Settings(codes="nnls", outer_loops=60, patience=1000, precision="fp32")
+    settings = Settings(codes="nnls", outer_loops=30, patience=1000, precision="fp32")
     bank = planted_state.bank + 0.01 * torch.from_numpy(rng.standard_normal((3, 4, WIDTH)).astype(np.float32))
     start = State(bank, rng.uniform(0.1, 1, (EXPERTS, 3)), 1.0)
     metric = make_metric(7, kind=kind)

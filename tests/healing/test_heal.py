@@ -27,7 +27,7 @@ from globe.healing import descent, loss, publish  # noqa: E402
 from globe.healing.loss import divergence, geometric_mean, learn  # noqa: E402
 from globe.healing.parts import Moving, by_layers, learning, moving  # noqa: E402
 from globe.healing.state import FOLDER  # noqa: E402
-from globe.healing.texts import samples  # noqa: E402
+from globe.healing.texts import given_texts, samples  # noqa: E402
 from globe.statistics.texts import evaluation_text  # noqa: E402
 from refusals import in_process  # noqa: E402
 from trained import train_small  # noqa: E402
@@ -40,7 +40,7 @@ QUICK: dict[str, Any] = {"own_tokens": 2048, "text_tokens": 4096, "batch": 4, "w
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A trained mixture and its factored directory."""
     root = tmp_path_factory.mktemp("heal")
-    source = train_small(root / "source")
+    source = train_small(root / "source", steps=80)
     (root / "text.txt").write_text(evaluation_text("calibration")[:8192], encoding="utf-8")
     compress(source, root / "out", Settings(**SMALL))
     return source, root / "out"
@@ -90,8 +90,12 @@ def test_it_learns_and_says_which_tensors_moved(pair: tuple[Path, Path], made: t
     assert again["before"] == pytest.approx(found["after"], rel=1e-6)
 
 
-def test_what_it_says_of_the_weights_is_what_the_files_give(pair: tuple[Path, Path]) -> None:
+def test_what_it_says_of_the_weights_is_what_the_files_give(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, out = pair
+    carried = {name: text[:32768] for name, text in given_texts(Healing()).items()}
+    monkeypatch.setattr(healing, "given_texts", lambda options: carried)
     found = heal(out, source, Healing(steps=24, **QUICK))
     text = "pydoc:topics"
     judged = globe.evaluate(out, against=source, max_tokens=2048, window=64)
@@ -156,10 +160,10 @@ def test_fresh_forgets_a_stopped_run(pair: tuple[Path, Path], monkeypatch: pytes
     source, out = pair
     killed_at(monkeypatch, 2)
     with pytest.raises(Killed):
-        heal(out, source, quick(source, steps=3))
+        heal(out, source, quick(source, steps=3, own_tokens=0))
     calls: list[int] = []
     monkeypatch.setattr(descent, "learn", lambda *given: calls.append(1) or learn(*given))
-    assert heal(out, source, quick(source, steps=4), fresh=True)["steps"] == 4
+    assert heal(out, source, quick(source, steps=4, own_tokens=0), fresh=True)["steps"] == 4
     assert len(calls) == 4
 
 
@@ -168,7 +172,7 @@ def test_killed_while_files_are_put_in_place(
     moves: int, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = pair
-    options, calls, replace = quick(source, steps=6), iter(range(1 << 20)), os.replace
+    options, calls, replace = quick(source, steps=6, own_tokens=0), iter(range(1 << 20)), os.replace
 
     def dying(*names: Any) -> None:
         if Path(names[1]).parent == out and next(calls) == moves - 1:
@@ -182,7 +186,7 @@ def test_killed_while_files_are_put_in_place(
     assert not (out / "config.json").exists()  # visibly not whole
     with pytest.raises(GlobeError, match=r"config\.json is missing"):
         open_factored(out)
-    heal(out, source, quick(source, steps=1, rate=1e-6))  # puts the rest in place first
+    heal(out, source, quick(source, steps=1, rate=1e-6, own_tokens=0))  # puts the rest in place first
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["healing"][0]["steps"] == 6
     found = hashes(out)
@@ -203,7 +207,7 @@ def test_what_was_made_anew_is_not_overwritten(
     replace = os.replace
     monkeypatch.setattr(publish.os, "replace", dying)
     with pytest.raises(Killed):
-        heal(out, source, quick(source, steps=6))
+        heal(out, source, quick(source, steps=6, own_tokens=0))
     monkeypatch.undo()
     for name in hashes(made[1]):  # as a compression with other settings would
         shutil.copy(made[1] / name, out / name)
@@ -211,7 +215,7 @@ def test_what_was_made_anew_is_not_overwritten(
     bank.write_bytes(bank.read_bytes()[:-1] + b"\1")
     before = hashes(out)
     with pytest.raises(UsageError, match=r"holds a healing of other options or texts: files\.globe-bank.*--fresh"):
-        heal(out, source, quick(source, steps=6))
+        heal(out, source, quick(source, steps=6, own_tokens=0))
     assert hashes(out) == before
 
 
@@ -219,7 +223,7 @@ def test_what_was_made_anew_is_not_overwritten(
 def test_what_gets_worse_is_not_written(rate: float, pair: tuple[Path, Path]) -> None:
     source, out = pair
     before = hashes(out)
-    found = heal(out, source, quick(source, steps=3, rate=rate))
+    found = heal(out, source, quick(source, steps=3, rate=rate, own_tokens=0))
     assert found["kept"] == "start" and hashes(out) == before and not (out / FOLDER).exists()
     json.loads(json.dumps(found, allow_nan=False))
 
@@ -314,7 +318,7 @@ def test_it_learns_in_either_precision(
         return learn(*arguments)
 
     monkeypatch.setattr(descent, "learn", seen)
-    found = heal(out, source, quick(source, steps=12, precision=precision))
+    found = heal(out, source, quick(source, steps=12, own_tokens=0, precision=precision))
     assert found["kept"] == "healed" and found["precision"] == precision
     assert set(loaded) == {{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
 
@@ -408,7 +412,7 @@ def test_options_that_make_no_sense(changed: dict[str, Any], told: str) -> None:
 
 def test_the_command_prints_one_object(pair: tuple[Path, Path]) -> None:
     source, out = pair
-    few = ("--steps", 2, "--own-tokens", 256, "--text-tokens", 1024, "--window", 64, "--quiet", "--json")
+    few = ("--steps", 2, "--text", source.parent / "text.txt", "--own-tokens", 256, "--window", 64, "--quiet", "--json")
     done = in_process("heal", out, "--against", source, *few)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

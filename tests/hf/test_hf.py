@@ -273,12 +273,13 @@ def test_without_globe_it_is_refused(pairs: Make, tmp_path: Path) -> None:
     load(pairs().out).save_pretrained(tmp_path / "saved")
     load(pairs().out).save_pretrained(tmp_path / "shards", max_shard_size="40KB")
     places = [*(pairs(layout).out for layout in REGISTERED), tmp_path / "saved", tmp_path / "shards"]
-    code = WITHOUT + ATTEMPT + "print(json.dumps([attempt(place) for place in sys.argv[1:]]))"
-    for answer in run_python(code, tmp_path, *places):
+    code = "places = sys.argv[1:]\nfound = [attempt(place) for place in places]\n"
+    code += "found += [attempt(place, trust_remote_code=True) for place in (places[0], places[-2])]\n"
+    answers = run_python(WITHOUT + ATTEMPT + code + "print(json.dumps(found))", tmp_path, *places)
+    for answer in answers[: len(places)]:
         assert answer.startswith("ValueError") and "pip install 'globe-moe[hf]', then import globe.hf first" in answer
-    remote = "print(json.dumps([attempt(place, trust_remote_code=True) for place in sys.argv[1:]]))"
-    for answer in run_python(WITHOUT + ATTEMPT + remote, tmp_path, pairs().out, tmp_path / "saved"):
-        assert answer == "ImportError: this checkpoint is factored by GloBE: pip install 'globe-moe[hf]'"
+    wanted = "ImportError: this checkpoint is factored by GloBE: pip install 'globe-moe[hf]'"
+    assert answers[len(places) :] == 2 * [wanted]
 
 
 def test_with_remote_code(pairs: Make, tmp_path: Path) -> None:

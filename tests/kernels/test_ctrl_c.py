@@ -9,8 +9,9 @@ import pytest
 
 # Every call would take minutes: the parent's patience is the test. It sends SIGINT once it reads a name.
 LONG = """
-import sys
+import signal, sys
 import numpy as np, scipy.sparse
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from globe.kernels import *
 backend = sys.argv[1]
 n, each, width = 4000, 10_000, 1 << 15

@@ -19,7 +19,6 @@ from checkpoints import make_tiny  # noqa: E402
 from displays import Lines  # noqa: E402
 from families import WEIGHTS_ONLY  # noqa: E402
 from globe.errors import UsageError  # noqa: E402
-from globe.machine.processors import usable_processors  # noqa: E402
 from globe.pipeline.batch import Entry, batch_table, read_plan  # noqa: E402
 from globe.pipeline.compress import compress  # noqa: E402
 from globe.pipeline.dealing import places  # noqa: E402
@@ -143,16 +142,15 @@ def test_layers_of_settings(home: Path) -> None:
     assert read[2].settings == Settings(**DEFAULTS) and read[2].out == home / "o2"
 
 
-def test_threads_of_one_job_do_not_reach_the_next(home: Path) -> None:
+def test_threads_of_one_job_do_not_reach_the_next(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, found in (("_AT_FIRST", 2), ("usable_processors", lambda: 2)):
+        monkeypatch.setattr(f"globe.compute.devices.{name}", found)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         jobs = ({**THREE[0], "settings": {"threads": 1}}, {**THREE[0], "out": "o2", "settings": {"threads": None}})
         outcomes = globe.batch(write_plan(home, *jobs))
-        assert [outcome.metrics and outcome.metrics["threads"] for outcome in outcomes] == [
-            1,
-            min(2, usable_processors()),
-        ]
+        assert [outcome.metrics and outcome.metrics["threads"] for outcome in outcomes] == [1, 2]
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -75,7 +75,7 @@ def test_a_method_that_cannot_run_has_its_reason_in_the_table(tmp_path: Path) ->
 
 
 def test_auto_in_metrics(model: Path, tmp_path: Path) -> None:
-    settings = Settings(rank=16, bank_size=3, families=("gate",), method="auto", outer_loops=1)
+    settings = Settings(rank=16, bank_size=3, families=("gate",), method="auto", outer_loops=1, calibration_tokens=1024)
     told = compress(model, tmp_path / "out", settings).metrics["families"]["gate"]["seeds"]
     assert told["tries"][0]["method"] == "ts-pca" and told["why"].startswith("relative error")
     best = min(tried["relative_error"] for tried in told["tries"] if tried["error"] is None)

@@ -63,7 +63,7 @@ def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 def test_read_only_parent(source: Path, mount: Callable[[str], Path]) -> None:
     place = mount("ro,size=64k")
-    line = refusal(1, "compress", source, place / "out", *SMALL, process=True)
+    line = refusal(1, "compress", source, place / "out", *SMALL)
     assert f"output {place / 'out'}" in line and "Read-only file system" in line
     assert list(place.iterdir()) == []
 
@@ -171,7 +171,7 @@ def test_two_runs_into_one_output_then_kill(source: Path, finished: Path, tmp_pa
     first = endless(source, out, tmp_path)
     try:
         for arguments in (("compress", source, out, *SMALL), ("compress", source, out, *SMALL, "--overwrite")):
-            line = refusal(1, *arguments, process="--overwrite" in arguments)
+            line = refusal(1, *arguments)
             assert f"output {out}: another run is writing there" in line
         assert "another run" in refusal(1, "export", finished, out, "--overwrite")
         assert first.poll() is None and (out / ".globe-lock").exists()

@@ -19,6 +19,8 @@ from globe.compute.spd import gram_inverse, row_basis
 from globe.errors import GlobeError
 from globe.seeds import METHODS
 
+TEXT = "A mixture holds many experts; a router chooses a few of them for every token. " * 8
+
 
 @pytest.fixture
 def mps(monkeypatch: pytest.MonkeyPatch) -> FakeMps:
@@ -64,10 +66,10 @@ def test_a_run_takes_only_what_mps_has(method: str, mod: str, mps: FakeMps, tmp_
 @pytest.mark.parametrize("metric", ["weights", "calibrated"])
 def test_the_joint_fit_takes_only_what_mps_has(metric: str, codes: str, mps: FakeMps, tmp_path: Path) -> None:
     source = make_tiny("olmoe", tmp_path / "source")
-    small: dict[str, Any] = {"rank": 0.5, "bank_size": 3, "outer_loops": 1, "joint_steps": 4, "support": 2}
+    small: dict[str, Any] = {"rank": 0.5, "bank_size": 3, "outer_loops": 1, "joint_steps": 2, "support": 2}
     small |= {"families": ("gate", "down"), "codes": codes, "calibrate": "none"}
     if metric == "calibrated":
-        small["calibrate"] = str(calibrate(source, tmp_path / "statistics", tokens=512, window=64).path)
+        small["calibrate"] = str(calibrate(source, tmp_path / "statistics", text=TEXT, tokens=512, window=64).path)
     with mps:
         found = compress(source, tmp_path / "mps", Settings(device="mps", **small)).metrics["families"]
     assert {"mm", "dot", "linalg_vector_norm"} <= mps.seen

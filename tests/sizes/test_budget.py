@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +33,7 @@ from globe.sizes.kept import Kept, kept
 from globe.sizes.ratios import Shape
 from globe.statistics.memory import calibration_bytes, require_memory
 from globe.statistics.metric import Metric
+from refusals import command, refusal
 
 GIB = 1 << 30
 
@@ -260,13 +260,11 @@ def test_calibration_that_cannot_be_is_refused_before_anything_is_read(tmp_path:
 @pytest.mark.parametrize("options", [WEIGHTS_ONLY_OPTIONS, ("--joint-steps", "3", "--calibration-tokens", "1024")])
 def test_a_run_stays_below_its_ceiling_and_another_is_refused_at_once(options: tuple[str, ...], tmp_path: Path) -> None:
     source = make_tiny("olmoe", tmp_path / "source")
-    call = [sys.executable, "-m", "globe", "compress", str(source), str(tmp_path / "out"), "-q", "--json"]
-    call += ["--rank", "0.5", "--bank-size", "3", "--device", "cpu", *options, "--max-memory"]
-    done = subprocess.run([*call, "800MiB"], capture_output=True, text=True, check=True)
+    sizes = ("--rank", "0.5", "--bank-size", "3", "--device", "cpu", *options, "--max-memory")
+    call = command("compress", source, tmp_path / "out", "-q", "--json", *sizes, "800MiB")
+    done = subprocess.run(call, capture_output=True, text=True, check=True)
     metrics = json.loads(done.stdout)
     assert max(stage["peak_rss_bytes"] for stage in metrics["stages"]) < 800 << 20
     assert metrics["settings"]["max_memory"] == 800 << 20
-    call[5] = str(tmp_path / "other")
-    refused = subprocess.run([*call, "500MiB"], capture_output=True, text=True)
-    assert refused.returncode == 2 and "max_memory is 0.5GiB" in refused.stderr
+    assert "max_memory is 0.5GiB" in refusal(2, "compress", source, tmp_path / "other", *sizes, "500MiB")
     assert not (tmp_path / "other").exists()

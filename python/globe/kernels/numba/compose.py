@@ -10,7 +10,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from globe.kernels.backends import run_ranges
-from globe.kernels.numba.floats import BFLOAT16, FLOAT32, bits, narrow_bfloat16, round_bfloat16, widen
+from globe.kernels.numba.floats import BFLOAT16, FLOAT32, bits, constant, narrow_bfloat16, round_bfloat16, widen
 
 _TILE = 1024
 _HALF = 1024  # 32-bit words of a row's tile where two bfloat16 lie in each
@@ -21,7 +21,7 @@ _RANGES = 64  # fixed, so that sums over ranges of columns do not depend on the 
 
 def compose(codes: Any, bank: NDArray[Any], out: NDArray[Any], threads: int) -> None:
     """out = codes · bank, summed in float32 in the order of the stored entries."""
-    atoms, kind = bits(bank)
+    atoms, kind = bits(constant(bank))
     # float16 is rounded by NumPy; Numba has no such conversion.
     sums = out if out.dtype != np.float16 else np.empty(out.shape, np.float32)
     target, out_kind = bits(sums)
@@ -49,8 +49,8 @@ def compose(codes: Any, bank: NDArray[Any], out: NDArray[Any], threads: int) -> 
 
 def code_gradient(codes: Any, gradient: NDArray[Any], bank: NDArray[Any], threads: int) -> NDArray[np.float64]:
     """⟨gradient[i], bank[j]⟩ for every stored entry (i, j) of codes."""
-    rows, row_kind = bits(gradient)
-    atoms, kind = bits(bank)
+    rows, row_kind = bits(constant(gradient))
+    atoms, kind = bits(constant(bank))
     tiles = -(-bank.shape[1] // _TILE)
     ranges = max(1, min(_RANGES, tiles))
     partial = np.zeros((ranges, codes.nnz))

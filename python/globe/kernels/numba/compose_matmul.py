@@ -9,14 +9,14 @@ from numba import njit
 from numpy.typing import NDArray
 
 from globe.kernels.backends import run_ranges
-from globe.kernels.numba.floats import FLOAT32, bits, widen
+from globe.kernels.numba.floats import FLOAT32, bits, constant, widen
 
 
 def compose_matmul(
     codes: Any, bank: NDArray[Any], x: NDArray[Any], rows: NDArray[np.int64], out: NDArray[Any], threads: int
 ) -> None:
     """out[t] = (Σ_j codes[rows[t], j] · bank[j]) x[t], in float32."""
-    atoms, kind = bits(bank)
+    atoms, kind = bits(constant(bank))
     order = np.argsort(rows, kind="stable")
     starts = np.flatnonzero(np.diff(rows[order], prepend=-1, append=-1))
     tokens = x[order].astype(np.float32)

@@ -9,6 +9,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from globe.kernels.backends import run_ranges
+from globe.kernels.numba.floats import constant
 from globe.kernels.numba.power import FORMATS, WORDS, WORK, power
 
 _GENERAL, _ENTMAX15, _SPARSEMAX = 0, 1, 2
@@ -37,13 +38,13 @@ def entmax(z: NDArray[Any], out: NDArray[Any], alpha: float, temperature: float,
     scale = min(max((alpha - 1.0) / temperature, float(limits.tiny)), float(limits.max))
     power_less_one = (2.0 - alpha) / (alpha - 1.0)
     law = _Law(kind, *map(real, (start, scale, alpha - 1.0, power_less_one, 4.0 * limits.eps, 1.0)))
-    bad = [len(z)]
+    given, bad = constant(z), [len(z)]
 
     def rows(begin: int, end: int) -> None:
         work = np.empty((WORK + 3, z.shape[1] + _LANES), z.dtype)
         index = np.empty(work.shape[1], np.int64)
         scratch = (work, work.view(WORDS[z.dtype]), index, FORMATS[z.dtype])
-        found = begin + _forward(z[begin:end], out[begin:end], law, real(epsilon), *scratch)
+        found = begin + _forward(given[begin:end], out[begin:end], law, real(epsilon), *scratch)
         if found < end:
             bad.append(found)
 
@@ -56,12 +57,15 @@ def entmax_backward(
 ) -> None:
     """Fill out with the derivative with respect to the logits."""
     real = y.dtype.type
+    shares, pull = constant(y), constant(dy)
     inverse = real(min(1.0 / temperature, float(np.finfo(y.dtype).max)))
 
     def rows(begin: int, end: int) -> None:
         work = np.empty((WORK + 1, y.shape[1]), y.dtype)
         scratch = (work, work.view(WORDS[y.dtype]), FORMATS[y.dtype])
-        _backward(y[begin:end], dy[begin:end], out[begin:end], _kind(alpha), real(2.0 - alpha), inverse, *scratch)
+        _backward(
+            shares[begin:end], pull[begin:end], out[begin:end], _kind(alpha), real(2.0 - alpha), inverse, *scratch
+        )
 
     run_ranges(rows, len(y), threads, max(1, _GRAIN // max(1, y.shape[1])))
 

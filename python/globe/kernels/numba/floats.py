@@ -18,6 +18,13 @@ def bits(array: NDArray[Any]) -> tuple[NDArray[Any], int]:
     return array.view(np.uint16), FLOAT16 if array.dtype == np.float16 else BFLOAT16
 
 
+def constant(array: NDArray[Any]) -> NDArray[Any]:
+    """A view that cannot be written to: Numba compiles a function once more for each argument that can or cannot."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
 @njit(nogil=True, cache=True, inline="always")
 def widen(row, kind, words, out):  # type: ignore[no-untyped-def]
     """out = row in float32; words is uint32 scratch of the same length."""

@@ -9,7 +9,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from globe.kernels.backends import run_ranges
-from globe.kernels.numba.floats import BFLOAT16, FLOAT32, bits, widen
+from globe.kernels.numba.floats import BFLOAT16, FLOAT32, bits, constant, widen
 
 _BLOCK = 4096
 _PANEL = 512
@@ -17,15 +17,15 @@ _PANEL = 512
 
 def add(vectors: NDArray[Any], total: NDArray[np.float64], weights: NDArray[np.float64] | None, threads: int) -> None:
     """The lower triangle of total += X diag(w) Xᵀ; what is above it is left to chance."""
-    source, kind = bits(np.ascontiguousarray(vectors))
+    source, kind = bits(constant(np.ascontiguousarray(vectors)))
     roots = np.ones(0, np.float32) if weights is None else np.sqrt(weights).astype(np.float32)
     n, k = source.shape
     panels = -(-n // _PANEL)
     tiles = [(i, j) for i in range(panels) for j in range(i + 1)]
-    part = np.empty((n, min(k, _BLOCK)), np.float32)
+    part = np.empty(n * min(k, _BLOCK), np.float32)
     for start in range(0, k, _BLOCK):
         stop = min(start + _BLOCK, k)
-        block = part[:, : stop - start]
+        block = part[: n * (stop - start)].reshape(n, stop - start)
 
         def convert(begin: int, end: int, block: Any = block, start: int = start, stop: int = stop) -> None:
             _convert(source, kind, roots[start:stop], start, begin, end, block, block.view(np.uint32))
