@@ -47,7 +47,12 @@ def run_at_rank(arguments: list[str], work: Callable[[list[str]], tuple[int, str
         with ranks.joined():
             book = dist.distributed_c10d._get_default_store()
             try:
-                status, line = work(arguments)
+                commands = ranks.gathered(arguments[0])
+                if len(set(commands)) > 1:
+                    told = ", ".join(f"globe {command}" for command in dict.fromkeys(commands))
+                    status, line = 2, f"globe: error: ranks were given {told}; start all with the same command"
+                else:
+                    status, line = work(arguments)
             except Exception as error:
                 if not _is_loss(error):
                     book.set(_key(launched_rank()), f"globe: error: {type(error).__name__}: {error}")
