@@ -33,7 +33,9 @@ def run_at_rank(arguments: list[str], work: Callable[[list[str]], tuple[int, str
         return work(arguments)[0]
     if arguments[0] not in RANKED:
         if launched_rank() == 0:
-            click.echo(f"globe: error: globe {arguments[0]} is one process; start it without torchrun", err=True)
+            found = f"globe {arguments[0]} at {launched_ranks()} ranks"
+            told = f"{found}; expected one of {', '.join(RANKED)}: all else is one process, without torchrun"
+            click.echo(f"globe: error: {told}", err=True)
         return 2
     import torch.distributed as dist
 
