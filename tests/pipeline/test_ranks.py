@@ -268,6 +268,15 @@ def test_refusals(ranks: Launcher, source: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_a_rank_ends_while_it_calibrates(ranks: Launcher, source: Path, tmp_path: Path) -> None:
+    trap = {"place": "globe.compute.ranks:summed", "call": 3, "entered": True}
+    options = ("--text", "pydoc", "--tokens", "2048", "-q")
+    ended = ranks.run(2, "calibrate", source, tmp_path / "calibration.safetensors", *options, rank1=trap)
+    assert ended[1].status == -9 and ended[0].status == 1
+    assert "another rank has ended" in ended[0].err and ended[0].err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_number_of_ranks(ranks: Launcher, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     trap = {"place": "globe.compute.ranks:summed", "call": 40, "entered": True}

@@ -56,7 +56,7 @@ def run_at_rank(arguments: list[str], work: Callable[[list[str]], tuple[int, str
                 else:
                     status, line = work(arguments)
             except Exception as error:
-                if not _is_loss(error):
+                if not ranks.is_loss(error):
                     book.set(_key(launched_rank()), f"globe: error: {type(error).__name__}: {error}")
                     raise
             if line is not None:
@@ -91,13 +91,6 @@ def _tell_if_untold(book: Any, mine: str | None) -> None:
         book.wait([_TOLD], timedelta(seconds=_PATIENCE))
     except RuntimeError:  # or rank 0 has gone, and with it what it kept
         click.echo(_named(launched_rank(), mine), err=True)
-
-
-def _is_loss(error: Exception) -> bool:
-    """Whether an error says that another rank has ended."""
-    import torch.distributed as dist
-
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 def _named(number: int, line: str) -> str:
