@@ -247,16 +247,34 @@ def test_refusals(ranks: Launcher, source: Path, tmp_path: Path) -> None:
     line = refusal(ranks.run(2, "compress", [source, tmp_path / "nowhere"], out, *COMMON, *JOINT), 1)
     assert "rank 1: " in line and "nowhere" in line
     line = refusal(ranks.run(2, "compress", source, out, *COMMON, *JOINT, "--seed", ["0", "7"]), 2)
-    assert "rank 1 is not as rank 0: settings.seed (found 0, expected 7)" in line
+    assert "rank 1 is not as rank 0: settings.seed (found 7, expected 0)" in line
     line = refusal(ranks.run(3, "compress", source, out, *COMMON, *JOINT), 2)
     assert "3 ranks for 2 layers" in line
     assert "bank_size is -1" in refusal(ranks.run(2, "compress", source, out, *COMMON, *JOINT, "--bank-size", "-1"), 2)
     assert "one process" in refusal(ranks.run(2, "export", source, out), 2)
+    line = refusal(ranks.run(2, "compress", source, out, *COMMON, *JOINT, ["-q", "--fresh"]), 2)
+    assert "rank 1 is not as rank 0: fresh (found true, expected false)" in line
+    line = refusal(ranks.run(2, ["compress", "calibrate"], source, out), 2)
+    assert "ranks were given globe compress, globe calibrate" in line
+    assert not out.exists()
+    line = refusal(ranks.run(2, "calibrate", [source, other], out, "-q"), 1)
+    assert "rank 1 is not as rank 0: source (found" in line
+    line = refusal(ranks.run(2, "calibrate", source, out, "-q", "--tokens", ["512", "1024"]), 2)
+    assert "rank 1 is not as rank 0: tokens (found 1024, expected 512)" in line
     assert not out.exists()
     denied = {"place": "tempfile:TemporaryFile", "denied": True}
     line = refusal(ranks.run(2, "compress", source, out, *COMMON, *JOINT, rank1=denied), 1)
     assert "rank 1: " in line and "cannot be written (Permission denied)" in line
     assert not out.exists()
+
+
+def test_a_rank_ends_while_it_calibrates(ranks: Launcher, source: Path, tmp_path: Path) -> None:
+    trap = {"place": "globe.compute.ranks:summed", "call": 3, "entered": True}
+    options = ("--text", "pydoc", "--tokens", "2048", "-q")
+    ended = ranks.run(2, "calibrate", source, tmp_path / "calibration.safetensors", *options, rank1=trap)
+    assert ended[1].status == -9 and ended[0].status == 1
+    assert "another rank has ended" in ended[0].err and ended[0].err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_number_of_ranks(ranks: Launcher, source: Path, tmp_path: Path) -> None:
@@ -301,7 +319,7 @@ def test_methods_are_dealt(ranks: Launcher, source: Path, tmp_path: Path) -> Non
     assert settled(ended[0].out) == settled(one[0].out)
     assert [row["method"] for row in settled(ended[0].out)][::2] == ["ts-pca", "kmeans"]
     line = refusal(ranks.run(2, "compare", source, "--methods", ["ts-pca", "kmeans"], "-q"), 2)
-    assert "ranks were given other methods" in line
+    assert "rank 1 is not as rank 0: methods (found" in line
 
 
 def test_windows_of_a_healing_are_dealt(ranks: Launcher, source: Path, tmp_path: Path) -> None:
@@ -319,5 +337,10 @@ def test_windows_of_a_healing_are_dealt(ranks: Launcher, source: Path, tmp_path:
     assert told[1]["kept"] == told[2]["kept"] and told[1]["kl"][0] != told[1]["kl"][1]
     assert told[2]["kl"] == pytest.approx(told[1]["kl"], rel=1e-3)
     assert told[2]["after"] == pytest.approx(told[1]["after"], rel=1e-3)
+    other = make_tiny("olmoe", tmp_path / "other", shards=2, seed=1)
+    line = refusal(ranks.run(2, "heal", tmp_path / "two", "--against", [source, other], *options), 1)
+    assert "rank 1 is not as rank 0: source (found" in line
+    line = refusal(ranks.run(2, "heal", tmp_path / "two", "--against", source, *options, "--seed", ["0", "1"]), 2)
+    assert "rank 1 is not as rank 0: seed (found 1, expected 0)" in line
     three = ranks.run(3, "heal", tmp_path / "two", "--against", source, *options)
     assert "batch is 2 at 3 ranks" in refusal(three, 2)

@@ -79,13 +79,13 @@ def write_weights(
     )
     weight_map: dict[str, str] = {}
     replaced = [matrix for matrix in checkpoint.encoded if matrix.name in places or matrix.name in changed]
-    total = sum(len(fit.family) for fit in fits.values())
+    listed = [(*numbered, as_decoded(numbered[1].tensors, replaced)) for numbered in enumerate(checkpoint.shards)]
+    total = sum(len(places.get(tensor, ())) for _, _, tensors in ranks.share(listed) for tensor in tensors)
     corrected = Changed(job.store, changed)
     with job.stages.stage("write", total, _written_before(job.store)) as advance:
-        for count, shard in ranks.own(list(enumerate(checkpoint.shards))):
+        for count, shard, tensors in ranks.own(listed):
             file, result = shard_name(shard.path.name), f"shard-{count}"
             entries: dict[str, tuple[str, tuple[int, ...]]] = {}
-            tensors = as_decoded(shard.tensors, replaced)
             for tensor, info in tensors.items():
                 entries.update(_entries(fits, info, tensor, places.get(tensor, [])))
             weight_map.update(dict.fromkeys(entries, file))

@@ -33,7 +33,9 @@ def run_at_rank(arguments: list[str], work: Callable[[list[str]], tuple[int, str
         return work(arguments)[0]
     if arguments[0] not in RANKED:
         if launched_rank() == 0:
-            click.echo(f"globe: error: globe {arguments[0]} is one process; start it without torchrun", err=True)
+            found = f"globe {arguments[0]} at {launched_ranks()} ranks"
+            told = f"{found}; expected one of {', '.join(RANKED)}: all else is one process, without torchrun"
+            click.echo(f"globe: error: {told}", err=True)
         return 2
     import torch.distributed as dist
 
@@ -47,9 +49,14 @@ def run_at_rank(arguments: list[str], work: Callable[[list[str]], tuple[int, str
         with ranks.joined():
             book = dist.distributed_c10d._get_default_store()
             try:
-                status, line = work(arguments)
+                commands = ranks.gathered(arguments[0])
+                if len(set(commands)) > 1:
+                    told = ", ".join(f"globe {command}" for command in dict.fromkeys(commands))
+                    status, line = 2, f"globe: error: ranks were given {told}; start all with the same command"
+                else:
+                    status, line = work(arguments)
             except Exception as error:
-                if not _is_loss(error):
+                if not ranks.is_loss(error):
                     book.set(_key(launched_rank()), f"globe: error: {type(error).__name__}: {error}")
                     raise
             if line is not None:
@@ -84,13 +91,6 @@ def _tell_if_untold(book: Any, mine: str | None) -> None:
         book.wait([_TOLD], timedelta(seconds=_PATIENCE))
     except RuntimeError:  # or rank 0 has gone, and with it what it kept
         click.echo(_named(launched_rank(), mine), err=True)
-
-
-def _is_loss(error: Exception) -> bool:
-    """Whether an error says that another rank has ended."""
-    import torch.distributed as dist
-
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 def _named(number: int, line: str) -> str:

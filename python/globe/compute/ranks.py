@@ -69,6 +69,11 @@ def joined() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def is_loss(error: Exception) -> bool:
+    """Whether an error says that another rank has ended."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
 def size() -> int:
     """The number of ranks: 1 without torchrun, and while this one works `alone`."""
     return dist.get_world_size() if dist.is_initialized() and not _Traffic.alone else 1

@@ -29,6 +29,7 @@ from globe.healing.parts import Moving, moving, require_movable, round_to_stored
 from globe.healing.publish import finish, put_in_place, write_aside
 from globe.healing.state import State
 from globe.healing.texts import Reading, given_texts, read_windows, texts_key
+from globe.runs.alike import require_alike
 from globe.runs.stages import Display, Stages
 
 
@@ -100,11 +101,14 @@ def heal(
 def _heal(out: Path, against: Path, options: Healing, access: Access) -> dict[str, Any]:
     if options.batch % ranks.size():
         raise UsageError(f"batch is {options.batch} at {ranks.size()} ranks; expected as many windows for each of them")
+    given = {**options.as_dict(), "device": access.device, "fresh": access.fresh}
+    require_alike(given, {"source": Checkpoint(against).fingerprint()})
     stages, state = Stages(access.progress if ranks.rank() == 0 else None), State(out)
     dtype = ranks.lead(partial(_dtype, options.precision, against, torch.device(access.device)))
     with ExitStack() as claimed:
         ranks.lead(lambda: _claim(claimed, (out, against), (options, dtype), access, state))
         factored, texts = open_factored(out), given_texts(options)
+        require_alike({}, {"output": factored.manifest})
         kept = dtype if dtype == torch.bfloat16 else None  # what is stored, or fp32 on a CPU
         teacher, tokenizer = load_model(against, access.device, kept, trust_remote_code=access.trust_remote_code)
         model, _ = load_model(out, access.device, dtype)

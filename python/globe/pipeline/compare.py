@@ -21,6 +21,7 @@ from globe.compute.devices import check_device, keep_memory, set_threads
 from globe.errors import GlobeError, UsageError
 from globe.fit.stages import alternate, fit_report
 from globe.machine.launch import environment_alone
+from globe.runs.alike import require_alike
 from globe.runs.job import Job
 from globe.runs.stages import Display, Stages, peak_rss_bytes
 from globe.runs.store import RunStore
@@ -97,9 +98,8 @@ def compare(
     model = local(model_dir)
     with ranks.together(), ranks.alone():
         planned = plan(model, Settings(**each))
-        asked = (each, named, counts, planned.checkpoint.fingerprint())
-    if any(other != asked for other in ranks.gathered(asked)):
-        raise UsageError("ranks were given other methods, settings or checkpoints; start all with one command")
+        seen = {"source": planned.checkpoint.fingerprint()}
+    require_alike({"settings": each, "methods": named, "outer_loops": counts}, seen)
     stages = Stages(progress if ranks.rank() == 0 else None)
     mine: dict[str, list[dict[str, Any]]] = {}
     for name in ranks.own(named):

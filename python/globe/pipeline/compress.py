@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -20,6 +20,7 @@ from globe.fit.stages import alternate, fit_jointly, fit_report, load_fit, round
 from globe.pipeline.closing import Made, describe, draw_report, finished, publish
 from globe.pipeline.opening import Opened, open_alike
 from globe.pipeline.schedule import Schedule, done_stages, measured, schedule
+from globe.runs.alike import require_alike
 from globe.runs.job import Job
 from globe.runs.stages import Display, Stages
 from globe.runs.store import FOLDER
@@ -103,13 +104,15 @@ def compress(
     GlobeError
         If the checkpoint, the output directory or the tracker cannot be used.
     """
+    existing = Existing(fresh, overwrite, keep_run)
+    require_alike({**asdict(existing), "log": log, "trust_remote_code": trust_remote_code}, {})
     if log is not None:
         require_tracker(log)
     settings, stages = settings or Settings(), Stages(progress if ranks.rank() == 0 else None)
     began = began if began is not None else perf_counter()
     opened = open_alike(local(model_dir), settings, stages, trust_remote_code=trust_remote_code)
     turn = Turn(ranks.agreed(began) + settings.time_limit, ranks.clock) if settings.time_limit is not None else None
-    run = Run(opened, Path(out_dir), settings, Existing(fresh, overwrite, keep_run), turn)
+    run = Run(opened, Path(out_dir), settings, existing, turn)
     result = _run(run, stages)
     if log is not None:
         ranks.lead(partial(track, log, result.directory, result.metrics))

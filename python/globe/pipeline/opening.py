@@ -21,9 +21,9 @@ from globe.compute.blocks import BLOCKS
 from globe.compute.devices import check_device, keep_memory, set_threads
 from globe.compute.gemm import precision_report, solver_dtype
 from globe.correction.work import corrected_bytes, down_rank
-from globe.errors import GlobeError, UsageError
+from globe.errors import UsageError
+from globe.runs.alike import require_alike
 from globe.runs.stages import Stages
-from globe.runs.store import differences
 from globe.settings import Settings
 from globe.sizes.budget import machine_memory, size_text
 from globe.sizes.kept import fits_jointly, kept
@@ -100,12 +100,8 @@ def open_alike(source: Path, settings: Settings, stages: Stages, *, trust_remote
     """
     with ranks.together():
         opened = open_source(source, settings, stages, trust_remote_code=trust_remote_code)
-    keys = ranks.gathered(opened.identity(settings).key)
-    for number, key in enumerate(keys):
-        different = differences(keys[0], key)
-        if different:
-            kind = GlobeError if key["settings"] == keys[0]["settings"] else UsageError
-            raise kind(f"rank {number} is not as rank 0: {', '.join(different[:3])}; start all with the same command")
+    key = dict(opened.identity(settings).key)
+    require_alike({"settings": key.pop("settings")}, key)
     layers = opened.plan.checkpoint.leading.layers
     if ranks.size() > layers:
         raise UsageError(

@@ -98,7 +98,8 @@ def scan(family: Family, settings: Settings, advance: Advance) -> Scan:
         If an expert holds NaN, Inf, or a value so large that the other experts would not count; the tensor, the row
         and the value are named.
     """
-    step, mine, share = -(-len(family) // settings.energy_experts), ranks.dealt(family), ranks.size()
+    step, mine = -(-len(family) // settings.energy_experts), ranks.dealt(family)
+    share = len(family) / max(1, mine.stop - mine.start)  # shown is the whole family
     ranked = np.zeros(family.p)
     energy, peaks, digests = np.zeros(len(family)), np.zeros(len(family)), np.zeros(len(family), np.int64)
     cpu = torch.device("cpu")

@@ -11,6 +11,7 @@ from globe.checkpoint.index import Checkpoint
 from globe.compute import ranks
 from globe.compute.devices import find_device, keep_memory
 from globe.errors import GlobeError, UsageError
+from globe.runs.alike import require_alike
 from globe.runs.job import Job
 from globe.runs.stages import Display, Stages
 from globe.settings import Settings
@@ -92,13 +93,16 @@ def calibrate(
     Raises
     ------
     UsageError
-        If an argument cannot be used.
+        If an argument cannot be used, or ranks were given others.
     GlobeError
-        If the checkpoint cannot be run or the texts are too short.
+        If the checkpoint cannot be run, ranks see others, or the texts are too short.
     """
     checkpoint = Checkpoint(local(model_dir))
     if precision not in ("auto", "fp32"):
         raise UsageError(f"precision is {precision!r}; expected auto or fp32")
+    given = {"text": repr(text), "tokens": tokens, "window": window, "row_moments": row_moments, "fisher": fisher}
+    given |= {"precision": precision, "device": device, "trust_remote_code": trust_remote_code}
+    require_alike(given, {"source": checkpoint.fingerprint()})
     keep_memory()
     place, stages = Path(path), Stages(progress if ranks.rank() == 0 else None)
     gates = checkpoint.leading

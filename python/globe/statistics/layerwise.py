@@ -18,6 +18,7 @@ from globe.checkpoint.layouts import PREFIXES
 from globe.checkpoint.pretrained import first_line, import_transformers, quiet, refuse_own_code, text_class
 from globe.checkpoint.read_ahead import read_soon
 from globe.checkpoint.tensorfile import TensorInfo, read_tensor
+from globe.compute import ranks
 from globe.compute.gemm import solver_dtype
 from globe.errors import GlobeError
 from globe.statistics.handed import HANDED, Arguments, Calls, named, shared
@@ -45,6 +46,8 @@ def own_code(checkpoint: Checkpoint) -> Iterator[None]:
     except GlobeError:
         raise
     except Exception as error:  # its type may be anything
+        if ranks.is_loss(error):
+            raise
         refuse_own_code(checkpoint.directory, error)
         raise _cannot(checkpoint, first_line(error)) from error
 
