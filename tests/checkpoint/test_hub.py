@@ -135,16 +135,15 @@ def test_inspect_of_a_hub_that_is_not_to_be_reached(weights: str, hub: Served, m
 
 def test_quiet_commands_show_nothing_of_what_they_fetch(hub: Served, tmp_path: Path) -> None:
     places = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
-    for command in (("inspect", "org/tiny"), ("eval", "org/tiny", "--max-tokens", "64")):
-        for flags, silent in ((("-q",), True), ((), False)):
-            done = subprocess.run(
-                [sys.executable, "-m", "globe", *command, *flags],
-                capture_output=True,
-                text=True,
-                env={**os.environ, **places},
-                timeout=300,
-            )
-            assert done.returncode == 0 and (done.stderr == "") == silent, done.stderr
+    for command in (("inspect", "org/tiny", "-q"), ("eval", "org/tiny", "--max-tokens", "64", "-q")):
+        done = subprocess.run(
+            [sys.executable, "-m", "globe", *command],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **places},
+            timeout=300,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_huggingface_hub_absent(monkeypatch: pytest.MonkeyPatch) -> None:
