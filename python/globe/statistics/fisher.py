@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -102,10 +103,9 @@ def fisher(streamed: Layerwise, parts: list[torch.Tensor], folder: Path, stages:
                 for path in paths:
                     path.forwards(number, layer)
             advance(1)
-        random = torch.Generator().manual_seed(ranks.rank())
         with streamed.ends() as model:
             for path in paths:
-                path.turn(model, random)
+                path.turn(model)
         for number in reversed(range(depth)):
             streamed.expect(number - 1)
             with streamed.layer(number) as layer, _noting(streamed, number) as sums:
@@ -133,14 +133,18 @@ class _Path:
         for span in self._streamed.batches(self._windows):
             self._state[span] = self._streamed.run(number, layer, self._state, self._arguments, span)
 
-    def turn(self, model: Any, random: torch.Generator) -> None:
-        """Draw tokens from the logits; from here on the state is the gradient of their −log q."""
+    def turn(self, model: Any) -> None:
+        """Draw tokens from the logits; from here on the state is the gradient of their −log q.
+
+        A window's own tokens are the seed of what is drawn for it, wherever it is dealt to.
+        """
         for span in _spans(self._windows, model):
             state = self._state[span].to(self._streamed.device).requires_grad_()
             with torch.enable_grad(), _passed(self._streamed.layers, state):
                 logits = model(input_ids=self._windows[span].to(self._streamed.device), use_cache=False).logits
-            q = logits.detach().float().softmax(-1).flatten(0, 1)
-            drawn = torch.multinomial(q.cpu(), 1, generator=random).to(q.device)
+            q = logits.detach().float().softmax(-1)
+            drawn = torch.cat([_drawn(*pair) for pair in zip(self._windows[span], q.cpu(), strict=True)]).to(q.device)
+            q = q.flatten(0, 1)
             q.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=q.dtype))
             self._state[span] = torch.autograd.grad(logits, state, q.view(logits.shape).to(logits.dtype))[0].cpu()
 
@@ -155,6 +159,12 @@ class _Path:
             self._state[span] = torch.autograd.grad(output, state, gradient)[0].cpu()
         if not torch.isfinite(self._state).all():
             raise GlobeError(f"the gradient in front of layer {number} is not finite")
+
+
+def _drawn(window: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """A token (window, 1) for each place of a window, by probabilities q (window, vocabulary)."""
+    seed = crc32(window.cpu().numpy().tobytes())
+    return torch.multinomial(q, 1, generator=torch.Generator().manual_seed(seed))
 
 
 class _Sums:
