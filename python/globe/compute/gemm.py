@@ -220,12 +220,12 @@ def correlations(targets: torch.Tensor, bank: torch.Tensor, workers: Engine | No
         pairs = list(zip(flat.split(_FP32_RUN, 1), atoms.split(_FP32_RUN, 1), strict=True))
         total = torch.zeros(len(flat), len(atoms), dtype=torch.float64)
 
-        def multiply(part: slice) -> list[torch.Tensor]:
-            return [matmul(left, right.T) for left, right in pairs[part]]
+        def multiply(part: slice) -> torch.Tensor:
+            products = (matmul(left, right.T).double() for left, right in pairs[part])
+            return sum(products, torch.zeros_like(total))
 
-        for _, some in (workers or Batched()).map(multiply, len(pairs)):
-            for product in some:
-                total += product
+        for _, products in (workers or Batched()).map(multiply, len(pairs)):
+            total += products
         found: NDArray[np.float64] = total.numpy()
         return found
     runs = flat.shape[1] // _FP32_RUN

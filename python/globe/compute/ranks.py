@@ -55,11 +55,11 @@ def joined() -> Iterator[None]:
     if cuda:
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     try:
-        store, rank, count = next(rendezvous("env://", timeout=_PATIENCE))
+        store, number, count = next(rendezvous("env://", timeout=_PATIENCE))
         # torchrun's own restarts (`--max-restarts`) meet in the same store, where the addresses of before still stand.
         store = PrefixStore(f"restart {launched_restarts()}", store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_PATIENCE)
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         told = str(error).strip().partition("\n")[0]
         raise GlobeError(f"rank {launched_rank()} cannot reach the others ({told}); start all with torchrun") from None
