@@ -91,7 +91,7 @@ def test_f_alone(kind: str, rank: int, family: Family, monkeypatch: pytest.Monke
     with counted() as found:
         problem.look(point.bank, point.codes, None, silent)
     own = own_error_flops(D, rank, OWN) if kind == "own" else 0
-    assert found == [EXPERTS * (error_flops(P, D, rank, ATOMS, kind != "none") + 2 * rank * rank * D + own)]
+    assert found == [EXPERTS * (error_flops(P, D, rank, ATOMS, kind != "none") + 2 * rank * rank * (D + 1) + own)]
 
 
 @counted_cases

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from globe import kernels
 from globe.compute.forms import per_core, wide_dtype
-from globe.compute.passes import Batched, Engine
 
 # Apple's matmul returned wrong numbers from an inner dimension of 32,767 on (pytorch#195163).
 _MPS_INNER = 16_384
@@ -55,38 +54,51 @@ def precision_report(wanted: str, device: torch.device) -> dict[str, str]:
     return {"products": "fp32", "solver": inner, "isa": kernels.available()["isa"]}
 
 
-def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right on their device and in their dtype, the inner dimension in chunks on MPS."""
+def matmul(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """left @ right on their device and in their dtype, to `out` if given; the inner dimension in chunks on MPS."""
     inner = left.shape[-1]
     chunk = _MPS_INNER if left.device.type == "mps" else max(inner, 1)
-    total: torch.Tensor = left[..., :chunk] @ right[..., :chunk, :]
+    total: torch.Tensor = torch.matmul(left[..., :chunk], right[..., :chunk, :], out=out)
     for first in range(chunk, inner, chunk):
         total += left[..., first : first + chunk] @ right[..., first : first + chunk, :]
     return total
+
+
+def weighted_sum(weights: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """Σ_i w_i X_i (k, l) of matrices (n, k, l)."""
+    if per_core(matrices.device) and len(matrices) == 1:  # for which a product with a vector is slow
+        return matrices[0] * weights[0]
+    return (weights @ matrices.flatten(1)).view(matrices.shape[1:])
 
 
 def times_lower(left: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
     """left @ lower for a lower triangular matrix (d, d); on a CPU most of its zeros are passed over."""
     if not per_core(left.device):
         return matmul(left, lower)
-    panels = [matmul(left[..., some.start :], lower[some.start :, some]) for some in _panels(len(lower))]
-    return torch.cat(panels, -1)
+    rows, found = left.flatten(0, -2), torch.empty_like(left, memory_format=torch.contiguous_format)
+    for some in _panels(len(lower)):
+        torch.mm(rows[:, some.start :], lower[some.start :, some], out=found.view(rows.shape)[:, some])
+    return found
 
 
 def times_upper(left: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
     """left @ lowerᵀ, likewise."""
     if not per_core(left.device):
         return matmul(left, lower.mT)
-    panels = [matmul(left[..., : some.stop], lower[some, : some.stop].mT) for some in _panels(len(lower))]
-    return torch.cat(panels, -1)
+    rows, found = left.flatten(0, -2), torch.empty_like(left, memory_format=torch.contiguous_format)
+    for some in _panels(len(lower)):
+        torch.mm(rows[:, : some.stop], lower[some, : some.stop].mT, out=found.view(rows.shape)[:, some])
+    return found
 
 
 def lower_times(lower: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """lower @ right for lower triangular matrices (n, r, r), likewise, in any dtype."""
     if not per_core(right.device):
         return lower @ right
-    panels = [lower[:, some, : some.stop] @ right[:, : some.stop] for some in _panels(lower.shape[1])]
-    return torch.cat(panels, 1)
+    found = torch.empty_like(right, memory_format=torch.contiguous_format)
+    for some in _panels(lower.shape[1]):
+        torch.bmm(lower[:, some, : some.stop], right[:, : some.stop], out=found[:, some])
+    return found
 
 
 def lower_gram(matrices: torch.Tensor) -> torch.Tensor:
@@ -209,23 +221,16 @@ def to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
     return array
 
 
-def correlations(targets: torch.Tensor, bank: torch.Tensor, workers: Engine | None = None) -> NDArray[np.float64]:
+def correlations(targets: torch.Tensor, bank: torch.Tensor) -> NDArray[np.float64]:
     """⟨T_i, B_j⟩ for a batch of targets, shape (n, m), fp32 inside runs of columns and fp64 across them.
 
-    With an engine a core takes a run at a time: these products are too small to be shared. On a device this is the one
-    time that the host reads what was made of a batch.
+    On a device this is the one time that the host reads what was made of a batch.
     """
     flat, atoms = targets.flatten(1), bank.flatten(1)
     if per_core(bank.device):
-        pairs = list(zip(flat.split(_FP32_RUN, 1), atoms.split(_FP32_RUN, 1), strict=True))
         total = torch.zeros(len(flat), len(atoms), dtype=torch.float64)
-
-        def multiply(part: slice) -> torch.Tensor:
-            products = (matmul(left, right.T).double() for left, right in pairs[part])
-            return sum(products, torch.zeros_like(total))
-
-        for _, products in (workers or Batched()).map(multiply, len(pairs)):
-            total += products
+        for left, right in zip(flat.split(_FP32_RUN, 1), atoms.split(_FP32_RUN, 1), strict=True):
+            total += matmul(left, right.T).double()
         found: NDArray[np.float64] = total.numpy()
         return found
     runs = flat.shape[1] // _FP32_RUN
@@ -235,6 +240,28 @@ def correlations(targets: torch.Tensor, bank: torch.Tensor, workers: Engine | No
     )
     products = torch.cat([whole, (over @ beyond.T)[None]])
     return _summed_on_host(products)
+
+
+def correlations_at(places: NDArray[Any], targets: torch.Tensor, bank: torch.Tensor) -> NDArray[np.float64]:
+    """⟨T_i, B_j⟩ where `places` (n, m) is not zero, for a batch of targets, shape (n, m); on a CPU zero elsewhere.
+
+    Summed as in :func:`correlations`, which makes all of them, as a device does here.
+    """
+    if not per_core(bank.device):
+        return correlations(targets, bank)
+    found = kernels.compose_code_gradient(scipy.sparse.csr_array(places), to_numpy(targets), to_numpy(bank))
+    products: NDArray[np.float64] = found.toarray()
+    return products
+
+
+def inner_products(left: torch.Tensor, right: torch.Tensor) -> NDArray[np.float64]:
+    """⟨X_j, Y_j⟩ for matrices (m, r, d) in fp32, shape (m,); on a CPU summed as by :func:`correlations`."""
+    if per_core(left.device):
+        pairs = scipy.sparse.csr_array(scipy.sparse.identity(len(left), np.float32))
+        products: NDArray[np.float64] = kernels.compose_code_gradient(pairs, left.numpy(), right.numpy()).data
+        return products
+    dots = [torch.dot(a.flatten(), b.flatten()) for a, b in zip(left, right, strict=True)]
+    return np.asarray(torch.stack(dots).cpu().double()) if dots else np.zeros(0)
 
 
 def _summed_on_host(products: torch.Tensor) -> NDArray[np.float64]:

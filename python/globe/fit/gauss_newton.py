@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from globe.compute import ranks
-from globe.compute.gemm import correlations, matmul, mixtures, scatter_add
+from globe.compute.gemm import correlations_at, matmul, mixtures, scatter_add
 from globe.compute.passes import Engine, engine, within
 from globe.fit.objective import Value
 from globe.fit.point import Point, Vector
@@ -37,21 +37,22 @@ class Operator:
 
     def __init__(self, problem: Problem, point: Point, scale: float, workers: Engine) -> None:
         self._problem, self._point, self._scale, self._workers = problem, point, scale, workers
-        shape, device = (problem.at_once, *point.bank.shape[1:]), point.bank.device
-        self._mixed, self._change = (torch.empty(shape, dtype=problem.kept, device=device) for _ in range(2))
-        self._room = torch.empty(shape, device=device)
-        self._bank = point.bank.to(problem.kept)
+        (m, *matrix), device = point.bank.shape, point.bank.device
+        self._mixed = torch.empty(problem.at_once, *matrix, dtype=problem.kept, device=device)
+        self._room = torch.empty(problem.at_once, *matrix, device=device)
+        self._both = torch.empty(2 * m, *matrix, dtype=problem.kept, device=device)
+        self._both[:m] = point.bank
 
     def __call__(self, vector: Vector) -> Vector:
         """H times a vector."""
         problem, point, chain = self._problem, self._point, self._point.chain
-        changes = chain * vector.codes
-        total, slopes = torch.zeros_like(point.bank), np.zeros_like(changes)
-        bank = ranks.assembled(vector.bank.to(problem.kept), len(point.bank))
+        m, codes = len(point.bank), np.hstack([chain * vector.codes, point.codes])
+        total, slopes = torch.zeros_like(point.bank), np.zeros_like(point.codes)
+        bank = self._both[:m]
+        self._both[m:] = ranks.assembled(vector.bank.to(problem.kept), m)
         lefts, hidden = problem.lefts.take(problem.spans), problem.hidden.take(problem.spans)
         for span, left, columns in zip(problem.spans, lefts, hidden, strict=True):
-            mixed = mixtures(changes[span], self._bank, self._mixed)
-            mixtures(point.codes[span], bank, self._change)
+            mixed = mixtures(codes[span], self._both, self._mixed)
 
             def work(
                 part: slice,
@@ -60,13 +61,12 @@ class Operator:
                 left: torch.Tensor = left,
                 columns: torch.Tensor = columns,
             ) -> None:
-                moved = mixed[part].add_(self._change[part])
-                mixed[part] = matmul(left[part], self._project(within(span, part), moved, columns[part]))
+                projected = self._project(within(span, part), mixed[part], columns[part])
+                matmul(left[part], projected, out=mixed[part])
 
             self._workers.run(work, span.stop - span.start)
-            slopes[span] = correlations(mixed, self._bank, self._workers)
+            slopes[span] = correlations_at(chain[span], mixed, bank)
             scatter_add(point.codes[span], mixed, total, self._room)
-        del bank
         total = ranks.scattered(total)
         return Vector(total.mul_(2 * self._scale), ranks.summed_array(slopes) * chain * (2 * self._scale))
 

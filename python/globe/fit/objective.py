@@ -39,7 +39,7 @@ class Value:
         2 Σ_i α_ij² t_i C_i, t_i the mean diagonal of K_i: an atom's block is about this ⊗ `columns`.
     weights : array, shape (N,)
         t_i tr C_i.
-    columns : torch.Tensor, shape (d, d), fp64 on the CPU
+    columns : torch.Tensor, shape (d, d), fp64, on the CPU
         Σ_i tr C_i K_i over some experts of every layer, of mean diagonal one.
     curvature : torch.Tensor, shape (N, m, m), fp32 on the CPU
         Of the codes: 2 ⟨A_i B_j L_i (I − Π_i), A_i B_k L_i (I − Π_i)⟩ from a sketch of its columns, of an expert's
@@ -61,7 +61,7 @@ class Value:
     gram: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class Part:
     """What n experts add: ‖W'‖² and squared errors (n,), which were ridged, and `means` t_i.
 
@@ -112,7 +112,7 @@ class Sums:
             torch.zeros_like(bank),
             np.zeros((count, atoms)),
             torch.zeros(atoms, r, r, device=device),
-            torch.zeros(d, d, dtype=wide, device=device),
+            torch.zeros(d, d, device=device),
             torch.zeros(count, atoms, atoms, device=device),
             torch.zeros(r, r, dtype=wide, device=device),
             torch.from_numpy(np.square(codes).sum(1).astype(np.float32)).to(device),

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from globe.compute import ranks
+from globe.compute.gemm import inner_products
 
 Array = NDArray[np.float64]
 
@@ -24,9 +25,8 @@ class Vector:
     codes: Array
 
     def dot(self, other: Vector) -> float:
-        """The inner product: of an atom in fp32, summed in fp64."""
-        products = [torch.dot(a.flatten(), b.flatten()) for a, b in zip(self.bank, other.bank, strict=True)]
-        of_bank = float(torch.stack(products).cpu().double().sum()) if products else 0.0
+        """The inner product."""
+        of_bank = float(inner_products(self.bank, other.bank).sum())
         of_codes = float((self.codes * other.codes).sum()) if ranks.rank() == 0 or ranks.size() == 1 else 0.0
         return ranks.added(of_bank + of_codes)
 

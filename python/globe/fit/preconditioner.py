@@ -7,9 +7,9 @@ import torch
 from numpy.typing import NDArray
 
 from globe.compute import ranks
-from globe.compute.gemm import matmul
+from globe.compute.gemm import lower_times, matmul
 from globe.compute.passes import Engine
-from globe.compute.spd import spd_factor_inverse
+from globe.compute.spd import ridged_factor, spd_factor_inverse
 from globe.fit.objective import Value
 from globe.fit.point import Point
 
@@ -53,8 +53,7 @@ class Preconditioner:
         self._coupling = torch.from_numpy(coupling.astype(np.float32)).to(device)
         self._columns: torch.Tensor | None = None
         if weigh_columns:
-            values, vectors = torch.linalg.eigh(value.columns)
-            inverse = (vectors / (values.clamp(min=0) + _COLUMN_DAMPING)) @ vectors.T
+            inverse = torch.cholesky_inverse(ridged_factor(value.columns, _COLUMN_DAMPING))
             self._columns = inverse.float().to(device)
         self._codes = _code_blocks(value.curvature, point.chain)
 
@@ -63,7 +62,7 @@ class Preconditioner:
         found = torch.empty_like(slope)
 
         def whiten(part: slice) -> None:
-            found[part] = matmul(self._inner[part], slope[part])
+            found[part] = lower_times(self._inner[part], slope[part])
 
         def colour(part: slice) -> None:
             moved = matmul(self._inner[part].mT, found[part])

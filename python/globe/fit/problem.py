@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from globe.compute import ranks
 from globe.compute.forms import per_core, wide_dtype
-from globe.compute.gemm import matmul, mixtures, solver_dtype
+from globe.compute.gemm import matmul, mixtures, solver_dtype, weighted_sum
 from globe.compute.passes import engine, shifted, within
 from globe.compute.shelf import Shelves
 from globe.compute.spd import row_basis
@@ -109,20 +109,26 @@ class Problem:
                     inner, basis, ridged = row_basis(seen, self._settings.ridge, self._rcond)
                     fitted = matmul(wanted, basis.mT)
                     some = slice(-numbers.start % self._stride, None, self._stride)
-                    shown = (*_squares(wanted, fitted, basis), ridged)
-                    gram, sampled = _unit_grams(seen[some]), len(seen[some])
+                    nothing = torch.zeros((), device=self.device)
+                    found = Part(*_squares(wanted, fitted, basis), ridged, nothing, nothing, nothing, len(seen[some]))
+                    if found.sampled:
+                        found.gram = _unit_grams(seen[some])
                     if seed is None:
-                        nothing = torch.zeros((), device=self.device)
-                        return Part(*shown, nothing, nothing, gram, sampled)
+                        return found
                     square = matmul(fitted.mT, fitted)
                     moved = matmul(inner.mT, matmul(fitted.mT, wanted) - matmul(square, basis))
                     slope_room[part] = moved if self.metric is None else self.metric.unseen(numbers, moved)
-                    left_room[part] = left = matmul(matmul(inner.mT, square), inner)
-                    hidden_room[part] = sketch.columns(numbers, basis) if self.whole else basis
+                    left = matmul(matmul(inner.mT, square), inner, out=left_room[part])
+                    if self.whole:
+                        sketch.columns(numbers, basis, out=hidden_room[part])
+                    else:
+                        hidden_room[part] = basis
                     free_room[part] = free = sketch.free(numbers, basis)
-                    columns = hidden_room[part][some] if self.whole else self._columns(sketch, numbers, basis, some)
-                    columns = (columns * left[some].diagonal(dim1=1, dim2=2).sum(1)[:, None, None]).sum(0)
-                    return Part(*shown, free.square().sum((1, 2)) / free.shape[1], columns, gram, sampled)
+                    found.means = free.square().sum((1, 2)) / free.shape[1]
+                    if found.sampled:
+                        columns = hidden_room[part][some] if self.whole else self._columns(sketch, numbers, basis, some)
+                        found.columns = weighted_sum(left[some].diagonal(dim1=1, dim2=2).sum(1), columns)
+                    return found
 
                 for part, found in workers.map(work, len(weighted)):
                     sums.add(within(span, part), found)
@@ -184,11 +190,10 @@ class Problem:
 
 def _squares(wanted: torch.Tensor, fitted: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """‖W'‖² and ‖W' − W' QᵀQ‖² (n,): the difference of squares, or of the residual where the host may look."""
-    wide = wide_dtype(wanted.device)
 
     def square(matrices: torch.Tensor) -> torch.Tensor:
-        norms: torch.Tensor = torch.linalg.vector_norm(matrices.flatten(1), dim=1, dtype=wide)
-        return norms.square()
+        rows: torch.Tensor = torch.linalg.vector_norm(matrices, dim=2)  # in fp32, and their squares' sum in fp64
+        return rows.to(wide_dtype(matrices.device)).square().sum(1)
 
     energies = square(wanted)
     errors = (energies - square(fitted)).clamp(min=0)
@@ -202,5 +207,4 @@ def _unit_grams(seen: torch.Tensor) -> torch.Tensor:
     products = matmul(seen, seen.mT)
     means = products.diagonal(dim1=1, dim2=2).mean(1)
     shares = torch.where(means > 0, 1 / means, torch.zeros_like(means))
-    found: torch.Tensor = (products * shares[:, None, None]).sum(0)
-    return found
+    return weighted_sum(shares, products)

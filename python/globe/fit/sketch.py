@@ -34,12 +34,12 @@ class Sketch:
         self._random = (torch.randn(bank.shape[2], SKETCHED, generator=generator) / math.sqrt(SKETCHED)).to(bank.device)
         self._bank, self._metric, self._moments = bank, metric, moments
 
-    def columns(self, numbers: slice, basis: torch.Tensor) -> torch.Tensor:
-        """K_i (n, d, d) of experts with bases Q (n, r, d)."""
-        if self._metric is None:
-            return torch.eye(basis.shape[2], device=basis.device) - matmul(basis.mT, basis)
+    def columns(self, numbers: slice, basis: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """K_i (n, d, d) of experts with bases Q (n, r, d), in a metric; written to `out` if given."""
+        assert self._metric is not None, "K_i are asked for in a metric alone"
         hidden = self._metric.unseen(numbers, basis)
-        return torch.baddbmm(self._metric.moment(numbers, basis.shape[2], self._moments), hidden.mT, hidden, alpha=-1)
+        moment = self._metric.moment(numbers, basis.shape[2], self._moments)
+        return torch.baddbmm(moment, hidden.mT, hidden, alpha=-1, out=out)
 
     def free(self, numbers: slice, basis: torch.Tensor) -> torch.Tensor:
         """L_i (I − Π_i) Ω (n, d, 16)."""

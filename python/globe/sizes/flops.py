@@ -51,7 +51,7 @@ def codes_flops(d: int, r: int, atoms: int) -> int:
 
 
 def sample_flops(d: int, r: int, weighed: bool) -> int:
-    """What one of the sampled experts adds to a pass: its mixture's Gram matrix, and in a metric K_i unless it is kept.
+    """What one of the sampled experts adds to a pass: its mixture's Gram matrix, K_i in a metric unless kept, and sums.
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ def sample_flops(d: int, r: int, weighed: bool) -> int:
         As in :func:`pass_flops`.
     """
     columns = weighed and not keeps_columns(weighed, r, d)
-    return 2 * r * r * d + (2 * d**3 + _columns_flops(d, r) if columns else 0)
+    return 2 * r * r * (d + 1) + 2 * d * d + (2 * d**3 + _columns_flops(d, r) if columns else 0)
 
 
 def _columns_flops(d: int, r: int) -> int:

@@ -98,19 +98,19 @@ class Metric:
         self, some: slice, width: int, known: Mapping[int | None, torch.Tensor] = MappingProxyType({})
     ) -> torch.Tensor:
         """L_i L_iᵀ (n, d, d), d being the `width`, with what is `known` of `layer_moments`."""
-        unit = torch.eye(width, device=self.rows[some.start].device).expand(some.stop - some.start, -1, -1)
 
-        def product(run: slice, found: torch.Tensor) -> torch.Tensor:
+        def product(run: slice, places: torch.Tensor) -> torch.Tensor:
             factor, scales = self._columns(run)
             if factor is None:
-                return found
+                return torch.eye(width, device=places.device).expand(len(places), -1, -1)
             layer = self.layers[run.start]
-            whole = (known[layer] if layer in known else matmul(factor, factor.mT)).expand_as(found)
+            whole = (known[layer] if layer in known else matmul(factor, factor.mT)).expand(len(places), -1, -1)
             if self.own is not None:
                 whole = whole + self.own.beyond(run, factor)
             return whole if scales is None else whole * scales[:, :, None] * scales[:, None]
 
-        return by_runs(self.layers[some], some, unit, product)
+        places = torch.empty(some.stop - some.start, device=self.rows[some.start].device)
+        return by_runs(self.layers[some], some, places, product)
 
     def common(self, some: slice, matrices: torch.Tensor) -> torch.Tensor:
         """X_i L Lᵀ with the layer's own L, the same for all its experts."""
