@@ -63,6 +63,8 @@ CASES = {
     "joint": (2, JOINT),
     "exact": (2, (*LOOPS, "--method", "ts-pca", "--scope", "layer")),
     "aligned": (2, (*LOOPS, "--mod", "aligned", "--method", "left-gram")),
+    "bits": (2, (*WEIGHTS, "--joint-steps", "2", "--rank", "32", "--factor-bits", "4")),
+    "bits of one atom": (2, (*WEIGHTS, "--joint-steps", "1", "--rank", "32", "--bank-size", "1", "--factor-bits", "4")),
 }
 MORE = {
     "fixed": (2, (*LOOPS, "--mod", "fixed", "--method", "aligned-pca", "--share-families")),
@@ -71,7 +73,6 @@ MORE = {
     "ratio": (2, (*WEIGHTS, "--ratio", "0.6", "--joint-steps", "2")),
     "signed": (2, (*JOINT, "--codes", "signed")),
     "limit": (2, (*JOINT, "--time-limit", "10h")),
-    "bits": (2, (*JOINT, "--rank", "32", "--factor-bits", "4")),
 }
 
 
@@ -105,8 +106,12 @@ def test_as_one_process_all(case: str, ranks: Launcher, source: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_four_ranks(ranks: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the metric of a calibration, with corrections; four ranks of four layers."""
-    options = ("--calibrate", "pydoc", "--calibration-tokens", "512", "--joint-steps", "2", "--correct", "down")
+    """In the metric of a calibration, with corrections; four ranks of four layers.
+
+    In fp32: rounding to bf16 inside conjugate gradients makes 1e-3 of a difference here after two steps, at any number.
+    """
+    calibration = ("--calibrate", "pydoc", "--calibration-tokens", "512", "--correct", "down")
+    options = (*calibration, "--joint-steps", "2", "--precision", "fp32")
     monkeypatch.setitem(checkpoints._COMMON, "num_hidden_layers", 4)
     source = make_tiny("olmoe", tmp_path / "source", shards=3)
     as_one_process((4, options), ranks, source, tmp_path)

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from globe.checkpoint.formats.packed import Packing
+from globe.compute import ranks
 from globe.compute.passes import engine
 from globe.errors import GlobeError
 from globe.fit.problem import Problem
@@ -66,13 +67,9 @@ def round_bank(pool: Pool, state: State, packing: Packing, job: Job, advance: Ad
     advance : callable
         Called with experts that are passed over: `passes` times all of them.
     """
-    bank = state.bank.float().cpu()
-    rows = bank.flatten(0, 1)
+    rows = state.bank.float().cpu().flatten(0, 1)
     if fits_jointly(job.settings):
-        with job.store.scratch() as folder:
-            problem = Problem(pool, (len(bank), bank.shape[1], bank.shape[2]), job, Path(folder))
-            value = problem.look(state.bank.float(), state.codes, 0, advance)
-        atoms = round_atoms(bank, value.lefts.cpu(), value.columns.cpu(), packing.bits, packing.group)
+        atoms = _round_jointly(pool, state, packing, job, advance)
     elif pool.metric is None or not pool.metric.columns:
         atoms = round_nearest(rows, packing.bits, packing.group)
     else:
@@ -82,11 +79,26 @@ def round_bank(pool: Pool, state: State, packing: Packing, job: Job, advance: Ad
         return RoundedBank(atoms, state.codes)
     pool, here = pool.all_trained(), state.bank.device
     aligned = replace(job, settings=replace(job.settings, mod="aligned"))
-    now = replace(state, bank=atoms.matrix().view_as(bank).to(here))
+    now = replace(state, bank=atoms.matrix().view_as(state.bank).to(here))
     old, sums = sweep(pool, now, aligned, advance)
     new = measure(pool, replace(now, codes=sums.codes), aligned, advance)
     better = new.expert_errors < old.expert_errors
     return RoundedBank(atoms, np.where(better[:, None], sums.codes, state.codes), int(better.sum()))
+
+
+def _round_jointly(pool: Pool, state: State, packing: Packing, job: Job, advance: Advance) -> Rounded:
+    """Every rank rounds the atoms whose S_j it has."""
+    bank = state.bank.float()
+    with job.store.scratch() as folder:
+        problem = Problem(pool, (len(bank), bank.shape[1], bank.shape[2]), job, Path(folder))
+        value = problem.look(bank, state.codes, 0, advance)
+    own = bank[ranks.atoms(len(bank))]
+    mine = round_atoms(own.cpu(), value.lefts.cpu(), value.columns.cpu(), packing.bits, packing.group)
+    codes, scales = (
+        ranks.assembled(part.unflatten(0, own.shape[:2]).to(bank.device), len(bank)).flatten(0, 1).cpu()
+        for part in (mine.codes, mine.scales)
+    )
+    return replace(mine, codes=codes, scales=scales)
 
 
 def _moment(metric: Metric, codes: Array) -> torch.Tensor:

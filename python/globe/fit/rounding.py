@@ -138,7 +138,7 @@ def round_atoms(bank: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, b
         part, factor = moved[:, some], rows[:, some]
         rounded = _fed_back(part.flatten(0, 1), feedback, bits, group)
         codes[:, some] = rounded.codes.view_as(part)
-        scales[:, some] = rounded.scales.view(*part.shape[:2], -1)
+        scales[:, some] = rounded.scales.view(*part.shape[:2], scales.shape[2])
         errors = part - rounded.matrix().view_as(part)
         alone = torch.linalg.solve_triangular(factor[:, :, some].mT, errors, upper=False, unitriangular=True)
         moved[:, rest] -= matmul(factor[:, :, rest].mT, alone)
