@@ -1,10 +1,10 @@
 #include "globe/expert.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <stdexcept>
 #include <string>
 
+#include "activation.hpp"
 #include "checkpoint/state.hpp"
 #include "globe/interrupt.hpp"
 #include "globe/parallel.hpp"
@@ -240,20 +240,6 @@ void convert(const Call& call, const ConstMatrixView& from, const MatrixView& to
     }
 }
 
-float activate(float x, Activation activation) {
-    switch (activation) {
-        case Activation::silu:
-            return x / (1.0F + std::exp(-x));
-        case Activation::gelu:
-            return 0.5F * x * (1.0F + std::erf(x * 0.70710678118654752F));
-        case Activation::gelu_tanh:
-            return 0.5F * x * (1.0F + std::tanh(0.79788456080286536F * (x + 0.044715F * x * x * x)));
-        case Activation::relu:
-            return x > 0.0F || std::isnan(x) ? x : 0.0F;
-    }
-    return x;
-}
-
 // y = x W^T for gate or up.
 void project(const Call& call, const ExpertMatrix& matrix, const float* x, float* y) {
     if (!matrix.factored()) return multiply_stored(call, matrix.stored, x, y);
@@ -333,7 +319,7 @@ void expert_forward(const FactoredCheckpoint& checkpoint, ExpertId expert, const
         each_block(call, blocks_of(call.tokens * p, rows_at_once), [&](std::int64_t b, float* /*piece*/) {
             const std::int64_t end = std::min((b + 1) * rows_at_once, call.tokens * p);
             for (std::int64_t i = b * rows_at_once; i < end; ++i) {
-                buffers.gate[i] = activate(buffers.gate[i], options.activation) * buffers.up[i];
+                buffers.gate[i] = detail::activate(buffers.gate[i], options.activation) * buffers.up[i];
             }
         });
         project_back(call, down, buffers.gate,

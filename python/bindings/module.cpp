@@ -9,6 +9,7 @@ void bind_compose_matmul(pybind11::module_& module);
 void bind_entmax(pybind11::module_& module);
 void bind_nnls(pybind11::module_& module);
 void bind_gram(pybind11::module_& module);
+void bind_layer(pybind11::module_& module);
 void bind_qmatmul(pybind11::module_& module);
 }  // namespace globe::bindings
 
@@ -22,5 +23,6 @@ PYBIND11_MODULE(_native, module) {
     globe::bindings::bind_entmax(module);
     globe::bindings::bind_nnls(module);
     globe::bindings::bind_gram(module);
+    globe::bindings::bind_layer(module);
     globe::bindings::bind_qmatmul(module);
 }

@@ -59,6 +59,37 @@ def gram_add(
     threads: int,
 ) -> None: ...
 def gram_mirror(gram: NDArray[np.float64]) -> None: ...
+
+class ExpertFamily:
+    def __init__(
+        self,
+        matrices: NDArray[np.generic],
+        dtype: str,
+        atoms: NDArray[np.generic] = ...,
+        atoms_dtype: str = ...,
+        indptr: NDArray[np.int64] = ...,
+        indices: NDArray[np.int32] = ...,
+        values: NDArray[np.float32] = ...,
+        first: int = ...,
+        step: int = ...,
+    ) -> None: ...
+
+def layer_forward(
+    gate: ExpertFamily,
+    up: ExpertFamily,
+    down: ExpertFamily,
+    gate_mixtures: NDArray[np.uintp] | None,
+    up_mixtures: NDArray[np.uintp] | None,
+    down_mixtures: NDArray[np.uintp] | None,
+    dtype: str,
+    activation: int,
+    experts: int,
+    picked: NDArray[np.int64],
+    weights: NDArray[np.float32],
+    tokens: NDArray[np.generic],
+    out: NDArray[np.generic],
+    threads: int,
+) -> None: ...
 def nnls(
     gram: NDArray[np.float64],
     correlations: NDArray[np.float64],

@@ -88,10 +88,10 @@ class Bank(AsStored):
     @property
     def rank(self) -> int:
         """Rows r of an atom."""
-        return int(self._stored.shape[1])
+        return int(self.stored.shape[1])
 
     @property
-    def _stored(self) -> torch.Tensor:
+    def stored(self) -> torch.Tensor:
         """Atoms in bf16, or the words that they are packed in."""
         found = self.atoms if self.packing is None else self.atoms_packed
         assert isinstance(found, torch.Tensor)
@@ -100,7 +100,7 @@ class Bank(AsStored):
     def _chosen(self, numbers: torch.Tensor | slice) -> torch.Tensor:
         """Some atoms: bf16 as stored, or fp32 where they are packed."""
         if self.packing is None:
-            return self._stored[numbers]
+            return self.stored[numbers]
         return unpacked(self, "atoms", numbers, self.packing, torch.float32)
 
     def prepare(self) -> None:
@@ -116,20 +116,28 @@ class Bank(AsStored):
         )
         ascending = indptr[0] == 0 and indptr[-1] == len(indices) and (np.diff(indptr) >= 0).all()
         self._require(bool(ascending), "codes.indptr", f"ascending offsets from 0 to {len(indices)}")
-        within = not len(indices) or (indices.min() >= 0 and indices.max() < len(self._stored))
-        self._require(bool(within), "codes.indices", f"atoms from 0 to {len(self._stored) - 1}")
+        within = not len(indices) or (indices.min() >= 0 and indices.max() < len(self.stored))
+        self._require(bool(within), "codes.indices", f"atoms from 0 to {len(self.stored) - 1}")
         self._require(bool(np.isfinite(values).all()), "codes.values", "finite values")
         if self.packing is None:
-            finite = all(bool(atom.isfinite().all()) for atom in self._stored)
+            finite = all(bool(atom.isfinite().all()) for atom in self.stored)
             self._require(finite, "atoms", "finite values")
         else:
             require_packed(self, "atoms", bank_name(self.name, "atoms"), self.packing)
-        self._rows = scipy.sparse.csr_array((values, indices, indptr), shape=(len(indptr) - 1, len(self._stored)))
+        self._rows = scipy.sparse.csr_array((values, indices, indptr), shape=(len(indptr) - 1, len(self.stored)))
 
     def _require(self, condition: bool, part: str, expected: str) -> None:
         if not condition:
             where = bank_name(self.name, part)
             raise GlobeError(f"tensor {where} is damaged; expected {expected}: compress again")
+
+    @property
+    def rows(self) -> scipy.sparse.csr_array:
+        """The codes, a row for each expert."""
+        if self._rows is None:
+            self.prepare()
+        assert self._rows is not None
+        return self._rows
 
     def compose(self, row: int, dtype: torch.dtype) -> torch.Tensor:
         """B̃ of a row of the codes, (r, d), on the bank's device, summed in fp32 and rounded once.
@@ -142,19 +150,17 @@ class Bank(AsStored):
             return orthonormal_rows(self._composed(row, torch.float32)[None])[0].to(dtype)
 
     def _composed(self, row: int, dtype: torch.dtype) -> torch.Tensor:
-        if self._rows is None:
-            self.prepare()
-        assert self._rows is not None
-        span = slice(self._rows.indptr[row], self._rows.indptr[row + 1])
-        numbers, values = self._rows.indices[span], self._rows.data[span]
+        rows = self.rows
+        span = slice(rows.indptr[row], rows.indptr[row + 1])
+        numbers, values = rows.indices[span], rows.data[span]
         # Not in inference mode: the cache outlives it, and an inference tensor is of no use to autograd.
         with torch.inference_mode(False), torch.no_grad():
-            device = self._stored.device
+            device = self.stored.device
             if device.type != "cpu":
                 chosen = self._chosen(torch.from_numpy(numbers).to(device)).float()
                 weights = torch.from_numpy(values).to(device)
                 return (weights @ chosen.flatten(1)).view(chosen.shape[1:]).to(dtype)
-            atoms = self._stored
+            atoms = self.stored
             if self.packing is not None:
                 atoms, numbers = self._chosen(torch.from_numpy(numbers)), np.arange(len(numbers), dtype=np.int32)
             composed = torch.empty(1, *atoms.shape[1:], dtype=dtype if dtype in _COMPOSED else torch.float32)

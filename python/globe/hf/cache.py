@@ -91,6 +91,11 @@ class MixtureCache:
             self._budget = wanted
             self._make_room(0)
 
+    @property
+    def budget(self) -> int | None:
+        """Bytes; None where there is no limit."""
+        return self._budget
+
     def clear(self) -> None:
         """Drop all entries and start counting anew."""
         with self._lock:

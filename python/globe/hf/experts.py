@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -15,6 +15,7 @@ from globe.checkpoint.expert_module import ExpertModule, expert_module
 from globe.checkpoint.formats.packed import PACKED, SCALE, Packing
 from globe.checkpoint.layouts import FAMILIES
 from globe.hf.banks import AsStored, Bank, Banks, register_packed, require_packed, unpacked
+from globe.hf.few_tokens import FewTokens
 from globe.hf.offload import Matrices
 from globe.hf.packed import packed_linear
 
@@ -75,6 +76,7 @@ class FactoredExperts(AsStored):
         # In tuples, so that they are no submodules: the banks of every layer, and the module without its parameters.
         self._banks = (banks,)
         self._form = (ExpertModule(_emptied(dense), form.first, form.transposed, form.interleaved),)
+        self._few = FewTokens()
         kept = {"down_proj"} if "down" not in places else set()
         kept |= {form.first} if not places.keys() & {"gate", "up"} else set()
         for name, value in dense._parameters.items():
@@ -109,6 +111,10 @@ class FactoredExperts(AsStored):
         Parameters are taken apart once, and rows by `index_select`: their gradients then are one stack of the experts'
         and sums of rows, and not a tensor of all experts for each.
         """
+        if top_k_index is not None and top_k_weights is not None:
+            made = self._few(self, hidden_states, top_k_index, top_k_weights)
+            if made is not None:
+                return made
         held = {name: getattr(self, name).unbind() for name in self._parameters}
         if top_k_index is None or top_k_weights is None:
             shared = hidden_states.view(self.num_experts, -1, hidden_states.shape[-1])
@@ -128,8 +134,30 @@ class FactoredExperts(AsStored):
                 last += count
         return total
 
+    @property
+    def form(self) -> ExpertModule:
+        """How the module of transformers holds its experts, and what it makes of their outputs."""
+        return self._form[0]
+
+    @property
+    def banks(self) -> Banks:
+        """The banks of the model."""
+        return self._banks[0]
+
+    def matrices(self, family: str) -> torch.Tensor:
+        """What a family has of every expert: its left factors (E, p, r), or its matrices (E, outputs, inputs)."""
+        for name in (f"{family}_left", f"{family}_dense"):
+            if name in self._parameters:
+                found: torch.Tensor = getattr(self, name)
+                return found
+        whole: torch.Tensor = getattr(self, "down_proj" if family == "down" else self.form.first)
+        if family == "down":
+            return self.form.turned(whole)
+        both = self.form.turned(whole)
+        return self.form.halves(both, 1)[0 if family == "gate" else 1] if self.form.gated else both
+
     def _expert(self, expert: int, held: Held, x: torch.Tensor) -> torch.Tensor:
-        form = self._form[0]
+        form = self.form
         gate, up = self._outputs(expert, held, x)
         hidden = form.hidden(gate, up)
         if "down" not in self.places:
@@ -143,7 +171,7 @@ class FactoredExperts(AsStored):
 
     def _outputs(self, expert: int, held: Held, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """What gate and up make of tokens, with their biases; None for the gate where there is none."""
-        form = self._form[0]
+        form = self.form
         biases = held.get(f"{form.first}_bias")
         bias = biases[expert] if biases is not None else None
         if form.first in held:
@@ -177,11 +205,17 @@ class FactoredExperts(AsStored):
         """Take a parameter from its files in place of holding it."""
         delattr(self, name)
         self.mapped[name] = matrices
+        self._few = FewTokens()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FactoredExperts:
+        super()._apply(fn, recurse)
+        self._few = FewTokens()  # which would hold what was there before
+        return self
 
     def mixture(self, family: str, expert: int, like: torch.Tensor) -> torch.Tensor:
         """B̃ of an expert, in the dtype and on the device of another tensor."""
         place = self.places[family]
-        return self._banks[0].mixture(place.bank, place.row(expert), like)
+        return self.banks.mixture(place.bank, place.row(expert), like)
 
     def precompose(self, dtype: torch.dtype) -> None:
         """Put the mixtures of all experts into the cache, in the dtype that the model computes in."""
