@@ -1,6 +1,7 @@
 #include "globe/layer.hpp"
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -80,9 +81,14 @@ class Layer {
             for (std::int64_t k = 0; k < routing.count; ++k) {
                 const std::int64_t expert = routing.experts[t * routing.count + k];
                 if (expert >= layer.experts) continue;
+                const float weight = routing.weights[t * routing.count + k];
                 Used& used = of(expert);
+                if (!used.tokens.empty() && used.tokens.back() == t) {
+                    used.weights.back() += weight;
+                    continue;
+                }
                 used.tokens.push_back(t);
-                used.weights.push_back(routing.weights[t * routing.count + k]);
+                used.weights.push_back(weight);
             }
         }
         std::sort(used_.begin(), used_.end(),
@@ -135,7 +141,7 @@ class Layer {
     static Rows mixture(const FamilyView& family, std::int64_t expert, std::int64_t width,
                         std::vector<Term>& terms) {
         const std::int64_t rank = family.matrices.cols;
-        if (family.mixtures != nullptr) {
+        if (family.mixtures != nullptr && family.mixtures[expert] != nullptr) {
             const auto* base = static_cast<const unsigned char*>(family.mixtures[expert]);
             return {base, width * entry_of(family.mixture_dtype), rank, width, family.mixture_dtype, &itself};
         }
@@ -187,12 +193,12 @@ class Layer {
             blocks.push_back({number, first, std::min(height, rows.count - first)});
     }
 
-    // The tokens of every used expert, arranged for rows of a dtype.
-    std::vector<Numbers> arranged_tokens(DType dtype) const {
-        const auto arrange =
-            detail::variant().compose_matmul.arrange[index_of(dtype)][index_of(tokens_.dtype)];
+    // The tokens of every used expert, arranged for the dtype of the rows that they are multiplied with.
+    std::vector<Numbers> arranged_tokens(const std::vector<Rows>& rows) const {
         std::vector<Numbers> found(used_.size());
         for (std::size_t e = 0; e < used_.size(); ++e) {
+            const auto arrange =
+                detail::variant().compose_matmul.arrange[index_of(rows[e].dtype)][index_of(tokens_.dtype)];
             found[e].resize(used_[e].size(), tokens_.cols);
             for (std::int64_t t = 0; t < used_[e].size(); ++t) {
                 arrange(static_cast<const unsigned char*>(tokens_.data) +
@@ -219,16 +225,14 @@ class Layer {
     void project(const FamilyView& family, std::vector<Numbers>& results) const {
         std::vector<Rows> rows;
         for (const Used& used : used_) rows.push_back(stored(family, used.expert));
-        const DType dtype = family.matrices.dtype;
-        if (!family.factored()) return multiply(rows, arranged_tokens(dtype), results);
+        if (!family.factored()) return multiply(rows, arranged_tokens(rows), results);
         std::vector<std::vector<Term>> terms(used_.size());
         std::vector<Rows> mixtures;
         for (std::size_t e = 0; e < used_.size(); ++e)
             mixtures.push_back(mixture(family, used_[e].expert, tokens_.cols, terms[e]));
         std::vector<Numbers> mixed(used_.size());
-        const DType kind = family.mixtures != nullptr ? family.mixture_dtype : family.atoms.dtype;
-        multiply(mixtures, arranged_tokens(kind), mixed);
-        multiply(rows, arranged(mixed, dtype), results);
+        multiply(mixtures, arranged_tokens(mixtures), mixed);
+        multiply(rows, arranged(mixed, family.matrices.dtype), results);
     }
 
     void activate() {
@@ -307,8 +311,7 @@ class Layer {
         for (std::size_t e = 0; e < used_.size(); ++e) {
             mixed[e].resize(used_[e].size(), rank);
             bytes += down.matrices.rows * rank * entry_of(down.matrices.dtype);
-            for (std::int64_t first = 0; first < rank; first += columns_a_block)
-                blocks.push_back({e, first, std::min(columns_a_block, rank - first)});
+            for (const Block& block : column_blocks(rank, e)) blocks.push_back(block);
         }
         each(blocks, bytes, [&](const Block& block) {
             const Rows rows = stored(down, used_[block.number].expert);
@@ -324,35 +327,56 @@ class Layer {
         combine_mixtures(mixed);
     }
 
-    void combine_mixtures(const std::vector<Numbers>& mixed) const {
-        std::vector<std::vector<Term>> terms(place(tokens_.rows)), own(used_.size());
+    // Weighted rows that lie in memory of one dtype.
+    struct Sum {
         const unsigned char* base = nullptr;
         DType dtype = DType::float32;
+        std::vector<Term> terms;
+
+        void add(const Rows& rows, const float* weights, float scale) {
+            if (base == nullptr) base = rows.base, dtype = rows.dtype;
+            for (std::int64_t k = 0; k < rows.count; ++k) {
+                for (const Term& term : *rows.terms)
+                    terms.push_back({(rows.base - base) + k * rows.pitch + term.offset,
+                                     scale * weights[k] * term.weight});
+            }
+        }
+        void columns(std::int64_t first, std::int64_t width, DType to, void* out) const {
+            const unsigned char* from = base == nullptr ? nullptr : base + first * entry_of(dtype);
+            add_up(dtype, from, {terms.data(), static_cast<std::int64_t>(terms.size())}, to, out, width);
+        }
+    };
+
+    void combine_mixtures(const std::vector<Numbers>& mixed) const {
+        // Of each token: rows of mixtures that are held, and of atoms.
+        std::vector<std::array<Sum, 2>> sums(place(tokens_.rows));
+        std::vector<std::vector<Term>> own(used_.size());
         std::int64_t bytes = 0;
         for (std::size_t e = 0; e < used_.size(); ++e) {
             const Rows rows = mixture(layer_.down, used_[e].expert, out_.cols, own[e]);
-            if (base == nullptr) base = rows.base, dtype = rows.dtype;
             bytes += rows.count * rows.bytes();
             for (std::int64_t t = 0; t < used_[e].size(); ++t) {
-                std::vector<Term>& all = terms[place(used_[e].tokens[place(t)])];
-                for (std::int64_t k = 0; k < rows.count; ++k) {
-                    const float weight = used_[e].weights[place(t)] * mixed[e].of(t)[k];
-                    for (const Term& term : *rows.terms)
-                        all.push_back(
-                            {(rows.base - base) + k * rows.pitch + term.offset, weight * term.weight});
-                }
+                sums[place(used_[e].tokens[place(t)])][rows.terms == &itself ? 0 : 1].add(
+                    rows, mixed[e].of(t), used_[e].weights[place(t)]);
             }
         }
-        std::vector<Block> blocks;
-        for (std::int64_t first = 0; first < out_.cols; first += columns_a_block)
-            blocks.push_back({0, first, std::min(columns_a_block, out_.cols - first)});
-        each(blocks, bytes, [&](const Block& block) {
+        each(column_blocks(out_.cols, 0), bytes, [&](const Block& block) {
+            float both[2][columns_a_block];
+            const Term terms[] = {{0, 1.0F}, {static_cast<std::int64_t>(sizeof both[0]), 1.0F}};
             for (std::int64_t t = 0; t < tokens_.rows; ++t) {
-                const std::vector<Term>& all = terms[place(t)];
-                sum_columns(dtype, base == nullptr ? nullptr : base + block.first * entry_of(dtype),
-                            {all.data(), static_cast<std::int64_t>(all.size())}, t, block.first, block.count);
+                for (std::size_t i = 0; i < 2; ++i)
+                    sums[place(t)][i].columns(block.first, block.count, DType::float32, both[i]);
+                sum_columns(DType::float32, reinterpret_cast<const unsigned char*>(both), {terms, 2}, t,
+                            block.first, block.count);
             }
         });
+    }
+
+    static std::vector<Block> column_blocks(std::int64_t columns, std::size_t number) {
+        std::vector<Block> blocks;
+        for (std::int64_t first = 0; first < columns; first += columns_a_block)
+            blocks.push_back({number, first, std::min(columns_a_block, columns - first)});
+        return blocks;
     }
 
     const LayerView layer_;

@@ -9,6 +9,7 @@
 #include "globe/gram.hpp"
 #include "globe/interrupt.hpp"
 #include "globe/isa.hpp"
+#include "globe/layer.hpp"
 #include "globe/nnls.hpp"
 #include "globe/parallel.hpp"
 #include "globe/qmatmul.hpp"

@@ -261,11 +261,24 @@ class Banks(nn.Module):
 
         With `bits` of 8 the cache keeps integers and scales, and hands out their values.
         """
-        key = (bank.name, row, like.dtype, like.device, self.bits)
         if self.bits == 16:
-            return self.cache.get(key, lambda: bank.compose(row, like.dtype).to(like.device))
-        held = self.cache.get(key, lambda: _Int8.of(bank.compose(row, torch.float32).to(like.device)))
+            return self.cache.get(self._key(bank, row, like), lambda: self._composed(bank, row, like))
+        held = self.cache.get(
+            self._key(bank, row, like), lambda: _Int8.of(bank.compose(row, torch.float32).to(like.device))
+        )
         return held.values(like.dtype)
+
+    def held_mixture(self, bank: Bank, row: int, like: torch.Tensor) -> torch.Tensor | None:
+        """As `mixture` with `bits` of 16, where the cache holds it or has room for it; None elsewhere."""
+        size = math.prod(bank.stored.shape[1:]) * like.element_size()
+        key = self._key(bank, row, like)
+        return self.cache.get_without_eviction(key, lambda: self._composed(bank, row, like), size)
+
+    def _key(self, bank: Bank, row: int, like: torch.Tensor) -> tuple[object, ...]:
+        return bank.name, row, like.dtype, like.device, self.bits
+
+    def _composed(self, bank: Bank, row: int, like: torch.Tensor) -> torch.Tensor:
+        return bank.compose(row, like.dtype).to(like.device)
 
     def stats(self) -> dict[str, Any]:
         """What `model.globe_stats()` tells: the cache's hits, misses, hit rate and bytes, and those of the banks."""

@@ -91,10 +91,13 @@ class MixtureCache:
             self._budget = wanted
             self._make_room(0)
 
-    @property
-    def budget(self) -> int | None:
-        """Bytes; None where there is no limit."""
-        return self._budget
+    def get_without_eviction(self, key: Hashable, make: Callable[[], _Kept], size: int) -> _Kept | None:
+        """The tensor of a key, made where it is not held but has room with its `size`; None, a miss, elsewhere."""
+        with self._lock:
+            if key not in self._entries and self._budget is not None and self._bytes + size > self._budget:
+                self._misses += 1
+                return None
+        return self.get(key, make)
 
     def clear(self) -> None:
         """Drop all entries and start counting anew."""

@@ -126,14 +126,18 @@ class FewTokens:
     def _mixtures(
         self, experts: FactoredExperts, family: str, picked: torch.Tensor, x: torch.Tensor
     ) -> tuple[NDArray[np.uintp] | None, list[torch.Tensor]]:
-        """Where the mixtures of the experts lie, and themselves; None where a budget of nothing has them composed."""
-        if family not in experts.places or experts.banks.cache.budget == 0:
+        """Where the mixtures lie that the cache has or takes, and themselves; others are composed as they are used."""
+        if family not in experts.places:
             return None, []
+        place = experts.places[family]
         addresses, kept = np.zeros(experts.num_experts, np.uintp), []
         for expert in set(picked.flatten().tolist()):
-            if expert < experts.num_experts:
-                kept.append(experts.mixture(family, expert, x))
-                addresses[expert] = kept[-1].data_ptr()
+            if expert >= experts.num_experts:
+                continue
+            mixture = experts.banks.held_mixture(place.bank, place.row(expert), x)
+            if mixture is not None:
+                kept.append(mixture)
+                addresses[expert] = mixture.data_ptr()
         return addresses, kept
 
 
