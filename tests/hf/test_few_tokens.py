@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from test_hf_experts import EXPERTS, RANK, SIZE, WIDTH, Dense, make_banks  # noqa: E402
 from torch import nn  # noqa: E402
 
-from globe.hf import FactoredExperts  # noqa: E402
+from globe.hf import FactoredExperts, few_tokens  # noqa: E402
 from globe.hf.banks import Banks  # noqa: E402
 from globe.hf.experts import FAMILIES, Place  # noqa: E402
 
@@ -63,7 +63,7 @@ def natively(experts: FactoredExperts, *given: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def test_as_in_python(factored: tuple[str, ...], budget: str) -> None:
     experts = made(set(factored), BUDGETS[budget])
-    for tokens in (0, 1, 3, 8):
+    for tokens in (0, 1, 3, 8, 40):
         given = routed(tokens)
         torch.testing.assert_close(natively(experts, *given), in_python(experts, *given), rtol=1e-5, atol=1e-5)
 
@@ -133,10 +133,11 @@ def replaced(module: Any, **values: Any) -> Any:
 
 
 @torch.no_grad()
-def test_left_to_python() -> None:
+def test_left_to_python(monkeypatch: pytest.MonkeyPatch) -> None:
     given = routed(2)
     plain = made({"gate"})
-    assert plain._few(plain, *routed(9)) is None
+    monkeypatch.setattr(few_tokens, "_WORTH", 40)
+    assert plain._few(plain, *routed(8)) is not None and plain._few(plain, *routed(9)) is None
     with torch.enable_grad():
         assert plain._few(plain, *given) is None
     assert plain._few(plain, given[0].double(), *given[1:]) is None

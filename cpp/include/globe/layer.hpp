@@ -1,4 +1,4 @@
-// What the routed experts of a layer make of a few tokens, in one call.
+// What the routed experts of a layer make of their tokens, in one call.
 #pragma once
 
 #include <cstdint>
@@ -42,17 +42,16 @@ struct Routing {
     std::int64_t count;
 };
 
-constexpr std::int64_t most_layer_tokens = 8;
-
 // out[t] = sum_k weights[t, k] * down(act(gate x_t) * (up x_t)) of expert experts[t, k]
 //
-// tokens     n x d, any dtype; n is 8 at most
+// tokens     n x d, any dtype
 // out        n x d, any dtype; must not overlap the tokens
 // threads    0 = one per hardware thread; a call with little to do takes fewer
 //
-// Every matrix and atom is read once for all tokens, in float32 between the tokens and the output. What comes
-// out for a token depends neither on the other tokens nor on the number of threads. Throws
-// std::invalid_argument, naming the argument, where shapes do not fit.
+// All is float32 between the tokens and the output, and a product of many tokens runs at the rate of fused
+// multiply-adds: it is made for decoding and for prompts of small experts. What comes out for a token does
+// not depend on the number of threads; on the other tokens only in its rounding, where more than eight go to
+// one of its experts. Throws std::invalid_argument, naming the argument, where shapes do not fit.
 GLOBE_API void layer_forward(const LayerView& layer, const Routing& routing, const ConstMatrixView& tokens,
                              const MatrixView& out, int threads = 0);
 

@@ -1,4 +1,4 @@
-"""The routed experts of a layer for a few tokens, as in decoding: one native call in place of many small products."""
+"""The routed experts of a layer for a few tokens, or small ones: one native call in place of many small products."""
 
 from __future__ import annotations
 
@@ -16,17 +16,22 @@ from globe.statistics.activations import name_of
 if TYPE_CHECKING:
     from globe.hf.experts import FactoredExperts
 
-TOKENS = 8  # at most
+FEW = 8  # tokens, of which a product takes as long as reading its matrix
+_WORTH = (
+    32_000_000  # operations of an expert for each thread, which take as long as its small products in Python do more
+)
+
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 Families = dict[str, "_native.ExpertFamily"]
 
 
 class FewTokens:
-    """What a :class:`globe.hf.experts.FactoredExperts` on a CPU makes of a few tokens, where no gradient is asked for.
+    """What :class:`globe.hf.experts.FactoredExperts` on a CPU make of a few tokens, where no gradient is asked for.
 
-    Its own products, in Python, are for what is not here: packed or mapped left factors, biases, experts without a gate
-    or with a gating of their own, and activations other than SiLU, both GELU and ReLU.
+    Of many too, where the experts are so small that products in Python would take longer. Those are also for packed or
+    mapped left factors, biases, experts without a gate or with a gating of their own, and activations other than SiLU,
+    both GELU and ReLU.
     """
 
     def __init__(self) -> None:
@@ -40,20 +45,16 @@ class FewTokens:
     def __call__(
         self, experts: FactoredExperts, x: torch.Tensor, picked: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor | None:
-        """Σ_k w_tk · expert_{picked_tk}(x_t), (n, d) in the dtype of x; None where this is not the way.
+        """Σ_k w_tk · expert_{picked_tk}(x_t), (n, d) in the dtype of x; None where products in Python are the way.
 
         Summed in fp32 from the tokens to the result, which is rounded once.
         """
-        if (
-            x.ndim != 2
-            or len(x) > TOKENS
-            or x.device.type != "cpu"
-            or x.dtype not in _DTYPES
-            or torch.is_grad_enabled()
-        ):
+        if x.ndim != 2 or x.device.type != "cpu" or x.dtype not in _DTYPES or torch.is_grad_enabled():
             return None
         families, activation = self._current(experts), self._activation
         if families is None or activation is None or experts.banks.bits != 16:
+            return None
+        if len(x) > FEW and not self._is_little(experts, picked.numel()):
             return None
         (gate, _), (up, _), (down, _) = held = [self._mixtures(experts, family, picked, x) for family in FAMILIES]
         x = x.contiguous()
@@ -76,6 +77,13 @@ class FewTokens:
         )
         del held  # mixtures, which had to live so long
         return out
+
+    def _is_little(self, experts: FactoredExperts, pairs: int) -> bool:
+        """Whether so many tokens and experts are little work for each expert."""
+        d, p = experts.hidden_dim, experts.intermediate_dim
+        ranks = [experts.places[family].bank.rank if family in experts.places else None for family in FAMILIES]
+        each = sum(2 * p * d if rank is None else 2 * rank * (p + d) for rank in ranks)
+        return pairs * each <= _WORTH * torch.get_num_threads() * min(pairs, experts.num_experts)
 
     def _current(self, experts: FactoredExperts) -> Families | None:
         """The families where their matrices lie now; None if there is no such way for them."""
