@@ -15,6 +15,7 @@ using detail::Block;
 using detail::columns_a_block;
 using detail::entry_of;
 using detail::few_tokens;
+using detail::Manner;
 using detail::Numbers;
 using detail::place;
 using detail::Rows;
@@ -33,26 +34,30 @@ struct Call {
     const ConstMatrixView& tokens;
     const MatrixView& out;
     const std::vector<Used> used;
-    const int threads;
+    const Manner manner;
+
+    std::vector<Rows> stored(const FamilyView& family) const {
+        std::vector<Rows> rows;
+        for (const Used& expert : used) rows.push_back(detail::stored_rows(family, expert.expert));
+        return rows;
+    }
+    std::vector<Rows> mixtures(const FamilyView& family, std::vector<std::vector<Term>>& terms) const {
+        std::vector<Rows> rows;
+        terms.resize(used.size());
+        for (std::size_t e = 0; e < used.size(); ++e)
+            rows.push_back(detail::mixture_rows(family, used[e].expert, tokens.cols, manner.dtype, terms[e]));
+        return rows;
+    }
 };
 
 // What gate or up makes of the tokens.
 std::vector<Numbers> project(const Call& call, const FamilyView& family) {
-    std::vector<Rows> rows;
-    for (const Used& used : call.used) rows.push_back(detail::stored_rows(family, used.expert));
-    std::vector<Numbers> results(call.used.size());
-    if (!family.factored()) {
-        multiply(call.used, rows, arranged_tokens(call.used, rows, call.tokens), results, call.threads);
-        return results;
-    }
-    std::vector<std::vector<Term>> terms(call.used.size());
-    std::vector<Rows> mixtures;
-    for (std::size_t e = 0; e < call.used.size(); ++e)
-        mixtures.push_back(detail::mixture_rows(family, call.used[e].expert, call.tokens.cols, terms[e]));
-    std::vector<Numbers> mixed(call.used.size());
-    multiply(call.used, mixtures, arranged_tokens(call.used, mixtures, call.tokens), mixed, call.threads);
-    multiply(call.used, rows, arranged(call.used, mixed, family.matrices.dtype), results, call.threads);
-    return results;
+    const DType dtype = call.manner.dtype;
+    const std::vector<Numbers> x = detail::arranged_tokens(call.used, call.tokens, dtype);
+    if (!family.factored()) return multiply(call.used, call.stored(family), x, call.manner);
+    std::vector<std::vector<Term>> terms;
+    const std::vector<Numbers> mixed = multiply(call.used, call.mixtures(family, terms), x, call.manner);
+    return multiply(call.used, call.stored(family), arranged(call.used, mixed, dtype), call.manner);
 }
 
 // act(gate) * up, in the place of gate.
@@ -78,26 +83,26 @@ void round_block(const Call& call, const Block& block, const float* sums, std::i
 
 // The output of a dense down: some columns of it, which are rows of the matrices, of all experts at a time.
 void multiply_back(const Call& call, const std::vector<Numbers>& hidden) {
-    std::vector<Rows> rows;
+    const std::vector<Rows> rows = call.stored(call.layer.down);
     std::int64_t bytes = 0, bytes_a_row = 0;
-    for (const Used& used : call.used) {
-        rows.push_back(detail::stored_rows(call.layer.down, used.expert));
-        bytes_a_row += rows.back().bytes_a_row();
-        bytes += rows.back().count * rows.back().bytes_a_row() * used.rounds();
+    for (std::size_t e = 0; e < rows.size(); ++e) {
+        bytes_a_row += rows[e].bytes_a_row();
+        bytes += rows[e].count * rows[e].bytes_a_row() * call.used[e].rounds();
     }
-    const std::vector<Numbers> x = arranged(call.used, hidden, call.layer.down.matrices.dtype);
+    const std::vector<Numbers> x = arranged(call.used, hidden, call.manner.dtype);
     std::vector<Block> blocks;
     add_row_blocks(blocks, 0, call.out.cols, bytes_a_row, call.tokens.rows > few_tokens ? 8 : 1);
-    each(blocks, bytes, call.threads, [&](const Block& block) {
+    each(blocks, bytes, call.manner.threads, [&](const Block& block) {
         thread_local std::vector<float> sums;
         sums.assign(place(call.tokens.rows * block.count), 0.0F);
         float products[few_tokens];
         for (std::size_t e = 0; e < call.used.size(); ++e) {
             const Used& used = call.used[e];
+            const Rows some = in_dtype(rows[e], block.first, block.count, call.manner.dtype);
             for (std::int64_t first = 0; first < used.size(); first += few_tokens) {
                 const std::int64_t tokens = std::min(few_tokens, used.size() - first);
                 for (std::int64_t i = 0; i < block.count; ++i) {
-                    multiply_row(rows[e], block.first + i, x[e], first, tokens, products);
+                    multiply_row(some, i, x[e], first, tokens, products);
                     for (std::int64_t t = 0; t < tokens; ++t)
                         sums[place(used.tokens[place(first + t)] * block.count + i)] +=
                             used.weights[place(first + t)] * products[t];
@@ -119,7 +124,7 @@ std::vector<Numbers> combine_lefts(const Call& call, const std::vector<Numbers>&
         for (const Block& block : detail::column_blocks(down.matrices.cols, e)) blocks.push_back(block);
         bytes += down.matrices.rows * row_bytes(down.matrices) * call.used[e].size();
     }
-    each(blocks, bytes, call.threads, [&](const Block& block) {
+    each(blocks, bytes, call.manner.threads, [&](const Block& block) {
         const std::size_t e = block.number;
         const Rows rows = detail::stored_rows(down, call.used[e].expert);
         thread_local std::vector<Term> terms;
@@ -134,52 +139,39 @@ std::vector<Numbers> combine_lefts(const Call& call, const std::vector<Numbers>&
     return mixed;
 }
 
-// sums[t] += some columns of z[t] mixture, weighed, for the tokens of an expert.
-void add_columns(const Rows& rows, const Numbers& mixed, const Used& used, const Block& block, float* sums) {
-    thread_local std::vector<float> composed;
+// sums[t] += some columns of z[t] mixture, weighed, for the tokens of an expert; the mixture's columns are a
+// block of their own.
+void add_columns(const Rows& columns, const Numbers& mixed, const Used& used, float* sums) {
     thread_local std::vector<Term> terms;
-    Rows some{rows.base + block.first * entry_of(rows.dtype),
-              rows.pitch,
-              rows.count,
-              block.count,
-              rows.dtype,
-              &detail::itself};
-    if (!rows.stored()) {
-        composed.resize(place(rows.count * columns_a_block));
-        for (std::int64_t k = 0; k < rows.count; ++k)
-            add_up(rows.dtype, some.base + k * rows.pitch, *rows.terms, DType::float32,
-                   composed.data() + k * columns_a_block, block.count);
-        some.base = reinterpret_cast<const unsigned char*>(composed.data());
-        some.pitch = columns_a_block * entry_of(DType::float32);
-        some.dtype = DType::float32;
-    }
-    terms.resize(place(rows.count));
+    terms.resize(place(columns.count));
     for (std::int64_t t = 0; t < used.size(); ++t) {
-        for (std::int64_t k = 0; k < rows.count; ++k)
-            terms[place(k)] = {k * some.pitch, used.weights[place(t)] * mixed.of(t)[k]};
-        float columns[columns_a_block];
-        add_up(some.dtype, some.base, terms, DType::float32, columns, block.count);
+        for (std::int64_t k = 0; k < columns.count; ++k)
+            terms[place(k)] = {k * columns.pitch, used.weights[place(t)] * mixed.of(t)[k]};
+        float found[columns_a_block];
+        add_up(columns.dtype, columns.base, terms, DType::float32, found, columns.width);
         float* sum = sums + used.tokens[place(t)] * columns_a_block;
-        for (std::int64_t i = 0; i < block.count; ++i) sum[i] += columns[i];
+        for (std::int64_t i = 0; i < columns.width; ++i) sum[i] += found[i];
     }
 }
 
 // The output of a factored down.
 void combine(const Call& call, const std::vector<Numbers>& hidden) {
     const std::vector<Numbers> mixed = combine_lefts(call, hidden);
-    std::vector<std::vector<Term>> terms(call.used.size());
-    std::vector<Rows> mixtures;
+    std::vector<std::vector<Term>> terms;
+    const std::vector<Rows> mixtures = call.mixtures(call.layer.down, terms);
     std::int64_t bytes = 0;
-    for (std::size_t e = 0; e < call.used.size(); ++e) {
-        mixtures.push_back(
-            detail::mixture_rows(call.layer.down, call.used[e].expert, call.out.cols, terms[e]));
+    for (std::size_t e = 0; e < call.used.size(); ++e)
         bytes += mixtures[e].count * mixtures[e].bytes_a_row() * call.used[e].size();
-    }
-    each(detail::column_blocks(call.out.cols), bytes, call.threads, [&](const Block& block) {
+    each(detail::column_blocks(call.out.cols), bytes, call.manner.threads, [&](const Block& block) {
         thread_local std::vector<float> sums;
         sums.assign(place(call.tokens.rows * columns_a_block), 0.0F);
-        for (std::size_t e = 0; e < call.used.size(); ++e)
-            add_columns(mixtures[e], mixed[e], call.used[e], block, sums.data());
+        for (std::size_t e = 0; e < call.used.size(); ++e) {
+            Rows columns = mixtures[e];
+            columns.base += block.first * entry_of(columns.dtype);
+            columns.width = block.count;
+            add_columns(in_dtype(columns, 0, columns.count, call.manner.dtype), mixed[e], call.used[e],
+                        sums.data());
+        }
         round_block(call, block, sums.data(), columns_a_block);
     });
 }
@@ -219,8 +211,11 @@ void layer_forward(const LayerView& layer, const Routing& routing, const ConstMa
             return "experts: found " + std::to_string(routing.experts[k]) + "; expected 0 or more";
         });
     }
-    const Call call{layer, tokens, out, detail::used_experts(routing, tokens.rows, layer.experts),
-                    resolve_threads(threads)};
+    const Call call{layer,
+                    tokens,
+                    out,
+                    detail::used_experts(routing, tokens.rows, layer.experts),
+                    {tokens.dtype, resolve_threads(threads)}};
     const std::vector<Numbers> hidden =
         activated(project(call, layer.gate), project(call, layer.up), layer.activation);
     if (layer.down.factored()) {

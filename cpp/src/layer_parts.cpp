@@ -7,40 +7,22 @@ namespace {
 
 constexpr std::int64_t bytes_a_block = 32 << 10;
 
-// The rows of a block, for so many tokens: themselves, or composed in memory of the thread.
-Rows part(const Rows& rows, const Block& block, std::int64_t tokens) {
-    const unsigned char* base = rows.base + block.first * rows.pitch;
-    if (rows.in_passing(tokens)) return {base, rows.pitch, block.count, rows.width, rows.dtype, rows.terms};
-    thread_local std::vector<float> composed;
-    composed.resize(place(block.count * rows.width));
-    for (std::int64_t i = 0; i < block.count; ++i) {
-        add_up(rows.dtype, base + i * rows.pitch, *rows.terms, DType::float32,
-               composed.data() + i * rows.width, rows.width);
-    }
-    return {reinterpret_cast<const unsigned char*>(composed.data()),
-            rows.width * entry_of(DType::float32),
-            block.count,
-            rows.width,
-            DType::float32,
-            &itself};
-}
-
 }  // namespace
 
 const std::vector<Term> itself = {{0, 1.0F}};
 
 Rows stored_rows(const FamilyView& family, std::int64_t expert) {
     const ConstMatrixView& first = family.matrices;
-    const auto* base =
-        static_cast<const unsigned char*>(first.data) + expert * family.step * entry_of(first.dtype);
+    const auto* base = family.each != nullptr ? static_cast<const unsigned char*>(family.each[expert])
+                                              : static_cast<const unsigned char*>(first.data) +
+                                                    expert * family.step * entry_of(first.dtype);
     return {base, row_bytes(first), first.rows, first.cols, first.dtype, &itself};
 }
 
-Rows mixture_rows(const FamilyView& family, std::int64_t expert, std::int64_t width,
+Rows mixture_rows(const FamilyView& family, std::int64_t expert, std::int64_t width, DType dtype,
                   std::vector<Term>& terms) {
     const std::int64_t rank = family.matrices.cols;
     if (family.mixtures != nullptr && family.mixtures[expert] != nullptr) {
-        const DType dtype = family.mixture_dtype;
         return {static_cast<const unsigned char*>(family.mixtures[expert]),
                 width * entry_of(dtype),
                 rank,
@@ -117,8 +99,20 @@ void multiply_row(const Rows& rows, std::int64_t i, const Numbers& x, std::int64
         tokens, products);
 }
 
-void multiply(const std::vector<Used>& used, const std::vector<Rows>& rows, const std::vector<Numbers>& x,
-              std::vector<Numbers>& results, int threads) {
+Rows in_dtype(const Rows& rows, std::int64_t first, std::int64_t count, DType dtype) {
+    const unsigned char* base = rows.base + first * rows.pitch;
+    if (rows.stored() && rows.dtype == dtype) return {base, rows.pitch, count, rows.width, dtype, &itself};
+    const std::int64_t pitch = rows.width * entry_of(dtype);
+    thread_local std::vector<unsigned char> made;
+    made.resize(place(count * pitch));
+    for (std::int64_t i = 0; i < count; ++i)
+        add_up(rows.dtype, base + i * rows.pitch, *rows.terms, dtype, made.data() + i * pitch, rows.width);
+    return {made.data(), pitch, count, rows.width, dtype, &itself};
+}
+
+std::vector<Numbers> multiply(const std::vector<Used>& used, const std::vector<Rows>& rows,
+                              const std::vector<Numbers>& x, const Manner& manner) {
+    std::vector<Numbers> results(used.size());
     std::vector<Block> blocks;
     std::int64_t bytes = 0;
     for (std::size_t e = 0; e < used.size(); ++e) {
@@ -126,9 +120,9 @@ void multiply(const std::vector<Used>& used, const std::vector<Rows>& rows, cons
         add_row_blocks(blocks, e, rows[e].count, rows[e].bytes_a_row());
         bytes += rows[e].count * rows[e].bytes_a_row() * used[e].rounds();
     }
-    each(blocks, bytes, threads, [&](const Block& block) {
+    each(blocks, bytes, manner.threads, [&](const Block& block) {
         const std::size_t e = block.number;
-        const Rows some = part(rows[e], block, used[e].size());
+        const Rows some = in_dtype(rows[e], block.first, block.count, manner.dtype);
         float products[few_tokens];
         for (std::int64_t first = 0; first < used[e].size(); first += few_tokens) {
             const std::int64_t tokens = std::min(few_tokens, used[e].size() - first);
@@ -139,14 +133,14 @@ void multiply(const std::vector<Used>& used, const std::vector<Rows>& rows, cons
             }
         }
     });
+    return results;
 }
 
-std::vector<Numbers> arranged_tokens(const std::vector<Used>& used, const std::vector<Rows>& rows,
-                                     const ConstMatrixView& tokens) {
+std::vector<Numbers> arranged_tokens(const std::vector<Used>& used, const ConstMatrixView& tokens,
+                                     DType dtype) {
+    const auto arrange = variant().compose_matmul.arrange[index_of(dtype)][index_of(tokens.dtype)];
     std::vector<Numbers> found(used.size());
     for (std::size_t e = 0; e < used.size(); ++e) {
-        const DType dtype = rows[e].in_passing(used[e].size()) ? rows[e].dtype : DType::float32;
-        const auto arrange = variant().compose_matmul.arrange[index_of(dtype)][index_of(tokens.dtype)];
         found[e].resize(used[e].size(), tokens.cols);
         for (std::int64_t t = 0; t < used[e].size(); ++t) {
             const auto* token =

@@ -32,13 +32,12 @@ struct Rows {
     bool stored() const { return terms == &itself; }
     std::int64_t size() const { return static_cast<std::int64_t>(terms->size()); }
     std::int64_t bytes_a_row() const { return size() * width * entry_of(dtype); }
-    // Whether a row is composed as it is multiplied, and not before: for few tokens.
-    bool in_passing(std::int64_t tokens) const { return stored() || tokens <= few_tokens; }
 };
 
-// The matrices of an expert as they are stored, and its mixture, whose terms lie in memory of the caller.
+// The matrices of an expert as they are stored, and its mixture: held, in a dtype, or sums of atoms, whose
+// terms lie in memory of the caller.
 Rows stored_rows(const FamilyView& family, std::int64_t expert);
-Rows mixture_rows(const FamilyView& family, std::int64_t expert, std::int64_t width,
+Rows mixture_rows(const FamilyView& family, std::int64_t expert, std::int64_t width, DType dtype,
                   std::vector<Term>& terms);
 
 // An expert that is used, its tokens, and their weights.
@@ -93,17 +92,28 @@ void each(const std::vector<Block>& blocks, std::int64_t bytes, int threads, con
 void add_up(DType from, const unsigned char* base, const std::vector<Term>& terms, DType to, void* out,
             std::int64_t width);
 
+// Some of the rows, in a dtype: themselves, or composed and rounded in memory of the thread until it asks for
+// the next.
+Rows in_dtype(const Rows& rows, std::int64_t first, std::int64_t count, DType dtype);
+
 // products[t] = <row i, token first + t> for few tokens, arranged for the rows.
 void multiply_row(const Rows& rows, std::int64_t i, const Numbers& x, std::int64_t first, std::int64_t tokens,
                   float* products);
 
-// results[e][t, i] = <row i, x[e][t]> for all rows of every used expert.
-void multiply(const std::vector<Used>& used, const std::vector<Rows>& rows, const std::vector<Numbers>& x,
-              std::vector<Numbers>& results, int threads);
+// Products in a dtype, which matrices and mixtures are rounded to, on some threads.
+struct Manner {
+    DType dtype;
+    int threads;
+};
 
-// The tokens of every used expert, or numbers of theirs, in the order in which multiply_row takes them.
-std::vector<Numbers> arranged_tokens(const std::vector<Used>& used, const std::vector<Rows>& rows,
-                                     const ConstMatrixView& tokens);
+// results[e][t, i] = <row i, x[e][t]> for all rows of every used expert.
+std::vector<Numbers> multiply(const std::vector<Used>& used, const std::vector<Rows>& rows,
+                              const std::vector<Numbers>& x, const Manner& manner);
+
+// The tokens of every used expert, or numbers of theirs, in the order in which multiply_row takes them for
+// rows of a dtype.
+std::vector<Numbers> arranged_tokens(const std::vector<Used>& used, const ConstMatrixView& tokens,
+                                     DType dtype);
 std::vector<Numbers> arranged(const std::vector<Used>& used, const std::vector<Numbers>& numbers,
                               DType dtype);
 

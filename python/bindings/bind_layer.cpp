@@ -10,7 +10,7 @@ namespace {
 // A family of a layer's experts, with the arrays that it lies in.
 struct Held {
     FamilyView view;
-    std::array<py::object, 5> kept;
+    std::array<py::object, 6> kept;
 };
 
 Held family(const py::array& matrices, const std::string& dtype) {
@@ -39,6 +39,13 @@ Held factored(const py::array& lefts, const std::string& dtype, const py::array&
     return made;
 }
 
+// Has the matrices of all experts where the caller says, who keeps them there.
+void place(Held& held, const Vector<std::uintptr_t>& addresses) {
+    if (addresses.ndim() != 1) throw std::invalid_argument("addresses: expected one for each expert");
+    held.view.each = reinterpret_cast<const void* const*>(addresses.data());
+    held.kept[5] = addresses;
+}
+
 // The addresses of mixtures, an integer for each expert; null for None.
 const void* const* addresses(const py::object& found, std::int64_t experts) {
     if (found.is_none()) return nullptr;
@@ -56,7 +63,9 @@ void bind_layer(py::module_& module) {
         .def(py::init(&factored), py::arg("lefts"), py::arg("dtype"), py::arg("atoms"),
              py::arg("atoms_dtype"), py::arg("indptr").noconvert(), py::arg("indices").noconvert(),
              py::arg("values").noconvert(), py::arg("first"), py::arg("step"),
-             "A factored family: lefts (experts, p, r), atoms (m, r * d).");
+             "A factored family: lefts (experts, p, r), atoms (m, r * d).")
+        .def("place", &place, py::arg("addresses").noconvert(),
+             "Say where every expert's matrix is; what was given is of the first alone then.");
     module.def(
         "layer_forward",
         [](const Held& gate, const Held& up, const Held& down, const py::object& gate_mixtures,
@@ -68,7 +77,6 @@ void bind_layer(py::module_& module) {
             layer.gate.mixtures = addresses(gate_mixtures, experts);
             layer.up.mixtures = addresses(up_mixtures, experts);
             layer.down.mixtures = addresses(down_mixtures, experts);
-            layer.gate.mixture_dtype = layer.up.mixture_dtype = layer.down.mixture_dtype = kind;
             const auto x = const_matrix("tokens", tokens, kind);
             const auto y = matrix("out", out, kind);
             if (picked.ndim() != 2 || picked.shape(0) != x.rows || weights.ndim() != 2 ||

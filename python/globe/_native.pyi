@@ -73,6 +73,7 @@ class ExpertFamily:
         first: int = ...,
         step: int = ...,
     ) -> None: ...
+    def place(self, addresses: NDArray[np.uintp]) -> None: ...
 
 def layer_forward(
     gate: ExpertFamily,

@@ -13,17 +13,18 @@ namespace globe {
 // are p x d, those of down d x p. In a factored family `matrices` are the left factors, p x r, and a matrix
 // is left factor * mixture, of down the transpose; mixtures are r x d.
 struct FamilyView {
-    ConstMatrixView matrices;  // of expert 0
-    std::int64_t step;         // entries from one expert's matrix to the next's
+    ConstMatrixView matrices;           // of expert 0
+    std::int64_t step;                  // entries from one expert's matrix to the next's
+    const void* const* each = nullptr;  // where the matrices of all experts are, in place of step
 
-    // A dense family has none of these. `mixtures` are those of every expert that a token goes to, in
-    // mixture_dtype; where it is null they are composed as they are multiplied: sum_j codes[row, j] *
-    // atoms[j], with the row of expert e being first_row + row_step * e, and atoms m x (r * d).
+    // A dense family has none of these. `mixtures` are those of the experts in the dtype of the tokens; one
+    // that is null, and all of them where this is, are composed as they are multiplied, and rounded to that
+    // dtype: sum_j codes[row, j] * atoms[j], with the row of expert e being first_row + row_step * e, and
+    // atoms m x (r * d).
     ConstMatrixView atoms{};
     CsrView codes{};
     std::int64_t first_row = 0, row_step = 1;
     const void* const* mixtures = nullptr;
-    DType mixture_dtype = DType::float32;
 
     bool factored() const { return atoms.data != nullptr; }
 };
@@ -48,10 +49,10 @@ struct Routing {
 // out        n x d, any dtype; must not overlap the tokens
 // threads    0 = one per hardware thread; a call with little to do takes fewer
 //
-// All is float32 between the tokens and the output, and a product of many tokens runs at the rate of fused
-// multiply-adds: it is made for decoding and for prompts of small experts. What comes out for a token does
-// not depend on the number of threads; on the other tokens only in its rounding, where more than eight go to
-// one of its experts. Throws std::invalid_argument, naming the argument, where shapes do not fit.
+// Matrices and mixtures are taken in the dtype of the tokens; all else is float32 between the tokens and the
+// output. Products run at the rate of fused multiply-adds: this is made for decoding, and for prompts of
+// small experts. What comes out for a token depends neither on the other tokens, on the number of threads,
+// nor on which mixtures are held. Throws std::invalid_argument, naming the argument, where shapes do not fit.
 GLOBE_API void layer_forward(const LayerView& layer, const Routing& routing, const ConstMatrixView& tokens,
                              const MatrixView& out, int threads = 0);
 

@@ -144,17 +144,27 @@ class FactoredExperts(AsStored):
         """The banks of the model."""
         return self._banks[0]
 
-    def matrices(self, family: str) -> torch.Tensor:
+    def matrices(self, family: str) -> torch.Tensor | Matrices:
         """What a family has of every expert: its left factors (E, p, r), or its matrices (E, outputs, inputs)."""
         for name in (f"{family}_left", f"{family}_dense"):
-            if name in self._parameters:
-                found: torch.Tensor = getattr(self, name)
-                return found
-        whole: torch.Tensor = getattr(self, "down_proj" if family == "down" else self.form.first)
-        if family == "down":
-            return self.form.turned(whole)
-        both = self.form.turned(whole)
-        return self.form.halves(both, 1)[0 if family == "gate" else 1] if self.form.gated else both
+            if name in self.mapped or name in self._parameters:
+                return self._stack(name)
+        first = self.form.first
+        if family == "down" or not self.form.gated:
+            return self._turned("down_proj" if family == "down" else first)
+        both = self._turned(first)
+        which = 0 if family == "gate" else 1
+        if isinstance(both, Matrices):
+            return Matrices(self.form.halves(matrix, 0)[which] for matrix in both)
+        return self.form.halves(both, 1)[which]
+
+    def _stack(self, name: str) -> torch.Tensor | Matrices:
+        found: torch.Tensor | Matrices = self.mapped[name] if name in self.mapped else getattr(self, name)
+        return found
+
+    def _turned(self, name: str) -> torch.Tensor | Matrices:
+        found = self._stack(name)
+        return Matrices(map(self.form.turned, found)) if isinstance(found, Matrices) else self.form.turned(found)
 
     def _expert(self, expert: int, held: Held, x: torch.Tensor) -> torch.Tensor:
         form = self.form

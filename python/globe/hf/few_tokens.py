@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,9 +29,9 @@ Families = dict[str, "_native.ExpertFamily"]
 class FewTokens:
     """What :class:`globe.hf.experts.FactoredExperts` on a CPU make of a few tokens, where no gradient is asked for.
 
-    Of many too, where the experts are so small that products in Python would take longer. Those are also for packed or
-    mapped left factors, biases, experts without a gate or with a gating of their own, and activations other than SiLU,
-    both GELU and ReLU.
+    Of many too, where the experts are so small that products in Python would take longer. Those are also for packed
+    left factors, biases, experts without a gate or with a gating of their own, and activations other than SiLU, both
+    GELU and ReLU.
     """
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ class FewTokens:
         biased = any(name.endswith("_bias") for name in experts._parameters)
         tensors = [*experts.parameters(recurse=False), *(place.bank.stored for place in experts.places.values())]
         here = all(part.device.type == "cpu" and part.dtype in _DTYPES for part in tensors)
-        if experts.mapped or biased or not (unpacked and plain and here):
+        if biased or not (unpacked and plain and here):
             return None
         name = name_of(form.module.act_fn, torch.device("cpu"))
         self._activation = None if name is None else _ACTIVATIONS.get(name)
@@ -112,24 +112,20 @@ class FewTokens:
 
     def _family(self, experts: FactoredExperts, family: str) -> _native.ExpertFamily | None:
         """None where the rows of its matrices have gaps inside."""
-        matrices = experts.matrices(family).detach()
-        if matrices.stride(2) != 1:
+        matrices = experts.matrices(family)
+        first = matrices[0][None] if isinstance(matrices, tuple) else matrices.detach()
+        if first.stride(2) != 1 or first.dtype not in _DTYPES:
             return None
+        given: list[Any] = [_words(first), _DTYPES[first.dtype]]
         place = experts.places.get(family)
-        if place is None:
-            return _native.ExpertFamily(_words(matrices), _DTYPES[matrices.dtype])
-        codes, atoms = place.bank.rows, place.bank.stored
-        return _native.ExpertFamily(
-            _words(matrices),
-            _DTYPES[matrices.dtype],
-            _words(atoms.flatten(1)),
-            _DTYPES[atoms.dtype],
-            codes.indptr.astype(np.int64),
-            codes.indices.astype(np.int32),
-            codes.data.astype(np.float32),
-            place.first,
-            place.step,
-        )
+        if place is not None:
+            codes, atoms = place.bank.rows, place.bank.stored
+            given += [_words(atoms.flatten(1)), _DTYPES[atoms.dtype], codes.indptr.astype(np.int64)]
+            given += [codes.indices.astype(np.int32), codes.data.astype(np.float32), place.first, place.step]
+        found = _native.ExpertFamily(*given)
+        if isinstance(matrices, tuple):
+            found.place(np.array([matrix.data_ptr() for matrix in matrices], np.uintp))
+        return found
 
     def _mixtures(
         self, experts: FactoredExperts, family: str, picked: torch.Tensor, x: torch.Tensor
