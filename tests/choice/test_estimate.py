@@ -256,7 +256,7 @@ def test_memory_of_corrections(source: Path, families: tuple[str, ...]) -> None:
     assert found["write"] - writing == layer  # of what was corrected, in bf16
     assert "correct" not in peaks(planned, without, planned.blocks)
     require_correction_memory(planned, replace(settings, max_memory=found["correct"]))
-    with pytest.raises(UsageError, match=r"corrections need about .*GiB: use --max-memory .* or --correct none$"):
+    with pytest.raises(UsageError, match=r"corrections need about .*iB: use --max-memory .* or --correct none$"):
         require_correction_memory(planned, replace(settings, max_memory=found["correct"] - 1))
 
 

@@ -299,5 +299,5 @@ def _advice(cost: _Cost, least: Blocks, limit: int, found: str) -> str:
 
 
 def size_text(size: int) -> str:
-    """A size in GiB as `--max-memory` takes it, rounded up."""
-    return f"{-(-size * 10 // 2**30) / 10:g}GiB"
+    """A size as `--max-memory` takes it, in GiB or, below one, MiB, rounded up."""
+    return f"{-(-size // 2**20)}MiB" if size <= 1023 << 20 else f"{-(-size * 10 // 2**30) / 10:g}GiB"
