@@ -16,10 +16,8 @@ from globe.statistics.activations import name_of
 if TYPE_CHECKING:
     from globe.hf.experts import FactoredExperts
 
-FEW = 8  # tokens, of which a product takes as long as reading its matrix
-_WORTH = (
-    32_000_000  # operations of an expert for each thread, which take as long as its small products in Python do more
-)
+FEW = 8  # tokens, with which a product takes about as long as reading its matrix
+_WORTH = 64_000_000  # operations of an expert, which take two threads as long as its calls in Python
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -83,7 +81,7 @@ class FewTokens:
         d, p = experts.hidden_dim, experts.intermediate_dim
         ranks = [experts.places[family].bank.rank if family in experts.places else None for family in FAMILIES]
         each = sum(2 * p * d if rank is None else 2 * rank * (p + d) for rank in ranks)
-        return pairs * each <= _WORTH * torch.get_num_threads() * min(pairs, experts.num_experts)
+        return pairs * each <= _WORTH * min(pairs, experts.num_experts)
 
     def _current(self, experts: FactoredExperts) -> Families | None:
         """The families where their matrices lie now; None if there is no such way for them."""
