@@ -25,6 +25,26 @@ def test_inner_products_are_summed_over_all_blocks(inner: int, monkeypatch: pyte
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inner_products_of_some_and_of_pairs(dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(2)
+    places = rng.random((6, 4)) * (rng.random((6, 4)) < 0.5)
+    bank, targets = (torch.from_numpy(rng.standard_normal((n, 3, 700))).to(dtype) for n in (4, 6))
+    exact = np.einsum("ird,jrd->ij", targets.double(), bank.double())
+    found = gemm.correlations_at(places, targets, bank)
+    np.testing.assert_allclose(found, np.where(places != 0, exact, 0.0), atol=1e-3)
+    if dtype == torch.float32:
+        pairs = gemm.inner_products(bank, targets[:4].contiguous())
+        np.testing.assert_allclose(pairs, exact[[0, 1, 2, 3], [0, 1, 2, 3]], atol=1e-3)
+        assert not len(gemm.inner_products(bank[:0], bank[:0]))
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_weighted_sums(count: int) -> None:
+    weights, matrices = torch.arange(1.0, count + 1), torch.randn(count, 3, 7)
+    torch.testing.assert_close(gemm.weighted_sum(weights, matrices), torch.einsum("n,nij->ij", weights, matrices))
+
+
 @pytest.mark.parametrize("room", [None, 6, 9])
 def test_mixtures(room: int | None) -> None:
     rng = np.random.default_rng(1)
