@@ -34,7 +34,7 @@ BATCHED = FORMS[1:]
 
 
 @every_form
-@pytest.mark.parametrize("count", [0, 1, 7])
+@pytest.mark.parametrize("count", [0, 1, 7, 67])
 def test_every_expert_comes_once_and_in_order(name: str, count: int) -> None:
     with form(name), engine(CPU) as workers:
         found = list(workers.map(lambda part: list(range(part.start, part.stop)), count))
