@@ -72,7 +72,10 @@ def weighted_sum(weights: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
 
 
 def times_lower(left: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
-    """left @ lower for a lower triangular matrix (d, d); on a CPU most of its zeros are passed over."""
+    """left @ lower for a lower triangular matrix (d, d); on a CPU most of its zeros are passed over.
+
+    No gradient is followed there.
+    """
     if not per_core(left.device):
         return matmul(left, lower)
     rows, found = left.flatten(0, -2), torch.empty_like(left, memory_format=torch.contiguous_format)
