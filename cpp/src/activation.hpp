@@ -2,10 +2,18 @@
 #pragma once
 
 #include <cmath>
+#include <string>
 
+#include "codes.hpp"
 #include "globe/expert.hpp"
 
 namespace globe::detail {
+
+inline void check_activation(Activation activation) {
+    const auto number = static_cast<int>(activation);
+    require(number >= 0 && number <= 3,
+            [&] { return "activation: found " + std::to_string(number) + "; expected 0 to 3"; });
+}
 
 inline float activate(float x, Activation activation) {
     switch (activation) {

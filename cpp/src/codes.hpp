@@ -1,4 +1,4 @@
-// Checks that compose and compose_matmul share.
+// Checks that kernels share.
 #pragma once
 
 #include <stdexcept>
@@ -7,6 +7,12 @@
 #include "globe/view.hpp"
 
 namespace globe::detail {
+
+// `told` makes the message: nothing is made where all is well.
+template <class Told>
+auto require(bool condition, const Told& told) -> decltype(told(), void()) {
+    if (!condition) throw std::invalid_argument(told());
+}
 
 inline void require(bool condition, const std::string& message) {
     if (!condition) throw std::invalid_argument(message);

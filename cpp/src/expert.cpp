@@ -6,6 +6,7 @@
 
 #include "activation.hpp"
 #include "checkpoint/state.hpp"
+#include "codes.hpp"
 #include "globe/interrupt.hpp"
 #include "globe/parallel.hpp"
 #include "mixture.hpp"
@@ -14,6 +15,8 @@
 namespace globe {
 namespace {
 
+using detail::entry_of;
+using detail::require;
 using detail::Term;
 
 constexpr std::int64_t tokens_at_once = 128;
@@ -21,12 +24,6 @@ constexpr std::int64_t piece_entries =
     16384;  // of a mixture, composed and multiplied while it is in the caches
 constexpr std::int64_t columns_at_once = 128;  // of what is summed over rows
 constexpr std::int64_t rows_at_once = 32;      // of a matrix whose rows are multiplied
-
-// `told` makes the message: nothing is allocated where all is well.
-template <class Message>
-void require(bool condition, const Message& told) {
-    if (!condition) throw std::invalid_argument(told());
-}
 
 std::int64_t rows_of_a_piece(std::int64_t width) {
     return std::max<std::int64_t>(1, piece_entries / std::max<std::int64_t>(1, width));
@@ -118,10 +115,6 @@ std::int64_t blocks_of(std::int64_t count, std::int64_t size) {
 
 const unsigned char* row_of(const ConstMatrixView& matrix, std::int64_t row) {
     return static_cast<const unsigned char*>(matrix.data) + row * row_bytes(matrix);
-}
-
-std::int64_t entry_of(DType dtype) {
-    return static_cast<std::int64_t>(size_of(dtype));
 }
 
 // A row of sums of weighted rows of memory.
@@ -297,9 +290,7 @@ void expert_forward(const FactoredCheckpoint& checkpoint, ExpertId expert, const
     check_matrix("tokens", tokens, std::max<std::int64_t>(0, tokens.rows), d);
     check_matrix("out", written, tokens.rows, d);
     require(!overlap(tokens, written), [] { return "out: found memory that overlaps the tokens"; });
-    const auto activation = static_cast<int>(options.activation);
-    const bool known = activation >= 0 && activation <= 3;
-    require(known, [&] { return "activation: found " + std::to_string(activation) + "; expected 0 to 3"; });
+    detail::check_activation(options.activation);
     const std::size_t needed = expert_workspace(checkpoint, tokens.rows, options.threads);
     const bool enough = workspace.data != nullptr && workspace.bytes >= needed;
     require(enough, [&] {

@@ -18,16 +18,11 @@ using detail::few_tokens;
 using detail::Manner;
 using detail::Numbers;
 using detail::place;
+using detail::require;
 using detail::Rows;
 using detail::shape_of;
 using detail::Term;
 using detail::Used;
-
-// `told` makes the message: nothing is made where all is well.
-template <class Message>
-void require(bool condition, const Message& told) {
-    if (!condition) throw std::invalid_argument(told());
-}
 
 struct Call {
     const LayerView& layer;
@@ -203,6 +198,7 @@ void layer_forward(const LayerView& layer, const Routing& routing, const ConstMa
         return "out: found shape " + shape_of(out.rows, out.cols) + "; expected " + shape_of(tokens.rows, d);
     });
     require(layer.experts >= 0 && routing.count >= 0, [] { return "routing: found a negative number"; });
+    detail::check_activation(layer.activation);
     check_family("gate", layer.gate, p, d, false);
     check_family("up", layer.up, p, d, false);
     check_family("down", layer.down, d, p, true);

@@ -15,10 +15,6 @@ inline std::size_t place(std::int64_t i) {
     return static_cast<std::size_t>(i);
 }
 
-inline std::int64_t entry_of(DType dtype) {
-    return static_cast<std::int64_t>(size_of(dtype));
-}
-
 // A row that is itself, and no sum.
 extern const std::vector<Term> itself;
 

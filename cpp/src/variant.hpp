@@ -198,4 +198,9 @@ constexpr int index_of(DType dtype) {
     return static_cast<int>(dtype);
 }
 
+// Bytes of an entry.
+constexpr std::int64_t entry_of(DType dtype) {
+    return static_cast<std::int64_t>(size_of(dtype));
+}
+
 }  // namespace globe::detail

@@ -192,6 +192,8 @@ int main() {
         }
     });
     rejects("experts", [](Problem& problem, globe::LayerView&) { problem.picked[3] = -1; });
+    rejects("activation",
+            [](Problem&, globe::LayerView& layer) { layer.activation = static_cast<globe::Activation>(4); });
     rejects("gate", [](Problem&, globe::LayerView& layer) { layer.gate.matrices.cols = r - 1; });
     rejects("up", [](Problem&, globe::LayerView& layer) { layer.up.atoms.cols -= 1; });
     rejects("down", [](Problem&, globe::LayerView& layer) { layer.down.matrices.rows = d; });

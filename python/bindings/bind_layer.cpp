@@ -10,6 +10,7 @@ namespace {
 // A family of a layer's experts, with the arrays that it lies in.
 struct Held {
     FamilyView view;
+    std::int64_t experts;
     std::array<py::object, 6> kept;
 };
 
@@ -22,6 +23,7 @@ Held family(const py::array& matrices, const std::string& dtype) {
         throw std::invalid_argument("matrices: expected three axes, and rows without gaps inside");
     Held made{{{matrices.data(), matrices.shape(1), matrices.shape(2), kind, matrices.strides(1) / entry},
                matrices.strides(0) / entry},
+              matrices.shape(0),
               {matrices}};
     return made;
 }
@@ -42,6 +44,7 @@ Held factored(const py::array& lefts, const std::string& dtype, const py::array&
 // Has the matrices of all experts where the caller says, who keeps them there.
 void place(Held& held, const Vector<std::uintptr_t>& addresses) {
     if (addresses.ndim() != 1) throw std::invalid_argument("addresses: expected one for each expert");
+    held.experts = addresses.size();
     held.view.each = reinterpret_cast<const void* const*>(addresses.data());
     held.kept[5] = addresses;
 }
@@ -49,7 +52,9 @@ void place(Held& held, const Vector<std::uintptr_t>& addresses) {
 // The addresses of mixtures, an integer for each expert; null for None.
 const void* const* addresses(const py::object& found, std::int64_t experts) {
     if (found.is_none()) return nullptr;
-    const auto array = py::cast<Vector<std::uintptr_t>>(found);
+    if (!py::isinstance<Vector<std::uintptr_t>>(found))
+        throw std::invalid_argument("mixtures: expected a contiguous array of uintp");
+    const auto array = py::reinterpret_borrow<Vector<std::uintptr_t>>(found);  // no copy, which would be gone
     if (array.ndim() != 1 || array.size() != experts)
         throw std::invalid_argument("mixtures: expected an address for each expert");
     return reinterpret_cast<const void* const*>(array.data());
@@ -73,6 +78,10 @@ void bind_layer(py::module_& module) {
            int activation, std::int64_t experts, const Vector<std::int64_t>& picked,
            const Vector<float>& weights, const py::array& tokens, py::array& out, int threads) {
             const DType kind = parse_dtype("tokens", dtype);
+            for (const Held* held : {&gate, &up, &down}) {
+                if (held->experts != experts)
+                    throw std::invalid_argument("experts: expected as many as every family has matrices");
+            }
             LayerView layer{gate.view, up.view, down.view, experts, static_cast<Activation>(activation)};
             layer.gate.mixtures = addresses(gate_mixtures, experts);
             layer.up.mixtures = addresses(up_mixtures, experts);
@@ -88,8 +97,7 @@ void bind_layer(py::module_& module) {
         py::arg("gate"), py::arg("up"), py::arg("down"), py::arg("gate_mixtures"), py::arg("up_mixtures"),
         py::arg("down_mixtures"), py::arg("dtype"), py::arg("activation"), py::arg("experts"),
         py::arg("picked").noconvert(), py::arg("weights").noconvert(), py::arg("tokens"), py::arg("out"),
-        py::arg("threads"),
-        "What the experts of a layer make of at most eight tokens; mixtures are addresses, or None.");
+        py::arg("threads"), "What the experts of a layer make of tokens; mixtures are addresses, or None.");
 }
 
 }  // namespace globe::bindings

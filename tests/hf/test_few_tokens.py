@@ -6,6 +6,7 @@ import copy
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -14,6 +15,7 @@ pytest.importorskip("transformers")
 from test_hf_experts import EXPERTS, RANK, SIZE, WIDTH, Dense, make_banks  # noqa: E402
 from torch import nn  # noqa: E402
 
+from globe import _native  # noqa: E402
 from globe.hf import FactoredExperts, few_tokens  # noqa: E402
 from globe.hf.banks import Banks  # noqa: E402
 from globe.hf.experts import FAMILIES, Place  # noqa: E402
@@ -124,6 +126,20 @@ def test_changed_matrices_are_seen_and_copies_have_their_own() -> None:
     assert torch.equal(natively(other, *given), before)
     experts.up_left = nn.Parameter(torch.zeros_like(experts.up_left))
     assert not natively(experts, *given).any()
+
+
+@torch.no_grad()
+def test_families_of_other_sizes_are_refused() -> None:
+    experts, (x, picked, weights) = made({"gate"}), routed(2)
+    natively(experts, x, picked, weights)
+    families = experts._few._families
+    assert families is not None
+    arrays = (picked.contiguous().numpy(), weights.numpy(), x.numpy(), torch.empty_like(x).numpy())
+    given = (families["gate"], families["up"], families["down"])
+    with pytest.raises(ValueError, match="experts: expected as many as every family has matrices"):
+        _native.layer_forward(*given, None, None, None, "float32", 0, EXPERTS + 1, *arrays, 1)
+    with pytest.raises(ValueError, match="mixtures: expected a contiguous array of uintp"):
+        _native.layer_forward(*given, np.zeros(EXPERTS), None, None, "float32", 0, EXPERTS, *arrays, 1)
 
 
 def replaced(module: Any, **values: Any) -> Any:

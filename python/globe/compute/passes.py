@@ -16,6 +16,7 @@ import torch
 from globe.compute.forms import per_core
 from globe.compute.stream import ahead
 
+Given = TypeVar("Given")
 Value = TypeVar("Value")
 _ROW = 4  # experts at most that are handed to a core at once, and tasks at least for each core
 
@@ -53,31 +54,35 @@ class PerCore(Engine):
 
     def map(self, work: Callable[[slice], Value], count: int) -> Iterator[tuple[slice, Value]]:
         """As :meth:`Engine.map`, as they are ready; gradients are followed if they are at the caller's."""
-        parts, followed = [slice(k, k + 1) for k in range(count)], torch.is_grad_enabled()
-
-        def here(part: slice) -> Value:
-            with torch.set_grad_enabled(followed):
-                return work(part)
-
-        yield from zip(parts, self._pool.map(here, parts), strict=True)
+        parts = [slice(k, k + 1) for k in range(count)]
+        yield from zip(parts, self._pool.map(_following(work), parts), strict=True)
 
     def run(self, work: Callable[[slice], None], count: int) -> None:
         """As :meth:`Engine.run`, some experts in a row for each task: handing over takes as long as a small product."""
         row = max(1, min(_ROW, count // (_ROW * self._threads)))
         rows = [range(first, min(count, first + row)) for first in range(0, count, row)]
-        followed = torch.is_grad_enabled()
 
-        def here(numbers: range) -> None:
-            with torch.set_grad_enabled(followed):
-                for k in numbers:
-                    work(slice(k, k + 1))
+        def in_a_row(numbers: range) -> None:
+            for k in numbers:
+                work(slice(k, k + 1))
 
-        for _ in self._pool.map(here, rows):
+        for _ in self._pool.map(_following(in_a_row), rows):
             pass
 
     def meanwhile(self, jobs: Iterable[Callable[[], Value]]) -> Iterator[Value]:
         """As :meth:`Engine.meanwhile`."""
         return ahead(jobs)
+
+
+def _following(work: Callable[[Given], Value]) -> Callable[[Given], Value]:
+    """The work on another thread, where gradients are followed if they are here."""
+    followed = torch.is_grad_enabled()
+
+    def there(given: Given) -> Value:
+        with torch.set_grad_enabled(followed):
+            return work(given)
+
+    return there
 
 
 class Batched(Engine):
